@@ -1,0 +1,266 @@
+"""EMAX: Enhanced Multi-scale Attention with eXpressive learning.
+
+EMA's grouped cross-spatial attention ("Efficient Multi-Scale Attention Module with Cross-Spatial
+Learning", arXiv 2305.13563) with a learned group count per sample, channel attention, global
+attention and a residual gate. `docs/emax.md` defines it and derives the form computed here.
+
+Dimension letters: b batch, c channels, h w height and width, F = gcd(c, factor) finest group
+count, d = c / F channels of a fine group, K candidate group counts.
+"""
+
+import math
+from typing import List, Optional, Sequence, Union
+
+import torch
+from torch import Tensor, nn
+
+from .functional import EMAXMaps, emax_maps
+
+__all__ = ["EMAX", "set_grouping"]
+
+# One node in a torch.fx graph: inside, the code depends on the input's dtype.
+torch.fx.wrap("emax_maps")
+
+
+class SqueezeExciteWeights(nn.Sequential):
+    """The weights of a squeeze-and-excite gate, under the source's state-dict keys.
+
+    Only the convolutions' weights are read: `functional.squeeze_excite` does the computing.
+    """
+
+    def __init__(self, channels: int, hidden: int, device=None, dtype=None) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, hidden, kernel_size=1, **dd),
+            nn.ReLU(),
+            nn.Conv2d(hidden, channels, kernel_size=1, **dd),
+            nn.Sigmoid(),
+        )
+
+    def weights(self) -> List[Optional[Tensor]]:
+        return [self[1].weight, self[1].bias, self[3].weight, self[3].bias]
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        self[1].reset_parameters()
+        self[3].reset_parameters()
+
+
+class EMAX(nn.Module):
+    """EMAX attention on [b, c, h, w] features, for any h, w >= 1 and any c >= 1.
+
+    Works on contiguous and channels_last input and keeps the layout and dtype. In eval mode it
+    is deterministic, and a sample's output does not depend on its batch (but with `batch_vote`).
+
+    Args:
+        channels: Number of input channels c.
+        factor: Upper bound of the finest group count, F = gcd(channels, factor).
+        reduction: Channels per hidden unit of the two squeeze-and-excite gates.
+        group_counts: Candidates for the group count, which each sample chooses among: None for
+            every divisor of F, "finest" for F alone, or a list, of which this layer keeps the
+            divisors of F.
+        batch_vote: The whole batch uses its most frequent choice (ties: the smallest count).
+        channel_gate: Add gamma * X * channel attention.
+        global_gate: Scale by the global attention.
+        gate_init: Initial residual gate: 1 gives the attended features, 0 the identity.
+
+    Raises:
+        ValueError: If an argument is out of its range, or no given group count divides F.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        factor: int = 32,
+        reduction: int = 16,
+        group_counts: Union[None, str, Sequence[int]] = None,
+        batch_vote: bool = False,
+        channel_gate: bool = True,
+        global_gate: bool = True,
+        gate_init: float = 1.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__()
+        for name, value in (("channels", channels), ("factor", factor), ("reduction", reduction)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        self.groups = math.gcd(channels, factor)  # F
+        self.candidates = _candidates(self.groups, group_counts)
+        self.batch_vote = batch_vote
+        self.gate_init = gate_init
+        group_channels = channels // self.groups  # d
+        hidden = max(1, channels // reduction)
+
+        self.conv1x1 = nn.Conv2d(group_channels, group_channels, kernel_size=1, **dd)
+        self.conv3x3 = nn.Conv2d(group_channels, group_channels, kernel_size=3, padding=1, **dd)
+        self.gn = nn.GroupNorm(group_channels, group_channels, **dd)
+        self.group_controller = None
+        if len(self.candidates) > 1:
+            self.group_controller = nn.Linear(channels, len(self.candidates), **dd)
+        self.channel_gate = SqueezeExciteWeights(channels, hidden, **dd) if channel_gate else None
+        self.register_parameter(
+            "gamma", nn.Parameter(torch.empty(1, **dd)) if channel_gate else None
+        )
+        self.global_attn = SqueezeExciteWeights(channels, hidden, **dd) if global_gate else None
+        self.residual_gate = nn.Parameter(torch.empty(channels, **dd))
+
+        # The state of the grouping's course over training: see `set_grouping`.
+        self.register_buffer("warmup", torch.empty((), device=device, dtype=torch.float32))
+        self.register_buffer("temperature", torch.empty((), device=device, dtype=torch.float32))
+        # Constants that must live on the module's device.
+        counts = len(self.candidates)
+        self.register_buffer(
+            "group_counts",
+            torch.empty(counts, device=device, dtype=torch.int64),
+            persistent=False,
+        )
+        same_group = None
+        if self.candidates != [self.groups]:
+            same_group = torch.empty(
+                counts, self.groups, self.groups, device=device, dtype=torch.bool
+            )
+        self.register_buffer("same_group", same_group, persistent=False)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Initialise every parameter and buffer, as after `to_empty()`.
+
+        torch's defaults, but the gates start open: sigmoid(2) = 0.88 rather than 0.5, else each
+        layer would start by scaling its features to about a quarter.
+        """
+        self.conv1x1.reset_parameters()
+        self.conv3x3.reset_parameters()
+        nn.init.constant_(self.conv3x3.bias, 2.0)  # type: ignore[arg-type]
+        self.gn.reset_parameters()
+        if self.group_controller is not None:
+            nn.init.zeros_(self.group_controller.weight)
+            nn.init.zeros_(self.group_controller.bias)
+            if self.groups in self.candidates:
+                finest = self.candidates.index(self.groups)
+                nn.init.ones_(self.group_controller.bias[finest])
+        for gate in (self.channel_gate, self.global_attn):
+            if gate is not None:
+                gate.reset_parameters()
+        if self.gamma is not None:
+            nn.init.zeros_(self.gamma)
+        if self.global_attn is not None:
+            nn.init.constant_(self.global_attn[3].bias, 2.0)  # type: ignore[arg-type]
+        nn.init.constant_(self.residual_gate, self.gate_init)
+
+        self.warmup.fill_(1.0)
+        self.temperature.fill_(1.0)
+        counts = torch.tensor(self.candidates)
+        self.group_counts.copy_(counts)
+        if self.same_group is not None:
+            fine = torch.arange(self.groups)
+            group = fine // (self.groups // counts).unsqueeze(-1)  # [K, F]
+            self.same_group.copy_(group.unsqueeze(-1) == group.unsqueeze(-2))
+
+    def attention(self, x: Tensor) -> EMAXMaps:
+        """The attention maps of `x` [b, c, h, w], not applied to it."""
+        controller: List[Optional[Tensor]] = []
+        if self.group_controller is not None:
+            controller.append(self.group_controller.weight)
+            controller.append(self.group_controller.bias)
+        channel_weights: List[Optional[Tensor]] = []
+        if self.channel_gate is not None:
+            channel_weights = self.channel_gate.weights()
+        global_weights: List[Optional[Tensor]] = []
+        if self.global_attn is not None:
+            global_weights = self.global_attn.weights()
+        return emax_maps(
+            x,
+            self.group_counts,
+            self.same_group,
+            self.warmup,
+            self.temperature,
+            [
+                self.conv1x1.weight,
+                self.conv1x1.bias,
+                self.conv3x3.weight,
+                self.conv3x3.bias,
+                self.gn.weight,
+                self.gn.bias,
+            ],
+            self.gn.eps,
+            controller,
+            channel_weights,
+            self.gamma,
+            global_weights,
+            self.training,
+            self.batch_vote,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the attention: [b, c, h, w] to [b, c, h, w]."""
+        maps = self.attention(x)
+        # x + alpha * (x * (S + gamma * w_c) * w_g - x) as one factor on x, so that x is read once
+        # and alpha = 0 gives a factor of exactly 1.
+        scale = self.residual_gate * maps.global_  # [b, c]
+        offset = (1 - self.residual_gate).expand_as(scale)
+        if self.gamma is not None:
+            offset = offset + scale * self.gamma * maps.channel
+        group_shape = [self.groups, -1]
+        factor = torch.addcmul(
+            offset.unflatten(1, group_shape).unsqueeze(-1).unsqueeze(-1),  # [b, F, d, 1, 1]
+            scale.unflatten(1, group_shape).unsqueeze(-1).unsqueeze(-1),
+            maps.spatial.unsqueeze(2),  # [b, F, 1, h, w]
+        )
+        # x comes first: its memory format is the product's.
+        return (x.unflatten(1, group_shape) * factor).flatten(1, 2).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"groups={self.groups}, candidates={self.candidates}, batch_vote={self.batch_vote}"
+
+
+def set_grouping(
+    model: nn.Module, *, warmup: Optional[float] = None, temperature: Optional[float] = None
+) -> int:
+    """Set the course of dynamic grouping on all EMAX layers of a model, in place.
+
+    Args:
+        model: Any module; a DistributedDataParallel or compiled one too.
+        warmup: s in [0, 1]: 0 groups as EMA does, 1 as the controller chooses. None keeps it.
+        temperature: tau > 0 of the straight-through softmax. None keeps it.
+
+    Returns:
+        The number of EMAX layers found.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+    if warmup is not None and not 0 <= warmup <= 1:
+        raise ValueError(f"warmup must be in [0, 1], not {warmup!r}")
+    if temperature is not None and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, not {temperature!r}")
+    layers = [module for module in model.modules() if isinstance(module, EMAX)]
+    for layer in layers:
+        if warmup is not None:
+            layer.warmup.fill_(warmup)
+        if temperature is not None:
+            layer.temperature.fill_(temperature)
+    return len(layers)
+
+
+def _candidates(finest: int, group_counts: Union[None, str, Sequence[int]]) -> List[int]:
+    """The candidate group counts of a layer with `finest` fine groups, ascending."""
+    divisors = [count for count in range(1, finest + 1) if finest % count == 0]
+    if group_counts is None:
+        return divisors
+    if isinstance(group_counts, str):
+        if group_counts != "finest":
+            raise ValueError(
+                f'group_counts must be None, "finest" or a list of integers, not {group_counts!r}'
+            )
+        return [finest]
+    candidates = [count for count in divisors if count in group_counts]
+    if not candidates:
+        raise ValueError(
+            f"none of the group_counts {list(group_counts)} divides the finest group count "
+            f"{finest}; its divisors are {divisors}"
+        )
+    return candidates
