@@ -1,0 +1,144 @@
+"""The files of a run.
+
+    config.yaml          the resolved configuration
+    model.safetensors    the weights with the best metric (averaged ones if averaging is on)
+    config.json          timm's description of that model: the folder is a timm `local-dir:` model
+    last.safetensors     the weights after the last epoch
+    last.pt              what else a run needs to go on: optimizer, averaged weights, counters
+    log.csv log.jsonl    a row per epoch
+    summary.json         the result
+
+Weights are safetensors; `last.pt` holds tensors and plain containers and is read with torch's
+restricted unpickler. Every file is written under a temporary name and renamed when complete.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from timm.models import PretrainedCfg
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+
+from .config import UsageError
+
+__all__ = [
+    "BEST",
+    "CONFIG",
+    "LAST",
+    "LAST_STATE",
+    "MODEL_CONFIG",
+    "load_state",
+    "load_weights",
+    "replace_file",
+    "save_model_config",
+    "save_state",
+    "save_weights",
+]
+
+CONFIG, MODEL_CONFIG = "config.yaml", "config.json"
+BEST, LAST, LAST_STATE = "model.safetensors", "last.safetensors", "last.pt"
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write(temporary path)` make a file, then put it in the place of `path` in one step."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        # safetensors writes files that only their owner can read.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the model's state dict as safetensors."""
+    tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    replace_file(
+        path, lambda file: safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    )
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a file of `save_weights` into the model; every key must fit.
+
+    Raises:
+        UsageError: If the file is missing, no safetensors file, or of another architecture.
+    """
+    if not path.is_file():
+        raise UsageError(f"there is no checkpoint {path}")
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path}: weights are read from .safetensors files only")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UsageError(f"{path} is not a complete safetensors file: {error}") from None
+    _check_keys(model.state_dict(), tensors, path)
+    model.load_state_dict(tensors)
+
+
+def _check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+    def problem() -> str | None:
+        missing, added = sorted(expected.keys() - found), sorted(found.keys() - expected)
+        if missing:
+            more = f" and {len(missing) - 1} more keys" if len(missing) > 1 else ""
+            return f"it lacks {missing[0]}{more}"
+        if added:
+            more = f" and {len(added) - 1} more keys" if len(added) > 1 else ""
+            return f"it has {added[0]}{more}, which the model lacks"
+        for name, value in expected.items():
+            if value.shape != found[name].shape:
+                return f"{name} is {list(found[name].shape)}, in the model {list(value.shape)}"
+        return None
+
+    if reason := problem():
+        raise UsageError(
+            f"{path} holds weights of another model: {reason}; name its model with --model"
+        )
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Write optimizer and loop state: tensors, numbers, strings and containers of them."""
+    replace_file(path, lambda file: torch.save(state, file))
+
+
+def load_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """Read a file of `save_state`; nothing but plain data can come out of it.
+
+    Raises:
+        UsageError: If the file is missing or damaged.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"there is no run to resume: {path} does not exist") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{path} is not a complete training state: {reason}") from None
+
+
+def save_model_config(
+    model: nn.Module,
+    path: Path,
+    model_args: dict[str, Any],
+    data_config: dict[str, Any],
+    label_names: list[str] | None,
+) -> None:
+    """Write timm's config.json, by which `local-dir:` and the Hugging Face Hub know the model."""
+    valid = PretrainedCfg.__dataclass_fields__
+    model.pretrained_cfg.update({k: v for k, v in data_config.items() if k in valid})
+    content = {"label_names": label_names} if label_names else None
+    replace_file(
+        path, lambda file: save_config_for_hf(model, str(file), content, model_args=model_args)
+    )

@@ -1,0 +1,77 @@
+"""Loss and accuracy of a model, every image counted once whatever the number of ranks."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .distributed import World
+
+__all__ = ["Metrics", "autocast", "evaluate"]
+
+
+class Metrics(NamedTuple):
+    """Means over the images; the accuracies in per cent."""
+
+    loss: float
+    top1: float
+    top5: float
+
+    def __str__(self) -> str:
+        return f"top1: {self.top1:.3f} top5: {self.top5:.3f}"
+
+
+def autocast(world: World, amp: bool, amp_dtype: str) -> AbstractContextManager:
+    """torch.autocast where `amp` is on."""
+    if not amp:
+        return nullcontext()
+    return torch.autocast(world.device.type, dtype=getattr(torch, amp_dtype))
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    world: World,
+    amp: bool = False,
+    amp_dtype: str = "float16",
+    channels_last: bool = False,
+) -> Metrics:
+    """Evaluate `model` in eval mode; its mode is restored.
+
+    Args:
+        model: Maps [b, c, h, w] images to [b, classes] logits.
+        batches: This rank's share of the images and their labels [b].
+        world: The ranks that share the images.
+        amp, amp_dtype, channels_last: As in training.
+
+    Returns:
+        The metrics over the shares of all ranks; top5 is top-n where there are n < 5 classes.
+    """
+    training = model.training
+    model.eval()
+    # Sums of the loss and of the right answers, and the number of images.
+    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+    for images, labels in batches:
+        images, labels = images.to(world.device), labels.to(world.device)
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(world, amp, amp_dtype):
+            logits = model(images)
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [b, 5]
+        right = best == labels.unsqueeze(1)
+        totals += torch.stack(
+            [
+                F.cross_entropy(logits, labels, reduction="sum").double(),
+                right[:, 0].sum().double(),
+                right.sum().double(),
+                torch.tensor(len(labels), dtype=torch.float64, device=world.device),
+            ]
+        )
+    model.train(training)
+    loss, top1, top5, count = world.sum(totals).tolist()
+    return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count)

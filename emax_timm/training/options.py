@@ -1,0 +1,292 @@
+"""Every option of the programs: names and defaults are those of timm's scripts.
+
+Where the default differs from timm's, or timm has no such option, the help says so. A class is a
+group of flags; `config.py` turns the classes into flags and checks values against the types.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["TrainConfig", "ValidateConfig"]
+
+
+def option(default: Any, help: str, *flags: str, **argparse: Any) -> Any:
+    """A dataclass field that is also a flag; `flags` are further spellings such as -b."""
+    metadata = {"help": help, "flags": flags, **argparse}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataOptions:
+    """Data."""
+
+    data: str | None = option(None, "as --data-dir", positional=True)
+    data_dir: str | None = option(None, "root folder of the data set, or a .tar file")
+    dataset: str = option(
+        "",
+        "TYPE/NAME of the data set: empty for a folder of class folders or tars, torch/…, hfds/…, "
+        "wds/…, tfds/… as in timm, or sample/fashion_mnist, which comes with the package",
+        metavar="TYPE/NAME",
+    )
+    dataset_download: bool = option(False, "download the data set if its type can")
+    class_map: str = option("", "text file with one class name per line, in label order")
+    input_img_mode: str | None = option(None, "PIL mode images are converted to (RGB, or L for 1)")
+    input_key: str | None = option(None, "key of the images in hfds, wds and tfds data")
+    target_key: str | None = option(None, "key of the labels in hfds, wds and tfds data")
+    workers: int = option(4, "processes that load images; 0 loads in the main process", "-j")
+    pin_mem: bool = option(False, "page-locked memory for the transfer to a GPU")
+    no_prefetcher: bool = option(False, "normalise on the CPU, image by image")
+
+
+@dataclass
+class InputOptions:
+    """Input of the model (default: as its weights were trained)."""
+
+    img_size: int | None = option(None, "side of the square input in pixels")
+    in_chans: int | None = option(None, "channels of the input")
+    input_size: list[int] | None = option(None, "channels, height and width", nargs=3)
+    crop_pct: float | None = option(None, "side of the centre crop over that of the resized image")
+    mean: list[float] | None = option(None, "mean per channel, of pixels in [0, 1]")
+    std: list[float] | None = option(None, "standard deviation per channel")
+    interpolation: str = option("", "resize filter for validation: bilinear, bicubic, …")
+
+
+@dataclass
+class DeviceOptions:
+    """Device."""
+
+    device: str = option("", "cpu, cuda, … (unlike timm, default: cuda if there is one, else cpu)")
+    amp: bool = option(False, "automatic mixed precision")
+    amp_dtype: str = option("float16", "its dtype", choices=("float16", "bfloat16"))
+    channels_last: bool = option(False, "channels_last memory layout")
+
+
+@dataclass
+class TrainDataOptions:
+    """Splits for training."""
+
+    train_split: str = option("train", "name of the training split")
+    val_split: str = option("validation", "name of the validation split; empty for none")
+    val_fraction: float = option(
+        0.0,
+        "not in timm: validate on this fraction of the training split instead, held out by a "
+        "choice that is the same in every run",
+    )
+    test_split: str = option(
+        "", "not in timm: split that the best weights are tested on, once, at the end"
+    )
+    train_num_samples: int | None = option(None, "images of an iterable training split")
+    val_num_samples: int | None = option(None, "images of an iterable validation split")
+    epoch_repeats: float = option(0.0, "passes over an iterable training split per epoch")
+
+
+@dataclass
+class ModelOptions:
+    """Model."""
+
+    model: str = option("resnet50_emax", "name of a timm model (in timm: resnet50)")
+    pretrained: bool = option(False, "start from the model's published weights")
+    pretrained_path: str | None = option(None, "start from this file as if it were those")
+    initial_checkpoint: str = option("", "load this file into the finished model")
+    num_classes: int | None = option(
+        None, "number of classes (unlike timm, default: that of the data, where it is known)"
+    )
+    gp: str | None = option(None, "global pooling: avg, max, avgmax, catavgmax, fast")
+    model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
+    head_init_scale: float | None = option(None, "factor on the classifier's initial weights")
+    head_init_bias: float | None = option(None, "initial value of the classifier's bias")
+    grad_checkpointing: bool = option(False, "recompute activations instead of storing them")
+    torchcompile: str | None = option(
+        None, "torch.compile backend", nargs="?", const="inductor", metavar="BACKEND"
+    )
+    torchcompile_mode: str | None = option(None, "torch.compile mode")
+    drop: float = option(0.0, "dropout before the classifier")
+    drop_path: float | None = option(None, "stochastic depth")
+    drop_block: float | None = option(None, "drop block")
+    bn_momentum: float | None = option(None, "momentum of the batch norms")
+    bn_eps: float | None = option(None, "epsilon of the batch norms")
+    sync_bn: bool = option(False, "batch norm statistics over all ranks")
+    dist_bn: str = option(
+        "reduce",
+        "share running statistics between ranks after an epoch",
+        choices=("reduce", "broadcast", ""),
+    )
+    split_bn: bool = option(False, "separate batch norms per augmentation split")
+    no_ddp_bb: bool = option(False, "do not broadcast buffers between ranks")
+
+
+@dataclass
+class GroupingOptions:
+    """Course of EMAX's dynamic grouping (not in timm; docs/emax.md)."""
+
+    grouping_warmup: list[float] = option(
+        [0.05, 0.2],
+        "fractions of the training steps between which grouping goes from EMA's to the learned",
+        nargs=2,
+    )
+    grouping_temperature: list[float] = option(
+        [1.0, 0.5], "temperature of the choice at the first and at the last step", nargs=2
+    )
+
+
+@dataclass
+class OptimizerOptions:
+    """Optimizer."""
+
+    opt: str = option("sgd", "name of a timm optimizer")
+    opt_eps: float | None = option(None, "epsilon")
+    opt_betas: list[float] | None = option(None, "betas")
+    opt_kwargs: dict[str, Any] = option({}, "further keyword arguments of the optimizer")
+    momentum: float = option(0.9, "momentum")
+    weight_decay: float = option(2e-5, "weight decay; none on biases, norms and gates")
+    clip_grad: float | None = option(None, "clip gradients at this norm or value")
+    clip_mode: str = option("norm", "how", choices=("norm", "value", "agc"))
+    layer_decay: float | None = option(None, "layer-wise learning rate decay")
+    layer_decay_min_scale: float = option(0.0, "lower bound of its scale")
+    layer_decay_no_opt_scale: float | None = option(None, "freeze layers below this scale")
+    batch_size: int = option(128, "images per rank and forward pass", "-b")
+    grad_accum_steps: int = option(1, "forward passes per optimizer step")
+
+
+@dataclass
+class ScheduleOptions:
+    """Learning rate schedule."""
+
+    sched: str = option(
+        "cosine",
+        "timm's schedule",
+        choices=(
+            *("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt"),
+            *("constant", "plateau", "none"),
+        ),
+    )
+    sched_on_updates: bool = option(False, "step the schedule per optimizer step, not per epoch")
+    lr: float | None = option(None, "learning rate; overrides --lr-base")
+    lr_base: float = option(0.1, "learning rate = lr_base * global batch size / lr_base_size")
+    lr_base_size: int = option(256, "divisor of the global batch size")
+    lr_base_scale: str = option(
+        "", "scaling with the batch size (by optimizer if empty)", choices=("", "linear", "sqrt")
+    )
+    lr_noise: list[float] | None = option(None, "fractions of the epochs with noise on and off")
+    lr_noise_pct: float = option(0.67, "limit of the noise")
+    lr_noise_std: float = option(1.0, "standard deviation of the noise")
+    lr_cycle_mul: float = option(1.0, "factor on the length of each cycle")
+    lr_cycle_decay: float = option(0.5, "factor on the learning rate of each cycle")
+    lr_cycle_limit: int = option(1, "number of cycles")
+    lr_k_decay: float = option(1.0, "k-decay of cosine and poly")
+    warmup_lr: float = option(1e-5, "learning rate at the start of warm-up")
+    min_lr: float = option(0.0, "lower bound of the learning rate")
+    epochs: int = option(300, "epochs to train")
+    decay_milestones: list[int] = option([90, 180, 270], "epochs of multistep's decays")
+    decay_epochs: float = option(90.0, "epochs between decays")
+    warmup_epochs: int = option(5, "epochs of warm-up")
+    warmup_prefix: bool = option(False, "warm-up comes on top of --epochs")
+    cooldown_epochs: int = option(0, "epochs at the lowest rate on top of --epochs")
+    patience_epochs: int = option(10, "patience of plateau")
+    decay_rate: float = option(0.1, "factor of a decay", "--dr")
+
+
+@dataclass
+class AugmentationOptions:
+    """Augmentation and regularisation."""
+
+    no_aug: bool = option(False, "no augmentation of the training images")
+    train_crop_mode: str | None = option(None, "crop of the training images: rrc, rkrc, rkrr")
+    scale: list[float] = option([0.08, 1.0], "range of the random crop's area", nargs=2)
+    ratio: list[float] = option([3 / 4, 4 / 3], "range of its aspect ratio", nargs=2)
+    hflip: float = option(0.5, "probability of a horizontal flip")
+    vflip: float = option(0.0, "probability of a vertical flip")
+    color_jitter: float = option(0.4, "strength of colour jitter")
+    color_jitter_prob: float | None = option(None, "probability of colour jitter")
+    grayscale_prob: float | None = option(None, "probability of a conversion to grey")
+    gaussian_blur_prob: float | None = option(None, "probability of a blur")
+    aa: str | None = option(None, "auto-augment policy, such as rand-m9-mstd0.5-inc1")
+    aug_repeats: float = option(0.0, "views of each image per epoch (several ranks only)")
+    aug_splits: int = option(0, "augmentation splits: 0, or 2 and more")
+    jsd_loss: bool = option(False, "Jensen-Shannon loss over the augmentation splits")
+    bce_loss: bool = option(False, "binary cross entropy")
+    bce_sum: bool = option(False, "sum it over classes")
+    bce_target_thresh: float | None = option(None, "make its soft targets 0 or 1 at this threshold")
+    bce_pos_weight: float | None = option(None, "weight of its positives")
+    reprob: float = option(0.0, "probability of random erasing")
+    remode: str = option("pixel", "its fill", choices=("const", "rand", "pixel"))
+    recount: int = option(1, "its count")
+    resplit: bool = option(False, "no erasing in the first augmentation split")
+    mixup: float = option(0.0, "mixup's alpha; off at 0")
+    cutmix: float = option(0.0, "cutmix's alpha; off at 0")
+    cutmix_minmax: list[float] | None = option(None, "range of cutmix's box", nargs=2)
+    mixup_prob: float = option(1.0, "probability of either")
+    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on")
+    mixup_mode: str = option("batch", "scope of the choice", choices=("batch", "pair", "elem"))
+    mixup_off_epoch: int = option(0, "epoch from which both are off; 0 for never")
+    smoothing: float = option(0.1, "label smoothing")
+    train_interpolation: str = option("random", "resize filter for training")
+
+
+@dataclass
+class AveragingOptions:
+    """Exponential moving average of the weights."""
+
+    model_ema: bool = option(False, "keep an average, validate it and publish it as the best")
+    model_ema_decay: float = option(0.9998, "its decay per optimizer step")
+    model_ema_warmup: bool = option(False, "warm its decay up")
+
+
+@dataclass
+class RunOptions:
+    """Run."""
+
+    output: str = option("output/train", "folder of runs")
+    experiment: str = option("", "name of the run's folder in it (default: time-model-size)")
+    resume: str = option("", "continue the run whose folder this is, at the next epoch")
+    seed: int = option(42, "seed of everything random")
+    validation_batch_size: int | None = option(None, "(default: --batch-size)", "-vb")
+    val_interval: int = option(1, "epochs between validations")
+    eval_metric: str = option("top1", "metric of the best", choices=("top1", "top5", "loss"))
+    log_interval: int = option(50, "optimizer steps between log lines")
+
+
+@dataclass
+class TrainConfig(
+    RunOptions,
+    AveragingOptions,
+    AugmentationOptions,
+    ScheduleOptions,
+    OptimizerOptions,
+    GroupingOptions,
+    ModelOptions,
+    DeviceOptions,
+    InputOptions,
+    TrainDataOptions,
+    DataOptions,
+):
+    """Train an image classifier; the options are those of timm's train.py."""
+
+
+@dataclass
+class EvaluationOptions:
+    """What to validate."""
+
+    checkpoint: str = option(
+        "",
+        ".safetensors file of a run; the run's configuration beside it gives the model, the data "
+        "and the split, and the flags given here win over it",
+        metavar="FILE",
+    )
+    model: str | None = option(None, "name of a timm model", "-m")
+    pretrained: bool = option(False, "validate the model's published weights")
+    num_classes: int | None = option(None, "number of classes")
+    gp: str | None = option(None, "global pooling")
+    model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
+    split: str | None = option(
+        None, "split to validate on (default: the run's test split, else its validation split)"
+    )
+    num_samples: int | None = option(None, "images of an iterable split")
+    batch_size: int | None = option(None, "images per forward pass (default: as the run)", "-b")
+
+
+@dataclass
+class ValidateConfig(EvaluationOptions, DeviceOptions, InputOptions, DataOptions):
+    """Validate an image classifier; the options are those of timm's validate.py."""

@@ -1,0 +1,172 @@
+"""The programs behind train.py, validate.py and the `emax` command."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import resolve_data_config
+
+from . import checkpoint
+from .build import build_trainer, check_bounds, check_model
+from .config import UsageError, from_mapping, parse_settings, read_yaml
+from .data import class_names, evaluation_loader, hold_out, open_split, same_classes
+from .distributed import World, open_world
+from .evaluate import Metrics, evaluate
+from .options import TrainConfig, ValidateConfig
+from .trainer import NonFiniteError
+
+__all__ = ["train", "validate"]
+
+
+def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
+    """Train as the command line says; returns the exit status."""
+
+    def program() -> None:
+        settings = parse_settings(TrainConfig, argv, prog)
+        if "resume" in settings:
+            settings = {**_run_settings(Path(settings["resume"])), **settings}
+        config = from_mapping(TrainConfig, settings, "the configuration")
+        with open_world(config.device) as world:
+            build_trainer(config, world).run()
+
+    return _status_of(program, prog)
+
+
+def validate(argv: Sequence[str] | None = None, prog: str = "validate.py") -> int:
+    """Validate as the command line says; returns the exit status."""
+
+    def program() -> None:
+        settings = parse_settings(ValidateConfig, argv, prog)
+        device = from_mapping(ValidateConfig, settings, "the command line").device
+        with open_world(device) as world:
+            metrics = validate_with(settings, world)
+            if world.is_primary:
+                print(metrics)
+
+    return _status_of(program, prog)
+
+
+def validate_with(settings: dict[str, Any], world: World) -> Metrics:
+    """Metrics of a model or of a run's checkpoint.
+
+    Args:
+        settings: Options of `ValidateConfig` that were given; a run's configuration beside the
+            checkpoint fills in the others.
+        world: The ranks that share the images.
+
+    Raises:
+        UsageError: If the settings, the data or the checkpoint are refused.
+    """
+    run = None
+    if checkpoint_file := settings.get("checkpoint"):
+        folder = Path(checkpoint_file).parent
+        if not Path(checkpoint_file).is_file():
+            raise UsageError(f"there is no checkpoint {checkpoint_file}")
+        if (folder / checkpoint.CONFIG).is_file():
+            run = from_mapping(TrainConfig, _run_settings(folder), str(folder / checkpoint.CONFIG))
+            settings = {**_settings_of(run, settings), **settings}
+        elif "model" not in settings:
+            raise UsageError(
+                f"there is no {checkpoint.CONFIG} beside {checkpoint_file}; "
+                "name the model with --model, and its classes with --num-classes"
+            )
+    config = from_mapping(ValidateConfig, settings, "the command line")
+    check_bounds(config)
+    if config.model is None:
+        raise UsageError("nothing to validate: give --checkpoint FILE, or --model NAME --pretrained")
+    arguments = {
+        "num_classes": config.num_classes,
+        "in_chans": config.input_size[0] if config.input_size else config.in_chans,
+        "global_pool": config.gp,
+        **config.model_kwargs,
+    }
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    check_model(config.model, arguments)
+    dataset = _open_data(config, run)
+    try:
+        model: Any = timm.create_model(config.model, pretrained=config.pretrained, **arguments)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"model {config.model}: {' '.join(str(error).split())}") from None
+    if config.checkpoint:
+        checkpoint.load_weights(model, Path(config.checkpoint))
+    _check_classes(config, dataset, model.num_classes)
+    data_config = resolve_data_config(vars(config), model=model)
+    model.to(world.device)
+    loader = evaluation_loader(config, dataset, data_config, config.batch_size or 256, world)
+    return evaluate(model, loader, world, config.amp, config.amp_dtype, config.channels_last)
+
+
+def _run_settings(folder: Path) -> dict[str, Any]:
+    path = folder / checkpoint.CONFIG
+    if not path.is_file():
+        raise UsageError(f"{folder} is not the folder of a run: it has no {checkpoint.CONFIG}")
+    return read_yaml(path)
+
+
+def _settings_of(run: TrainConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """What a validation takes from its run, but for what the flags `given` stand in for."""
+    shared = {field.name for field in fields(ValidateConfig)} & {f.name for f in fields(TrainConfig)}
+    settings = {name: getattr(run, name) for name in shared - {"pretrained"}}
+    settings["batch_size"] = run.validation_batch_size or run.batch_size
+    if "data" in given:
+        del settings["data_dir"]
+    if "img_size" in given:
+        del settings["input_size"]
+    return settings
+
+
+def _open_data(config: ValidateConfig, run: TrainConfig | None) -> Any:
+    channels = config.input_size[0] if config.input_size else config.in_chans or 3
+
+    def split(name: str) -> Any:
+        return open_split(
+            config,
+            name,
+            input_img_mode="RGB" if channels == 3 else "L",
+            training=False,
+            batch_size=config.batch_size or 256,
+            num_samples=config.num_samples,
+        )
+
+    if config.split is not None:
+        return split(config.split)
+    if run is None:
+        return split("validation")
+    if run.test_split:
+        return split(run.test_split)
+    if run.val_fraction:
+        return hold_out(split(run.train_split), run.val_fraction)[1]
+    return split(run.val_split)
+
+
+def _check_classes(config: ValidateConfig, dataset: Any, num_classes: int) -> None:
+    found = class_names(dataset)
+    described = Path(config.checkpoint).parent / checkpoint.MODEL_CONFIG
+    if config.checkpoint and described.is_file() and not config.class_map:
+        names = json.loads(described.read_text()).get("label_names")
+        same_classes(names, found, config.split or "validation")
+    if found is not None and len(found) > num_classes:
+        raise UsageError(
+            f"the data has {len(found)} classes, the model {num_classes}; "
+            "is the data folder the one of a split, with a folder per class?"
+        )
+
+
+def _status_of(program: Callable[[], None], prog: str) -> int:
+    """Run a program; what the user can mend becomes one line on stderr and exit status 2."""
+    rank = os.environ.get("RANK", "0")
+    prefix = prog if rank == "0" else f"{prog} (rank {rank})"
+    try:
+        program()
+    except UsageError as error:
+        print(f"{prefix}: error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteError as error:
+        print(f"{prefix}: stopped: {error}", file=sys.stderr)
+        return 1
+    return 0

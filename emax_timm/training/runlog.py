@@ -1,0 +1,87 @@
+"""What a run says: its progress on the terminal, a row per epoch in its folder."""
+
+import csv
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+__all__ = ["Progress", "RunLog"]
+
+
+class RunLog:
+    """log.csv and log.jsonl: the same rows, appended to as epochs end.
+
+    Args:
+        folder: The run's folder.
+        columns: The keys of every row.
+    """
+
+    def __init__(self, folder: Path, columns: list[str]) -> None:
+        self.csv, self.jsonl = folder / "log.csv", folder / "log.jsonl"
+        self.columns = columns
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row; a key that is not a column is an error."""
+        new = not self.csv.exists()
+        with self.csv.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        with self.jsonl.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def keep(self, epochs: int) -> None:
+        """Drop the rows from epoch `epochs` on, which a resumed run writes again."""
+        if not self.jsonl.exists():
+            return
+        lines = self.jsonl.read_text(encoding="utf-8").splitlines()
+        rows = [row for line in lines if (row := json.loads(line))["epoch"] < epochs]
+        self.csv.unlink(missing_ok=True)
+        self.jsonl.unlink()
+        for row in rows:
+            self.write(row)
+
+
+class Progress:
+    """Progress through an epoch: a bar on a terminal, else a line every `interval` steps.
+
+    Args:
+        title: What the steps belong to.
+        steps: Number of steps.
+        interval: Steps between lines.
+        enabled: False keeps silent, as all but one rank do.
+    """
+
+    def __init__(self, title: str, steps: int, interval: int, enabled: bool) -> None:
+        self.title, self.steps, self.interval, self.enabled = title, steps, interval, enabled
+        self.start = time.monotonic()
+        self.done = 0
+        self.bar = None
+        if enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=steps, desc=title, unit="step", leave=False)
+
+    def step(self, **values: float) -> None:
+        """One step is done; `values` are shown."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+            self.bar.update()
+        elif self.enabled and (self.done % self.interval == 0 or self.done == self.steps):
+            shown = "  ".join(f"{name}: {value:.4g}" for name, value in values.items())
+            rate = self.done / (time.monotonic() - self.start)
+            self.say(f"{self.title}  step {self.done}/{self.steps}  {shown}  {rate:.2f} steps/s")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def say(self, line: str) -> None:
+        """Print a line without tearing the bar."""
+        if self.enabled:
+            tqdm.write(line, file=sys.stderr)

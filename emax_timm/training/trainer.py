@@ -1,0 +1,358 @@
+"""The training loop."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models import model_parameters
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import (
+    ModelEmaV3,
+    dispatch_clip_grad,
+    distribute_bn,
+    random_seed,
+)
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..attention import set_grouping
+from . import checkpoint
+from .config import UsageError, to_yaml
+from .distributed import World
+from .evaluate import Metrics, autocast, evaluate
+from .options import TrainConfig
+from .runlog import Progress, RunLog
+
+__all__ = ["NonFiniteError", "Trainer", "grouping_course"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+class NonFiniteError(RuntimeError):
+    """The loss is not a finite number; the weights are those of the last good step."""
+
+
+@dataclass
+class Trainer:
+    """A run: what it consists of, how far it has come, and how it goes on.
+
+    `build.build_trainer` makes one from a configuration. `model` is the bare model, `network` the
+    same in what the training step calls (compiled, distributed), `averaged` its moving average.
+    """
+
+    config: TrainConfig
+    world: World
+    folder: Path
+    model: Any
+    network: nn.Module
+    averaged: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler | None
+    criterion: nn.Module
+    train_loader: Any
+    val_loader: Any
+    test_loader: Any
+    mixup: Any
+    epochs: int
+    steps_per_epoch: int
+    data_config: dict[str, Any]
+    classes: list[str] | None
+
+    epoch: int = 0
+    step: int = 0
+    best: Metrics | None = None
+    best_epoch: int | None = None
+    seconds: float = 0.0
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        half = self.config.amp and self.config.amp_dtype == "float16"
+        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
+
+    def run(self) -> None:
+        """Train from where the run stands to its end, then test the best weights."""
+        log = self._open_folder()
+        while self.epoch < self.epochs:
+            start = time.monotonic()
+            loss = self.train_epoch()
+            self.epoch += 1
+            due = self.epoch % self.config.val_interval == 0 or self.epoch == self.epochs
+            metrics = self.validate() if due and self.val_loader is not None else None
+            lr = self.optimizer.param_groups[0]["lr"]
+            if self.scheduler is not None:
+                metric = getattr(metrics, self.config.eval_metric, None)
+                self.scheduler.step(self.epoch, metric)
+            seconds = time.monotonic() - start
+            self.seconds += seconds
+            if self.world.is_primary:
+                self._log(log, loss, metrics, lr, seconds)
+            self.save(metrics)
+        self.finish()
+
+    def train_epoch(self) -> float:
+        """Train for one epoch; returns the mean loss over all ranks."""
+        self._seed()
+        if hasattr(self.train_loader.sampler, "set_epoch"):
+            self.train_loader.sampler.set_epoch(self.epoch)
+        if hasattr(self.train_loader.dataset, "set_epoch"):
+            self.train_loader.dataset.set_epoch(self.epoch)
+        if 0 < self.config.mixup_off_epoch <= self.epoch:
+            self.train_loader.mixup_enabled = False
+            if self.mixup is not None:
+                self.mixup.mixup_enabled = False
+        self.network.train()
+        self.optimizer.zero_grad()
+        progress = Progress(
+            f"epoch {self.epoch + 1}/{self.epochs}",
+            self.steps_per_epoch,
+            self.config.log_interval,
+            enabled=self.world.is_primary,
+        )
+        losses = []
+        try:
+            for batches in _groups(self.train_loader, self.config.grad_accum_steps):
+                losses.append(self.train_step(batches))
+                progress.step(loss=losses[-1], lr=self.optimizer.param_groups[0]["lr"])
+        finally:
+            progress.close()
+        total = torch.tensor([sum(losses), len(losses)], dtype=torch.float64)
+        total = self.world.sum(total.to(self.world.device))
+        return (total[0] / total[1]).item()
+
+    def train_step(self, batches: list[Batch]) -> float:
+        """One optimizer step on the mean loss of `batches`, which is returned.
+
+        Raises:
+            NonFiniteError: On every rank, before the step, if the loss of any is not finite.
+        """
+        self._set_grouping(self.model)
+        loss = torch.zeros((), device=self.world.device)
+        for index, (images, labels) in enumerate(batches):
+            more = index + 1 < len(batches)
+            distributed = isinstance(self.network, DistributedDataParallel)
+            # Gradients are summed over the ranks in the last backward pass only.
+            with self.network.no_sync() if more and distributed else nullcontext():  # type: ignore
+                part = self._loss(images, labels) / len(batches)
+                self.scaler.scale(part).backward()
+            loss += part.detach()
+        if self.world.any(~loss.isfinite()):  # synchronisation point
+            raise NonFiniteError(
+                f"the loss is not finite at step {self.step + 1} of epoch {self.epoch + 1}; "
+                "lower --lr, or clip with --clip-grad"
+            )
+        self._clip()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.averaged is not None:
+            self.averaged.update(self.model, step=self.step)
+            self._set_grouping(self.averaged.module)  # a schedule is not to be averaged
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.step)
+        return loss.item()
+
+    def validate(self) -> Metrics:
+        """Metrics of the averaged weights, if there are any, else of the model's."""
+        if self.world.size > 1 and self.config.dist_bn and not self.config.sync_bn:
+            for model in (self.model, self.averaged):
+                if model is not None:
+                    distribute_bn(model, self.world.size, self.config.dist_bn == "reduce")
+        return self._evaluate(self._published(), self.val_loader)
+
+    def save(self, metrics: Metrics | None) -> None:
+        """Write the run's last checkpoint, and the best if `metrics` are or there are none."""
+        better = metrics is None and self.val_loader is None
+        if metrics is not None and self._improves(metrics):
+            better, self.best, self.best_epoch = True, metrics, self.epoch
+        if not self.world.is_primary:
+            return
+        if better:
+            checkpoint.save_weights(self._published(), self.folder / checkpoint.BEST)
+        checkpoint.save_weights(self.model, self.folder / checkpoint.LAST)
+        checkpoint.save_state(self.state_dict(), self.folder / checkpoint.LAST_STATE)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs for the run to go on at the next epoch."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best and tuple(self.best),
+            "best_epoch": self.best_epoch,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "averaged": self.averaged and self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the run that `state` is of stood.
+
+        Raises:
+            UsageError: If it is of a run with another model or optimizer.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            if self.averaged is not None:
+                self.averaged.load_state_dict(state["averaged"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"the run was made with other options: {reason}") from None
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.best = Metrics(*state["best"]) if state["best"] else None
+        self.best_epoch = state["best_epoch"]
+        if self.scheduler is not None:
+            self.scheduler.step(self.epoch)
+            self.scheduler.step_update(self.step)
+
+    def finish(self) -> None:
+        """Test the best weights if there is a test split, and print and write the result."""
+        path = self.folder / checkpoint.BEST
+        test = None
+        if self.test_loader is not None:
+            if self.world.is_primary and path.exists():
+                checkpoint.load_weights(self.model, path)
+            self.world.broadcast(self.model.state_dict().values())
+            test = self._evaluate(self.model, self.test_loader)
+        if not self.world.is_primary:
+            return
+        summary = {
+            "model": self.config.model,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "epochs": self.epoch,
+            "best_epoch": self.best_epoch,
+            "validation": self.best and self.best._asdict(),
+            "test": test and test._asdict(),
+            "seconds": round(self.seconds, 1),
+        }
+        checkpoint.replace_file(
+            self.folder / "summary.json",
+            lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"),
+        )
+        parts = [f"{path}  {self.seconds:.0f} s"]
+        if self.best is not None:
+            parts.append(f"validation (epoch {self.best_epoch}) {self.best}")
+        if test is not None:
+            parts.append(f"test {test}")
+        print("  ".join(parts), flush=True)
+
+    def _open_folder(self) -> RunLog:
+        columns = ["epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5"]
+        log = RunLog(self.folder, [*columns, "seconds"])
+        if self.world.is_primary:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                checkpoint.replace_file(
+                    self.folder / checkpoint.CONFIG,
+                    lambda file: file.write_text(to_yaml(self.config)),
+                )
+                checkpoint.save_model_config(
+                    self.model,
+                    self.folder / checkpoint.MODEL_CONFIG,
+                    self.config.model_kwargs,
+                    self.data_config,
+                    self.classes,
+                )
+            except OSError as error:
+                raise UsageError(f"cannot write to {self.folder}: {error.strerror}") from None
+            log.keep(self.epoch)
+        return log
+
+    def _log(
+        self, log: RunLog, loss: float, metrics: Metrics | None, lr: float, seconds: float
+    ) -> None:
+        values = metrics._asdict() if metrics is not None else {}
+        log.write(
+            {
+                "epoch": self.epoch - 1,
+                "step": self.step,
+                "lr": lr,
+                "train_loss": loss,
+                **{f"val_{name}": values.get(name) for name in Metrics._fields},
+                "seconds": round(seconds, 3),
+            }
+        )
+        validation = f"  validation loss: {metrics.loss:.4f} {metrics}" if metrics else ""
+        print(
+            f"epoch {self.epoch}/{self.epochs}  loss: {loss:.4f}{validation}  {seconds:.1f} s",
+            flush=True,
+        )
+
+    def _seed(self) -> None:
+        # Keyed to (seed, epoch, rank): an epoch's randomness does not depend on those before it.
+        key = (self.config.seed, self.epoch, self.world.rank)
+        random_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+    def _set_grouping(self, model: nn.Module) -> None:
+        progress = self.step / (self.epochs * self.steps_per_epoch)
+        warmup, temperature = grouping_course(
+            progress, self.config.grouping_warmup, self.config.grouping_temperature
+        )
+        set_grouping(model, warmup=warmup, temperature=temperature)
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        images, labels = images.to(self.world.device), labels.to(self.world.device)
+        if self.mixup is not None:
+            images, labels = self.mixup(images, labels)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(self.world, self.config.amp, self.config.amp_dtype):
+            return self.criterion(self.network(images), labels)
+
+    def _clip(self) -> None:
+        if self.config.clip_grad is None:
+            return
+        self.scaler.unscale_(self.optimizer)
+        without_head = self.config.clip_mode == "agc"
+        parameters = model_parameters(self.model, exclude_head=without_head)
+        dispatch_clip_grad(parameters, self.config.clip_grad, mode=self.config.clip_mode)
+
+    def _published(self) -> nn.Module:
+        return self.model if self.averaged is None else self.averaged.module
+
+    def _evaluate(self, model: nn.Module, loader: Any) -> Metrics:
+        config = self.config
+        return evaluate(
+            model, loader, self.world, config.amp, config.amp_dtype, config.channels_last
+        )
+
+    def _improves(self, metrics: Metrics) -> bool:
+        new = getattr(metrics, self.config.eval_metric)
+        if self.best is None or not math.isfinite(new):
+            return math.isfinite(new)
+        old = getattr(self.best, self.config.eval_metric)
+        return new < old if self.config.eval_metric == "loss" else new > old
+
+
+def grouping_course(
+    progress: float, warmup: list[float], temperature: list[float]
+) -> tuple[float, float]:
+    """EMAX's s and tau at a fraction of the training steps.
+
+    Args:
+        progress: Steps done over steps in all, in [0, 1].
+        warmup: Fractions between which s rises linearly from 0 to 1.
+        temperature: tau at 0 and at 1, linear between.
+    """
+    start, end = warmup
+    rise = (progress - start) / (end - start) if end > start else float(progress >= end)
+    first, last = temperature
+    return min(1.0, max(0.0, rise)), first + (last - first) * progress
+
+
+def _groups(batches: Any, size: int) -> Iterator[list[Batch]]:
+    """Lists of `size` batches, the last one of what is left."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group

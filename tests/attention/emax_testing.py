@@ -1,0 +1,126 @@
+"""What the tests of EMAX share: modules with parameters that hide nothing, and comparisons."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emax_timm.attention import EMAX
+from emax_timm.attention.reference import NaiveEMAX
+
+# One entry per way in which a layer can lack a part.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "finest": {"group_counts": "finest"},
+    "without_finest": {"group_counts": [1, 2]},
+    "one_coarse": {"group_counts": [2]},
+    "no_channel_gate": {"channel_gate": False},
+    "no_global_gate": {"global_gate": False},
+    "spatial_only": {"channel_gate": False, "global_gate": False},
+    "one_hidden_unit": {"reduction": 1000},
+}
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers that neither read nor move the global generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 0) -> None:
+    """Gives every parameter random values, so that no part of the formulas is hidden by another.
+
+    The rows of the controller's weight are small and sum to 0: neither noise-like inputs nor an
+    offset common to all channels outweighs a bias of 3.
+    """
+    for number, (name, parameter) in enumerate(module.named_parameters()):
+        values = randn(*parameter.shape, seed=1000 * seed + number)
+        fan_in = math.prod(parameter.shape[1:])
+        if "group_controller.weight" in name:
+            values = 0.3 * (values - values.mean(1, keepdim=True)) / math.sqrt(fan_in)
+        elif name.endswith("gamma"):
+            values = 0.7 + 0.1 * values
+        elif name.endswith(("gn.weight", "residual_gate")):
+            values = 0.8 + 0.3 * values
+        elif parameter.ndim > 1:
+            values = values / math.sqrt(fan_in)
+        parameter.copy_(values)
+
+
+@torch.no_grad()
+def force(module: EMAX | NaiveEMAX, count: int, margin: float = 3.0) -> None:
+    """Makes the controller choose `count`, with a softmax that still has a gradient."""
+    if module.group_controller is None:
+        assert module.candidates == [count]
+        return
+    bias = module.group_controller.bias
+    bias.zero_()
+    bias[module.candidates.index(count)] = margin
+
+
+def make_emax(
+    channels: int, *, seed: int = 0, dtype: torch.dtype = torch.float64, **knobs: Any
+) -> EMAX:
+    """An EMAX layer in eval mode with random parameters."""
+    module = EMAX(channels, dtype=dtype, **knobs).eval()
+    randomise(module, seed)
+    return module
+
+
+def reference_of(module: EMAX, channels: int, **knobs: Any) -> NaiveEMAX:
+    """The naive module with the same parameters, in the same dtype and mode."""
+    naive = NaiveEMAX(channels, dtype=module.residual_gate.dtype, **knobs)
+    naive.load_state_dict(module.state_dict())
+    return naive.train(module.training)
+
+
+def gumbel_noise(like: Tensor, seed: int) -> Tensor:
+    """The noise that EMAX draws for logits like these right after torch.manual_seed(seed)."""
+    torch.manual_seed(seed)
+    return -torch.empty_like(like).exponential_().clamp(1e-30).log()
+
+
+def gradients(module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The output of `call` and its gradients for one random cotangent, by name."""
+    x = x.detach().requires_grad_()
+    module.zero_grad(set_to_none=True)
+    out = call(x)
+    out.backward(randn(*out.shape, seed=99, dtype=out.dtype))
+    results = {"out": out.detach()}
+    for name, tensor in [("input", x), *module.named_parameters()]:
+        assert tensor.grad is not None, f"no gradient on {name}"
+        results[f"grad {name}"] = tensor.grad.clone()
+    return results
+
+
+def emax_results(module: EMAX, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Output, gradients and maps of EMAX; in training each forward pass starts at `seed`."""
+    torch.manual_seed(seed)
+    results = gradients(module, x, module)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return results | module.attention(x)._asdict()
+
+
+def naive_results(module: NaiveEMAX, x: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+    """Output, gradients and maps of the reference."""
+    results = gradients(module, x, lambda x: module(x, noise))
+    with torch.no_grad():
+        return results | module.attention(x, noise)
+
+
+def assert_same(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10
+) -> None:
+    """Same names, shapes and dtypes, and errors below `tolerance` of max(1, largest value)."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert actual[name].shape == value.shape, name
+        assert actual[name].dtype == value.dtype, name
+        error = (actual[name] - value).abs().max().item()
+        bound = tolerance * max(1.0, value.abs().max().item())
+        # Not `error > bound`, which a NaN would pass.
+        assert error <= bound, f"{name} is off by {error:.1e}, more than {bound:.1e}"
