@@ -9,7 +9,7 @@ count, d = c / F channels of a fine group, K candidate group counts.
 """
 
 import math
-from typing import List, Optional, Sequence, Union
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class SqueezeExciteWeights(nn.Sequential):
             nn.Sigmoid(),
         )
 
-    def weights(self) -> List[Optional[Tensor]]:
+    def weights(self) -> list[Tensor | None]:
         return [self[1].weight, self[1].bias, self[3].weight, self[3].bias]
 
     @torch.jit.ignore
@@ -74,7 +74,7 @@ class EMAX(nn.Module):
         channels: int,
         factor: int = 32,
         reduction: int = 16,
-        group_counts: Union[None, str, Sequence[int]] = None,
+        group_counts: str | Sequence[int] | None = None,
         batch_vote: bool = False,
         channel_gate: bool = True,
         global_gate: bool = True,
@@ -162,14 +162,14 @@ class EMAX(nn.Module):
 
     def attention(self, x: Tensor) -> EMAXMaps:
         """The attention maps of `x` [b, c, h, w], not applied to it."""
-        controller: List[Optional[Tensor]] = []
+        controller: list[Tensor | None] = []
         if self.group_controller is not None:
             controller.append(self.group_controller.weight)
             controller.append(self.group_controller.bias)
-        channel_weights: List[Optional[Tensor]] = []
+        channel_weights: list[Tensor | None] = []
         if self.channel_gate is not None:
             channel_weights = self.channel_gate.weights()
-        global_weights: List[Optional[Tensor]] = []
+        global_weights: list[Tensor | None] = []
         if self.global_attn is not None:
             global_weights = self.global_attn.weights()
         return emax_maps(
@@ -218,7 +218,7 @@ class EMAX(nn.Module):
 
 
 def set_grouping(
-    model: nn.Module, *, warmup: Optional[float] = None, temperature: Optional[float] = None
+    model: nn.Module, *, warmup: float | None = None, temperature: float | None = None
 ) -> int:
     """Set the course of dynamic grouping on all EMAX layers of a model, in place.
 
@@ -246,7 +246,7 @@ def set_grouping(
     return len(layers)
 
 
-def _candidates(finest: int, group_counts: Union[None, str, Sequence[int]]) -> List[int]:
+def _candidates(finest: int, group_counts: str | Sequence[int] | None) -> list[int]:
     """The candidate group counts of a layer with `finest` fine groups, ascending."""
     divisors = [count for count in range(1, finest + 1) if finest % count == 0]
     if group_counts is None:

@@ -8,8 +8,9 @@ Dimension letters: b batch, c channels, h w height and width, F finest group cou
 channels of a fine group, K candidate group counts.
 """
 
+from collections.abc import Callable
 from functools import wraps
-from typing import Callable, List, NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ def fine_maps(
     gn_weight: Tensor,
     gn_bias: Tensor,
     eps: float,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The two cross-spatial terms at the finest grouping, and what coarser ones need of them.
 
     Args:
@@ -118,9 +119,7 @@ def fine_maps(
     return mean, first + offset, second, torch.logsumexp(means, dim=-1)
 
 
-def choose_groups(
-    logits: Tensor, temperature: Tensor, sample: bool, batch_vote: bool
-) -> Tensor:
+def choose_groups(logits: Tensor, temperature: Tensor, sample: bool, batch_vote: bool) -> Tensor:
     """One-hot choice of a candidate, by argmax, with the gradient of a softmax.
 
     Straight-through Gumbel-softmax (arXiv 1611.01144) where `sample`, else without the noise.
@@ -184,7 +183,7 @@ def mix_groups(
     return mixed.view_as(first)
 
 
-def squeeze_excite(mean: Tensor, weights: List[Tensor]) -> Tensor:
+def squeeze_excite(mean: Tensor, weights: list[Tensor]) -> Tensor:
     """Squeeze-and-excitation's gate (arXiv 1709.01507): [b, c] means to [b, c] in (0, 1).
 
     Args:
@@ -210,9 +209,9 @@ def _outside_autocast(function: Callable) -> Callable:
     return wrapper
 
 
-def _as(tensors: List[Optional[Tensor]], like: Tensor) -> List[Tensor]:
+def _as(tensors: list[Tensor | None], like: Tensor) -> list[Tensor]:
     # To TorchScript a convolution's bias is optional.
-    present: List[Tensor] = []
+    present: list[Tensor] = []
     for tensor in tensors:
         if tensor is not None:
             present.append(tensor.to(like.dtype))
@@ -223,15 +222,15 @@ def _as(tensors: List[Optional[Tensor]], like: Tensor) -> List[Tensor]:
 def emax_maps(
     x: Tensor,
     group_counts: Tensor,
-    same_group: Optional[Tensor],
+    same_group: Tensor | None,
     warmup: Tensor,
     temperature: Tensor,
-    spatial_weights: List[Optional[Tensor]],
+    spatial_weights: list[Tensor | None],
     eps: float,
-    controller_weights: List[Optional[Tensor]],
-    channel_weights: List[Optional[Tensor]],
-    gamma: Optional[Tensor],
-    global_weights: List[Optional[Tensor]],
+    controller_weights: list[Tensor | None],
+    channel_weights: list[Tensor | None],
+    gamma: Tensor | None,
+    global_weights: list[Tensor | None],
     sample: bool,
     batch_vote: bool,
 ) -> EMAXMaps:
@@ -243,8 +242,8 @@ def emax_maps(
         same_group: As in `mix_groups`; None where the finest count is the only candidate.
         warmup: Scalar tensor in [0, 1]: 0 groups as EMA does, 1 as the controller chooses.
         temperature: Scalar tensor, > 0.
-        spatial_weights: Weight and bias of conv1x1 ([d, d, 1, 1], [d]), of conv3x3 ([d, d, 3, 3], [d])
-            and of gn ([d], [d]).
+        spatial_weights: Weight and bias of conv1x1 ([d, d, 1, 1], [d]), of conv3x3
+            ([d, d, 3, 3], [d]) and of gn ([d], [d]).
         eps: Added to gn's variance.
         controller_weights: Weight [K, c] and bias [K]; empty where K = 1.
         channel_weights, global_weights: As in `squeeze_excite`.

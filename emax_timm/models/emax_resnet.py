@@ -111,28 +111,28 @@ def resnet14t_emax(pretrained: bool = False, **kwargs: Any) -> ResNetEMAX:
 @register_model
 def resnet18_emax(pretrained: bool = False, **kwargs: Any) -> ResNetEMAX:
     """ResNet-18 with EMAX."""
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    model_args = {"block": BasicBlock, "layers": (2, 2, 2, 2)}
     return _create_resnet("resnet18_emax", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet26_emax(pretrained: bool = False, **kwargs: Any) -> ResNetEMAX:
     """ResNet-26 with EMAX."""
-    model_args = dict(block=Bottleneck, layers=(2, 2, 2, 2))
+    model_args = {"block": Bottleneck, "layers": (2, 2, 2, 2)}
     return _create_resnet("resnet26_emax", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet34_emax(pretrained: bool = False, **kwargs: Any) -> ResNetEMAX:
     """ResNet-34 with EMAX."""
-    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    model_args = {"block": BasicBlock, "layers": (3, 4, 6, 3)}
     return _create_resnet("resnet34_emax", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet50_emax(pretrained: bool = False, **kwargs: Any) -> ResNetEMAX:
     """ResNet-50 with EMAX."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    model_args = {"block": Bottleneck, "layers": (3, 4, 6, 3)}
     return _create_resnet("resnet50_emax", pretrained, **dict(model_args, **kwargs))
 
 
@@ -146,12 +146,12 @@ def resnet50d_emax(pretrained: bool = False, **kwargs: Any) -> ResNetEMAX:
 @register_model
 def resnet101_emax(pretrained: bool = False, **kwargs: Any) -> ResNetEMAX:
     """ResNet-101 with EMAX."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+    model_args = {"block": Bottleneck, "layers": (3, 4, 23, 3)}
     return _create_resnet("resnet101_emax", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def resnet152_emax(pretrained: bool = False, **kwargs: Any) -> ResNetEMAX:
     """ResNet-152 with EMAX."""
-    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3))
+    model_args = {"block": Bottleneck, "layers": (3, 8, 36, 3)}
     return _create_resnet("resnet152_emax", pretrained, **dict(model_args, **kwargs))

@@ -90,6 +90,7 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
         for name, dataset in splits.items()
         if name != "train"
     }
+    folder = _run_folder(config, data_config, world)
     config = _resolve(config, data_config, num_classes, world)
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(config), **config.opt_kwargs)
@@ -107,7 +108,7 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
     trainer = Trainer(
         config=config,
         world=world,
-        folder=_run_folder(config, data_config, world),
+        folder=folder,
         model=model,
         network=_wrap(config, model, world),
         averaged=averaged,
@@ -207,19 +208,20 @@ def check_model(name: str, arguments: dict[str, Any]) -> None:
         with torch.device("meta"):
             timm.create_model(name, **arguments)
     except TypeError as error:
-        raise UsageError(f"model {name}: {_explain(error)}") from None
+        raise UsageError(f"model {name}: {_explain(error, name)}") from None
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UsageError(f"model {name}: {' '.join(str(error).split())}") from None
 
 
-def _explain(error: TypeError) -> str:
+def _explain(error: TypeError, name: str) -> str:
     """The message of a TypeError, with the nearest valid keyword for an unknown one."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if not found:
         return str(error)
     owner, keyword = found.groups()
+    model_class = inspect.signature(timm.model_entrypoint(name)).return_annotation
     # A model class hands what it does not know to its bases.
-    classes = EMAX.__mro__ if owner == "EMAX" else _model_class(owner).__mro__
+    classes = EMAX.__mro__ if owner == "EMAX" else inspect.getmro(model_class)
     keywords = {
         parameter.name
         for cls in classes
@@ -227,17 +229,6 @@ def _explain(error: TypeError) -> str:
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     } - {"self", "device", "dtype"}
     return f"unknown keyword {keyword}; the nearest valid one is {nearest(keyword, keywords)}"
-
-
-def _model_class(name: str) -> type:
-    pending: list[type] = [nn.Module]
-    while pending:
-        cls = pending.pop()
-        if cls.__name__ == name:
-            # The one that was called may be a subclass with keywords of its own.
-            return next(iter(cls.__subclasses__()), cls)
-        pending += cls.__subclasses__()
-    return nn.Module
 
 
 def _model_arguments(config: TrainConfig, num_classes: int | None) -> dict[str, Any]:

@@ -104,7 +104,8 @@ def _check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], path: Pat
 
     if reason := problem():
         raise UsageError(
-            f"{path} holds weights of another model: {reason}; name its model with --model"
+            f"{path} holds weights of another model: {reason}; "
+            "give the --model and --model-kwargs that it was trained with"
         )
 
 

@@ -16,7 +16,15 @@ from typing import Any, NoReturn, TypeVar, Union
 
 import yaml
 
-__all__ = ["UsageError", "find_config", "from_mapping", "nearest", "parse_settings", "read_yaml", "to_yaml"]
+__all__ = [
+    "UsageError",
+    "find_config",
+    "from_mapping",
+    "nearest",
+    "parse_settings",
+    "read_yaml",
+    "to_yaml",
+]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -70,8 +78,8 @@ def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> 
         choices = kind.__dataclass_fields__[name].metadata.get("choices")
         if choices and values[name] not in choices:
             raise UsageError(
-                f"{source}: {_unknown(name, repr(value), choices)}; "
-                f"valid are {', '.join(filter(None, choices))}"
+                f"{source}: {name} has no choice {value}; the nearest of "
+                f"{', '.join(filter(None, choices))} is {nearest(str(value), choices)}"
             )
     return kind(**values)
 
@@ -87,7 +95,9 @@ def find_config(name: str) -> Path:
         return path
     package = Path(__file__).parents[1]
     # In the wheel the recipes are inside the package, in a checkout beside it.
-    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None)
+    folder = next(
+        (f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None
+    )
     if folder is None:
         raise UsageError(f"there is no config file {name}")
     recipes = {str(p.relative_to(folder).with_suffix("")): p for p in folder.rglob("*.yaml")}
@@ -187,15 +197,18 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
         options |= {"nargs": meta.pop("nargs", "+"), "type": typing.get_args(kind)[0]}
     else:
         options |= {"type": kind}
-    if "action" not in options and "metavar" not in options and not meta.get("choices"):
+    if choices := meta.pop("choices", None):  # checked, like those in a file, by from_mapping
+        options["metavar"] = "{" + ",".join(choices) + "}"
+    elif "action" not in options:
         options["metavar"] = name.rsplit("_", 1)[-1].upper()
     group.add_argument(*flags, **(options | meta))
 
 
 def _without_none(hint: Any) -> Any:
+    """`X` for `X | None`; dict for dict[...]."""
     if typing.get_origin(hint) in (Union, types.UnionType):
-        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    return typing.get_origin(hint) or hint if hint is dict else hint
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return dict if typing.get_origin(hint) is dict else hint
 
 
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
@@ -204,11 +217,9 @@ _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or 
 def _convert(value: Any, hint: Any) -> Any:
     """`value` as the type `hint`; ValueError names the type that was expected."""
     kind = _without_none(hint)
-    if value is None:
-        if kind is hint:
-            raise ValueError(_NAMES.get(kind, "given"))
+    if value is None and type(None) in typing.get_args(hint):
         return None
-    if kind is dict or typing.get_origin(kind) is dict:
+    if kind is dict:
         if not isinstance(value, dict):
             raise ValueError("a mapping")
         return value
@@ -228,4 +239,3 @@ def _convert(value: Any, hint: Any) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(_NAMES[kind])
     return value
-

@@ -197,7 +197,7 @@ def _copy(dataset: Any) -> Any:
 def training_loader(
     config: TrainConfig, dataset: Any, data_config: dict[str, Any], num_classes: int, world: World
 ) -> Any:
-    """timm's augmenting loader; mixup happens in it unless the prefetcher is off."""
+    """Timm's augmenting loader; mixup happens in it unless the prefetcher is off."""
     if config.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=config.aug_splits)
     collate = None
@@ -244,7 +244,7 @@ def training_loader(
 def evaluation_loader(
     options: DataOptions, dataset: Any, data_config: dict[str, Any], batch_size: int, world: World
 ) -> Any:
-    """timm's loader over this rank's share of the images, each counted once."""
+    """Timm's loader over this rank's share of the images, each counted once."""
     if world.size > 1 and not isinstance(dataset, IterableDataset):
         # timm's distributed sampler would repeat images to even the shares out.
         dataset = Subset(dataset, range(world.rank, len(dataset), world.size))

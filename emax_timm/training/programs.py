@@ -78,7 +78,9 @@ def validate_with(settings: dict[str, Any], world: World) -> Metrics:
     config = from_mapping(ValidateConfig, settings, "the command line")
     check_bounds(config)
     if config.model is None:
-        raise UsageError("nothing to validate: give --checkpoint FILE, or --model NAME --pretrained")
+        raise UsageError(
+            "nothing to validate: give --checkpoint FILE, or --model NAME --pretrained"
+        )
     arguments = {
         "num_classes": config.num_classes,
         "in_chans": config.input_size[0] if config.input_size else config.in_chans,
@@ -110,7 +112,9 @@ def _run_settings(folder: Path) -> dict[str, Any]:
 
 def _settings_of(run: TrainConfig, given: dict[str, Any]) -> dict[str, Any]:
     """What a validation takes from its run, but for what the flags `given` stand in for."""
-    shared = {field.name for field in fields(ValidateConfig)} & {f.name for f in fields(TrainConfig)}
+    shared = {field.name for field in fields(ValidateConfig)} & {
+        f.name for f in fields(TrainConfig)
+    }
     settings = {name: getattr(run, name) for name in shared - {"pretrained"}}
     settings["batch_size"] = run.validation_batch_size or run.batch_size
     if "data" in given:
