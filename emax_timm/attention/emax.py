@@ -10,6 +10,7 @@ count, d = c / F channels of a fine group, K candidate group counts.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class SqueezeExciteWeights(nn.Sequential):
     """
 
     def __init__(self, channels: int, hidden: int, device=None, dtype=None) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(channels, hidden, kernel_size=1, **dd),
@@ -39,12 +40,13 @@ class SqueezeExciteWeights(nn.Sequential):
         )
 
     def weights(self) -> list[Tensor | None]:
-        return [self[1].weight, self[1].bias, self[3].weight, self[3].bias]
+        # TorchScript indexes a Sequential, and knows nothing of casts.
+        return [self[1].weight, self[1].bias, self[3].weight, self[3].bias]  # pyright: ignore
 
-    @torch.jit.ignore
     def reset_parameters(self) -> None:
-        self[1].reset_parameters()
-        self[3].reset_parameters()
+        for layer in self:
+            if isinstance(layer, nn.Conv2d):
+                layer.reset_parameters()
 
 
 class EMAX(nn.Module):
@@ -69,6 +71,12 @@ class EMAX(nn.Module):
         ValueError: If an argument is out of its range, or no given group count divides F.
     """
 
+    gamma: Tensor | None
+    warmup: Tensor
+    temperature: Tensor
+    group_counts: Tensor
+    same_group: Tensor | None
+
     def __init__(
         self,
         channels: int,
@@ -82,7 +90,7 @@ class EMAX(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__()
         for name, value in (("channels", channels), ("factor", factor), ("reduction", reduction)):
             if not isinstance(value, int) or value < 1:
@@ -125,7 +133,6 @@ class EMAX(nn.Module):
         self.register_buffer("same_group", same_group, persistent=False)
         self.reset_parameters()
 
-    @torch.jit.ignore
     def reset_parameters(self) -> None:
         """Initialise every parameter and buffer, as after `to_empty()`.
 
@@ -202,8 +209,9 @@ class EMAX(nn.Module):
         # and alpha = 0 gives a factor of exactly 1.
         scale = self.residual_gate * maps.global_  # [b, c]
         offset = (1 - self.residual_gate).expand_as(scale)
-        if self.gamma is not None:
-            offset = offset + scale * self.gamma * maps.channel
+        gamma = self.gamma
+        if gamma is not None:
+            offset = offset + scale * gamma * maps.channel
         group_shape = [self.groups, -1]
         factor = torch.addcmul(
             offset.unflatten(1, group_shape).unsqueeze(-1).unsqueeze(-1),  # [b, F, d, 1, 1]

@@ -40,8 +40,8 @@ class ResNetEMAX(ResNet):
         dtype=None,
         **kwargs: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(block, tuple(layers), **kwargs, **dd)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(block, tuple(layers), **kwargs, **dd)  # pyright: ignore[reportArgumentType]
         unknown = sorted(set(attn_stages) - set(range(len(layers))))
         if unknown:
             raise ValueError(
@@ -50,7 +50,7 @@ class ResNetEMAX(ResNet):
         # After ResNet's own initialisation, which would re-initialise EMAX's convolutions; and so
         # that a seed gives the backbone the same weights as its plain twin.
         for stage in attn_stages:
-            info = self.feature_info[stage + 1]  # the first is the stem's
+            info: dict[str, Any] = self.feature_info[stage + 1]  # the first is the stem's
             for residual_block in self.get_submodule(info["module"]).children():
                 residual_block.se = EMAX(info["num_chs"], **(attn_kwargs or {}), **dd)
 

@@ -97,11 +97,10 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer {config.opt}: {error}") from None
     steps = -(-len(train_loader) // config.grad_accum_steps)
-    scheduler, epochs = create_scheduler_v2(
-        optimizer,
-        **scheduler_kwargs(config, decreasing_metric=config.eval_metric == "loss"),
-        updates_per_epoch=steps,
+    schedule: dict[str, Any] = scheduler_kwargs(
+        config, decreasing_metric=config.eval_metric == "loss"
     )
+    scheduler, epochs = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=steps)
     mixup = None
     if config.no_prefetcher and mixup_options(config):
         mixup = Mixup(**mixup_options(config), num_classes=num_classes)

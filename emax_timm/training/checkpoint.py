@@ -130,7 +130,7 @@ def load_state(path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def save_model_config(
-    model: nn.Module,
+    model: Any,
     path: Path,
     model_args: dict[str, Any],
     data_config: dict[str, Any],

@@ -66,6 +66,7 @@ def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> 
         UsageError: For an unknown key or a value of a wrong type; `source` names where it stands.
     """
     hints = typing.get_type_hints(kind)
+    options = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values = {}
     for key, value in settings.items():
         name = str(key)
@@ -75,7 +76,7 @@ def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> 
             values[name] = _convert(value, hints[name])
         except ValueError as error:
             raise UsageError(f"{source}: {name} must be {error}, not {value!r}") from None
-        choices = kind.__dataclass_fields__[name].metadata.get("choices")
+        choices = options[name].metadata.get("choices")
         if choices and values[name] not in choices:
             raise UsageError(
                 f"{source}: {name} has no choice {value}; the nearest of "

@@ -78,22 +78,22 @@ def open_split(
         _check_folder(Path(root), split, training)
     if options.class_map.endswith(".pkl"):
         raise UsageError(f"{options.class_map}: a class map is a text file, one class per line")
+    arguments: dict[str, Any] = {
+        "root": str(root),
+        "split": split,
+        "is_training": training,
+        "class_map": options.class_map or None,
+        "download": options.dataset_download,
+        "batch_size": batch_size,
+        "num_samples": num_samples,
+        "seed": seed,
+        "repeats": repeats,
+        "input_img_mode": options.input_img_mode or input_img_mode,
+        "input_key": options.input_key,
+        "target_key": options.target_key,
+    }
     try:
-        dataset = create_dataset(
-            name,
-            root=str(root),
-            split=split,
-            is_training=training,
-            class_map=options.class_map or None,
-            download=options.dataset_download,
-            batch_size=batch_size,
-            num_samples=num_samples,
-            seed=seed,
-            repeats=repeats,
-            input_img_mode=options.input_img_mode or input_img_mode,
-            input_key=options.input_key,
-            target_key=options.target_key,
-        )
+        dataset: Any = create_dataset(name, **arguments)
         if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
             raise RuntimeError("it holds no images")
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
@@ -249,7 +249,7 @@ def evaluation_loader(
         # timm's distributed sampler would repeat images to even the shares out.
         dataset = Subset(dataset, range(world.rank, len(dataset), world.size))
     return create_loader(
-        dataset,
+        dataset,  # type: ignore[arg-type]
         input_size=data_config["input_size"],
         batch_size=batch_size,
         is_training=False,

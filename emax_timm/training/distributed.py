@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,7 +69,7 @@ def open_world(device: str = "") -> Iterator[World]:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UsageError(f"--device {device}: no CUDA device is available; try --device cpu")
     try:
-        place = init_distributed_device_so(device)
+        place: Any = init_distributed_device_so(device)
         yield World(torch.device(place["device"]), place["global_rank"], place["world_size"])
     finally:
         if dist.is_initialized():
