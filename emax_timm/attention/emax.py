@@ -265,6 +265,8 @@ def _candidates(finest: int, group_counts: str | Sequence[int] | None) -> list[i
                 f'group_counts must be None, "finest" or a list of integers, not {group_counts!r}'
             )
         return [finest]
+    if any(not isinstance(count, int) or count < 1 for count in group_counts):
+        raise ValueError(f"group_counts must be positive integers, not {list(group_counts)}")
     candidates = [count for count in divisors if count in group_counts]
     if not candidates:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Data sets by timm's readers, checked before training, and timm's loaders over them."""
 
 import gzip
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,7 +133,7 @@ def _unpack_debian_fashion_mnist(root: Path) -> None:
         if target.exists():
             continue
         raw.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
+        partial = target.with_name(f"{target.name}.{os.getpid()}")  # ranks may do this at once
         with gzip.open(archive) as source, partial.open("wb") as sink:
             shutil.copyfileobj(source, sink)
         partial.replace(target)

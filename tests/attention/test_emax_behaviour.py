@@ -99,8 +99,7 @@ def test_emax_controller_learns_as_soon_as_the_warm_up_lets_it(training: bool) -
         gradient = emax_results(module, x)["grad group_controller.weight"]
         strengths.append(gradient.abs().max().item())
     assert strengths[0] == 0
-    assert 1e-4 < strengths[1]
-    assert 1e-4 < strengths[2]
+    assert min(strengths[1:]) > 1e-4
 
 
 def test_emax_is_finite_where_fine_groups_differ_wildly() -> None:

@@ -75,7 +75,7 @@ def test_emax_equals_the_naive_formulas_in_a_batch_of_different_choices() -> Non
 def test_emax_equals_the_naive_formulas_in_every_variant(
     variant: str, batch_vote: bool, training: bool
 ) -> None:
-    knobs = VARIANTS[variant] | {"batch_vote": batch_vote}
+    knobs: dict[str, Any] = VARIANTS[variant] | {"batch_vote": batch_vote}
     fast = make_emax(24, **knobs).train(training)
     # An even bias: the noise decides, and in eval the weights.
     force(fast, fast.candidates[0], margin=0.0)
@@ -199,11 +199,9 @@ def float32_case(channels: int, size: tuple[int, int], kind: str, seed: int) -> 
         x = x.relu()
     if kind == "large_mean":
         x = x + 100
-        assert fast.channel_gate is not None
-        assert fast.global_attn is not None
         with torch.no_grad():
-            for part in (fast.conv1x1, fast.conv3x3, fast.channel_gate[1], fast.global_attn[1]):
-                part.weight.div_(100)
+            for part in ("conv1x1", "conv3x3", "channel_gate.1", "global_attn.1"):
+                fast.get_parameter(f"{part}.weight").div_(100)
     return fast, x
 
 

@@ -168,7 +168,7 @@ def test_feature_extractors_trace_through_emax(create: Any, training: bool) -> N
 
 @pytest.mark.parametrize(
     ("strict", "knobs"),
-    [(True, {}), (False, {}), (False, {"group_counts": "finest"}), (False, {"batch_vote": True})],
+    [(True, {}), (False, {}), (False, {"batch_vote": True})],
     ids=str,
 )
 def test_export_with_dynamic_sizes_equals_eager(strict: bool, knobs: dict[str, Any]) -> None:
@@ -191,42 +191,44 @@ def test_export_survives_a_file() -> None:
 # torch.compile ----------------------------------------------------------------------------------
 
 
-def compiled_results(
-    module: EMAX, x: Tensor, backend: str, autocast: bool
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Output and gradients, compiled without a graph break and eager."""
-    compiled = torch.compile(module, backend=backend, fullgraph=True)
+COMPILED = pytest.mark.parametrize(
+    ("training", "autocast"),
+    [(False, False), (True, False), (True, True)],
+    ids=["eval", "training", "training_autocast"],
+)
+
+
+def assert_compiled_equals_eager(
+    module: EMAX, x: Tensor, autocast: bool, tolerance: float, **compiler: Any
+) -> None:
+    """Output and gradients, without a graph break."""
+    compiled = torch.compile(module, fullgraph=True, **compiler)
     results = []
     for call in (compiled, module):
         torch.manual_seed(0)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             results.append(gradients(module, x, call))
-    return results[0], results[1]
+    assert_same(results[0], results[1], tolerance)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@MODES
+@COMPILED
 def test_compile_traces_one_graph_with_eagers_gradients(training: bool, autocast: bool) -> None:
     module = make_emax(24, dtype=torch.float32).train(training)
     x = randn(2, 24, 7, 5, dtype=torch.float32)
-    actual, expected = compiled_results(module, x, "aot_eager", autocast)
-    assert_same(actual, expected, tolerance=1e-5)
+    assert_compiled_equals_eager(module, x, autocast, 1e-5, backend="aot_eager")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@MODES
-@pytest.mark.parametrize("variant", ["default", "finest", "spatial_only"])
+@COMPILED
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_compile_with_inductor_equals_eager(
-    variant: str, training: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+    memory_format: torch.memory_format, training: bool, autocast: bool
 ) -> None:
-    # Else Inductor draws other numbers than eager does.
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)
-    module = make_emax(24, dtype=torch.float32, **VARIANTS[variant]).train(training)
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = randn(2, 24, 7, 5, dtype=torch.float32).to(memory_format=memory_format)
-        actual, expected = compiled_results(module, x, "inductor", autocast)
-        assert_same(actual, expected, tolerance=1e-4)
+    module = make_emax(24, dtype=torch.float32).train(training)
+    x = randn(2, 24, 7, 5, dtype=torch.float32).to(memory_format=memory_format)
+    # Without fallback_random Inductor draws other numbers than eager does.
+    options = {"fallback_random": True}
+    assert_compiled_equals_eager(module, x, autocast, 1e-4, backend="inductor", options=options)
 
 
 def test_compile_serves_all_sizes_after_two() -> None:
@@ -243,7 +245,7 @@ def test_compile_serves_all_sizes_after_two() -> None:
 def test_compile_follows_set_grouping_without_compiling_again() -> None:
     module = make_emax(24, dtype=torch.float32)
     force(module, 1)
-    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    compiled: Any = torch.compile(module, backend="eager", fullgraph=True)
     x = randn(2, 24, 7, 5, dtype=torch.float32)
     outputs = [compiled(x)]
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -151,7 +151,9 @@ def test_parameter_groups_follow_the_blocks_and_leave_gates_undecayed() -> None:
     groups = timm.models.group_parameters(model, model.group_matcher())
     assert groups["layer2.0.se.residual_gate"] == groups["layer2.0.conv1.weight"]
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.1, weight_decay=0.1)
-    undecayed = {id(p) for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
+    undecayed = {
+        id(p) for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]
+    }
     for layer in attentions(model).values():
         assert id(layer.residual_gate) in undecayed
         assert id(layer.gamma) in undecayed
