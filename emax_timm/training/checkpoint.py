@@ -141,5 +141,11 @@ def save_model_config(
     model.pretrained_cfg.update({k: v for k, v in data_config.items() if k in valid})
     content = {"label_names": label_names} if label_names else None
     replace_file(
-        path, lambda file: save_config_for_hf(model, str(file), content, model_args=model_args)
+        path,
+        lambda file: save_config_for_hf(
+            model,
+            file,  # type: ignore[arg-type]  # a str in some versions of timm, a Path in others
+            content,
+            model_args=model_args,
+        ),
     )
