@@ -58,14 +58,14 @@ def test_timm_suite_passes_on_every_model(suite: Path) -> None:
     assert len(names) >= 9
     collected = pytest_on(suite, "--collect-only", "test_models.py").stdout.splitlines()
     # An id is a test's name and its parameters, such as test_model_forward[1-resnet18_emax].
-    ours = re.compile(rf"\[\d+-({'|'.join(names)})\]$")
+    ours = re.compile(rf"[\[-]({'|'.join(names)})\]$")
     ids = [line for line in collected if ours.search(line)]
     for name in names:
-        tests = {line.split("::")[1].split("[")[0] for line in ids if f"-{name}]" in line}
+        tests = {line.split("::")[1].split("[")[0] for line in ids if ours.search(line)[1] == name}  # type: ignore[index]
         assert len(tests) >= 9, (name, tests)
     (suite.parent / "ids.txt").write_text("\n".join(ids))
-    result = pytest_on(suite, "-rs", "@ids.txt")
-    print(result.stdout[-3000:])
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    summary = result.stdout.strip().splitlines()[-1]
-    assert f"{len(ids)} passed" in summary, summary
+    result = pytest_on(suite, "-W", "ignore", "--tb=short", "@ids.txt")
+    print(result.stdout[-20000:], result.stderr[-2000:])
+    assert result.returncode == 0
+    # None skipped either.
+    assert f"{len(ids)} passed" in result.stdout.splitlines()[-1]

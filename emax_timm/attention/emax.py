@@ -23,6 +23,12 @@ __all__ = ["EMAX", "set_grouping"]
 torch.fx.wrap("emax_maps")
 
 
+def _present(tensor: Tensor | None) -> Tensor:
+    # To TorchScript a convolution's bias is optional.
+    assert tensor is not None
+    return tensor
+
+
 class SqueezeExciteWeights(nn.Sequential):
     """The weights of a squeeze-and-excite gate, under the source's state-dict keys.
 
@@ -39,9 +45,13 @@ class SqueezeExciteWeights(nn.Sequential):
             nn.Sigmoid(),
         )
 
-    def weights(self) -> list[Tensor | None]:
-        # TorchScript indexes a Sequential, and knows nothing of casts.
-        return [self[1].weight, self[1].bias, self[3].weight, self[3].bias]  # pyright: ignore
+    def weights(self) -> list[Tensor]:
+        return [
+            _present(self[1].weight),  # pyright: ignore[reportArgumentType]
+            _present(self[1].bias),  # pyright: ignore[reportArgumentType]
+            _present(self[3].weight),  # pyright: ignore[reportArgumentType]
+            _present(self[3].bias),  # pyright: ignore[reportArgumentType]
+        ]
 
     def reset_parameters(self) -> None:
         for layer in self:
@@ -169,14 +179,14 @@ class EMAX(nn.Module):
 
     def attention(self, x: Tensor) -> EMAXMaps:
         """The attention maps of `x` [b, c, h, w], not applied to it."""
-        controller: list[Tensor | None] = []
+        controller: list[Tensor] = []
         if self.group_controller is not None:
             controller.append(self.group_controller.weight)
             controller.append(self.group_controller.bias)
-        channel_weights: list[Tensor | None] = []
+        channel_weights: list[Tensor] = []
         if self.channel_gate is not None:
             channel_weights = self.channel_gate.weights()
-        global_weights: list[Tensor | None] = []
+        global_weights: list[Tensor] = []
         if self.global_attn is not None:
             global_weights = self.global_attn.weights()
         return emax_maps(
@@ -187,9 +197,9 @@ class EMAX(nn.Module):
             self.temperature,
             [
                 self.conv1x1.weight,
-                self.conv1x1.bias,
+                _present(self.conv1x1.bias),
                 self.conv3x3.weight,
-                self.conv3x3.bias,
+                _present(self.conv3x3.bias),
                 self.gn.weight,
                 self.gn.bias,
             ],

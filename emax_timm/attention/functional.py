@@ -201,21 +201,17 @@ def _outside_autocast(function: Callable) -> Callable:
 
     @wraps(function)
     def wrapper(x: Tensor, *args, **kwargs):
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
                 return function(x, *args, **kwargs)
         return function(x, *args, **kwargs)
 
     return wrapper
 
 
-def _as(tensors: list[Tensor | None], like: Tensor) -> list[Tensor]:
-    # To TorchScript a convolution's bias is optional.
-    present: list[Tensor] = []
-    for tensor in tensors:
-        if tensor is not None:
-            present.append(tensor.to(like.dtype))
-    return present
+def _as(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
+    return [tensor.to(like.dtype) for tensor in tensors]
 
 
 @_outside_autocast
@@ -225,12 +221,12 @@ def emax_maps(
     same_group: Tensor | None,
     warmup: Tensor,
     temperature: Tensor,
-    spatial_weights: list[Tensor | None],
+    spatial_weights: list[Tensor],
     eps: float,
-    controller_weights: list[Tensor | None],
-    channel_weights: list[Tensor | None],
+    controller_weights: list[Tensor],
+    channel_weights: list[Tensor],
     gamma: Tensor | None,
-    global_weights: list[Tensor | None],
+    global_weights: list[Tensor],
     sample: bool,
     batch_vote: bool,
 ) -> EMAXMaps:
