@@ -16,6 +16,8 @@ from typing import Any, NoReturn, TypeVar, Union
 
 import yaml
 
+from .options import NOT_HERE
+
 __all__ = [
     "UsageError",
     "find_config",
@@ -48,8 +50,11 @@ def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[st
     parser = _parser(kind, prog)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-        raise UsageError(_unknown("flag", unknown[0].split("=")[0], flags))
+        flag = unknown[0].split("=")[0]
+        if flag in NOT_HERE:
+            raise UsageError(f"timm's {flag} does not exist here: {NOT_HERE[flag]}")
+        flags = [name for name in parser._option_string_actions if name.startswith("--")]
+        raise UsageError(_unknown("flag", flag, flags))
     values = vars(given)
     if "config" not in values:
         return values

@@ -7,7 +7,28 @@ group of flags; `config.py` turns the classes into flags and checks values again
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["TrainConfig", "ValidateConfig"]
+__all__ = ["NOT_HERE", "TrainConfig", "ValidateConfig"]
+
+# Flags of timm's scripts that these programs lack, and what to do instead.
+NOT_HERE = {
+    "--aot-autograd": "use --torchcompile",
+    "--checkpoint-hist": "the best and the last checkpoint are kept",
+    "--drop-connect": "use --drop-path",
+    "--fuser": "use --torchcompile",
+    "--kd-model-name": "there is no distillation",
+    "--local-rank": "start with torchrun, which needs no flag",
+    "--local_rank": "start with torchrun, which needs no flag",
+    "--log-wandb": "the run folder holds log.csv and log.jsonl",
+    "--model-dtype": "use --amp",
+    "--model-ema-force-cpu": "the average lives where the model does",
+    "--naflex-loader": "these are convolutional networks",
+    "--no-resume-opt": "start from the weights with --initial-checkpoint",
+    "--recovery-interval": "a checkpoint is written after every epoch",
+    "--start-epoch": "use --resume",
+    "--torchscript": "use --torchcompile",
+    "--train-img-sizes": "there is one image size",
+    "--use-ema": "the checkpoint of the best holds the averaged weights if there are any",
+}
 
 
 def option(default: Any, help: str, *flags: str, **argparse: Any) -> Any:
@@ -48,6 +69,7 @@ class InputOptions:
     in_chans: int | None = option(None, "channels of the input")
     input_size: list[int] | None = option(None, "channels, height and width", nargs=3)
     crop_pct: float | None = option(None, "side of the centre crop over that of the resized image")
+    crop_mode: str | None = option(None, "crop for validation: center, squash or border")
     mean: list[float] | None = option(None, "mean per channel, of pixels in [0, 1]")
     std: list[float] | None = option(None, "standard deviation per channel")
     interpolation: str = option("", "resize filter for validation: bilinear, bicubic, …")
@@ -240,7 +262,7 @@ class RunOptions:
 
     output: str = option("output/train", "folder of runs")
     experiment: str = option("", "name of the run's folder in it (default: time-model-size)")
-    resume: str = option("", "continue the run whose folder this is, at the next epoch")
+    resume: str = option("", "go on with the run in this folder, at the next epoch")
     seed: int = option(42, "seed of everything random")
     validation_batch_size: int | None = option(None, "(default: --batch-size)", "-vb")
     val_interval: int = option(1, "epochs between validations")

@@ -18,6 +18,7 @@ from .data import class_names, evaluation_loader, hold_out, open_split, same_cla
 from .distributed import World, open_world
 from .evaluate import Metrics, evaluate
 from .options import TrainConfig, ValidateConfig
+from .runlog import Progress
 from .trainer import NonFiniteError
 
 __all__ = ["train", "validate"]
@@ -28,8 +29,10 @@ def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
 
     def program() -> None:
         settings = parse_settings(TrainConfig, argv, prog)
-        if "resume" in settings:
-            settings = {**_run_settings(Path(settings["resume"])), **settings}
+        if settings.get("resume"):
+            path = Path(settings["resume"])
+            folder = path.parent if path.is_file() else path  # timm takes a file
+            settings = {**_run_settings(folder), **settings, "resume": str(folder)}
         config = from_mapping(TrainConfig, settings, "the configuration")
         with open_world(config.device) as world:
             build_trainer(config, world).run()
@@ -100,7 +103,10 @@ def validate_with(settings: dict[str, Any], world: World) -> Metrics:
     data_config = resolve_data_config(vars(config), model=model)
     model.to(world.device)
     loader = evaluation_loader(config, dataset, data_config, config.batch_size or 256, world)
-    return evaluate(model, loader, world, config.amp, config.amp_dtype, config.channels_last)
+    progress = Progress("validation", len(loader), interval=50, enabled=world.is_primary)
+    return evaluate(
+        model, progress.track(loader), world, config.amp, config.amp_dtype, config.channels_last
+    )
 
 
 def _run_settings(folder: Path) -> dict[str, Any]:

@@ -4,12 +4,15 @@ import csv
 import json
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 __all__ = ["Progress", "RunLog"]
+
+T = TypeVar("T")
 
 
 class RunLog:
@@ -48,7 +51,7 @@ class RunLog:
 
 
 class Progress:
-    """Progress through an epoch: a bar on a terminal, else a line every `interval` steps.
+    """Progress through the steps of an epoch: a bar on a terminal, else a line now and then.
 
     Args:
         title: What the steps belong to.
@@ -71,17 +74,22 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
             self.bar.update()
-        elif self.enabled and (self.done % self.interval == 0 or self.done == self.steps):
-            shown = "  ".join(f"{name}: {value:.4g}" for name, value in values.items())
+        elif self.enabled and self.done % self.interval == 0:
             rate = self.done / (time.monotonic() - self.start)
-            self.say(f"{self.title}  step {self.done}/{self.steps}  {shown}  {rate:.2f} steps/s")
+            shown = [f"{name}: {value:.4g}" for name, value in values.items()]
+            shown = [f"step {self.done}/{self.steps}", *shown, f"{rate:.2f} steps/s"]
+            print(f"{self.title}  {'  '.join(shown)}", file=sys.stderr, flush=True)
+
+    def track(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, each of them a step."""
+        try:
+            for item in items:
+                yield item
+                self.step()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Take the bar away."""
         if self.bar is not None:
             self.bar.close()
-
-    def say(self, line: str) -> None:
-        """Print a line without tearing the bar."""
-        if self.enabled:
-            tqdm.write(line, file=sys.stderr)

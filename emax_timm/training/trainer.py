@@ -323,8 +323,14 @@ class Trainer:
 
     def _evaluate(self, model: nn.Module, loader: Any) -> Metrics:
         config = self.config
+        progress = Progress("validation", len(loader), config.log_interval, self.world.is_primary)
         return evaluate(
-            model, loader, self.world, config.amp, config.amp_dtype, config.channels_last
+            model,
+            progress.track(loader),
+            self.world,
+            config.amp,
+            config.amp_dtype,
+            config.channels_last,
         )
 
     def _improves(self, metrics: Metrics) -> bool:
