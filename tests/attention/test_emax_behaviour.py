@@ -59,7 +59,8 @@ def test_emax_in_eval_neither_reads_nor_moves_the_random_generator() -> None:
 def test_emax_in_training_samples_the_group_count() -> None:
     module, x = make_emax(40).train(), randn(1, 40, 4, 3)
     force(module, 8, margin=1.0)
-    outputs = {module(x).sum().item() for _ in range(60)}
+    torch.manual_seed(0)
+    outputs = {round(module(x).sum().item(), 6) for _ in range(60)}
     assert len(outputs) == len(module.candidates)
 
 
@@ -136,9 +137,9 @@ def test_emax_maps_are_the_same_under_autocast(half: torch.dtype, training: bool
 @HALVES
 def test_emax_under_autocast_keeps_the_dtype_of_its_input(half: torch.dtype) -> None:
     module = make_emax(40, dtype=torch.float32)
+    force(module, 2)
     x = randn(3, 40, 7, 5, dtype=torch.float32)
     with torch.autocast("cpu", dtype=half):
-        assert torch.equal(module(x), module(x.clone()))
         assert module(x).dtype == torch.float32
         out = module(x.to(half))
     assert out.dtype == half
@@ -160,6 +161,7 @@ def test_emax_of_a_half_input_computes_its_maps_in_float32(half: torch.dtype) ->
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_emax_in_half_precision_is_close_to_float32(half: torch.dtype, variant: str) -> None:
     module = make_emax(24, dtype=torch.float32, **VARIANTS[variant])
+    force(module, module.candidates[0])
     x = randn(2, 24, 7, 5, dtype=torch.float32)
     expected = module(x)
     module.to(half)
@@ -177,6 +179,21 @@ def test_emax_survives_half_inputs_whose_squares_overflow() -> None:
 
 
 # Layout and identity ----------------------------------------------------------------------------
+
+
+def test_emax_with_channels_last_weights_computes_the_same() -> None:
+    module, x = make_emax(96), randn(2, 96, 5, 7)
+    expected = module(x)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["default", "spatial_only"])
+@pytest.mark.parametrize(("channels", "given"), [(1, 3), (24, 48), (24, 12), (24, 25)])
+def test_emax_refuses_an_input_with_other_channels(channels: int, given: int, variant: str) -> None:
+    module = EMAX(channels, **VARIANTS[variant])
+    with pytest.raises((RuntimeError, ValueError)):
+        module(torch.zeros(2, given, 4, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

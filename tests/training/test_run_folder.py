@@ -1,0 +1,321 @@
+"""What a run leaves in its folder, and that timm reads it."""
+
+import csv
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors import safe_open
+from timm.data import resolve_model_data_config
+from torch import nn
+from training_testing import SMALL_MODEL, TRAIN, VALIDATE, Programs, files_in
+
+import emax_timm
+from emax_timm.training import TrainConfig, UsageError, train
+from emax_timm.training.build import build_trainer
+from emax_timm.training.checkpoint import (
+    load_state,
+    load_weights,
+    replace_file,
+    save_state,
+    save_weights,
+)
+from emax_timm.training.config import from_mapping, read_yaml
+from emax_timm.training.distributed import World
+from emax_timm.training.programs import validate_with
+from emax_timm.training.trainer import Trainer
+
+CPU = World(torch.device("cpu"))
+FILES = {
+    *("config.yaml", "config.json", "log.csv", "log.jsonl", "summary.json"),
+    *("model.safetensors", "last.safetensors", "last.pt"),
+}
+
+RunOf = Callable[..., Trainer]
+
+
+@pytest.fixture
+def run_of(images: Path, tmp_path: Path) -> RunOf:
+    """Trains for an epoch, into `tmp_path/run`."""
+
+    def run_of(**options: Any) -> Trainer:
+        settings: dict[str, Any] = {
+            **{"data_dir": str(images), "output": str(tmp_path), "experiment": "run"},
+            **{"model": "resnet10t_emax", "model_kwargs": {"channels": [8, 8, 8, 8]}},
+            **{"img_size": 32, "batch_size": 8, "workers": 0, "epochs": 1, "warmup_epochs": 0},
+            **{"lr": 0.05, **options},
+        }
+        trainer = build_trainer(TrainConfig(**settings), CPU)
+        assert not trainer.folder.exists()
+        trainer.run()
+        return trainer
+
+    return run_of
+
+
+def test_run_folder_holds_its_files_and_nothing_else(run_of: RunOf) -> None:
+    assert files_in(run_of(epochs=2, model_ema=True).folder) == FILES
+
+
+def test_run_folder_has_the_resolved_config(run_of: RunOf, images: Path) -> None:
+    trainer = run_of(lr=None, batch_size=16)
+    path = trainer.folder / "config.yaml"
+    config = from_mapping(TrainConfig, read_yaml(path), str(path))
+    assert config == trainer.config
+    assert (config.data, config.data_dir) == (None, str(images))
+    assert (config.input_size, config.num_classes) == ([3, 32, 32], 2)
+    assert config.lr == pytest.approx(0.1 * 16 / 256)
+    assert (config.crop_pct, config.interpolation) == (0.95, "bicubic")
+
+
+def test_run_folder_has_the_same_rows_in_both_logs(run_of: RunOf) -> None:
+    folder = run_of(epochs=3, val_interval=2).folder
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    with (folder / "log.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    columns = ["epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5", "seconds"]
+    assert [list(row) for row in (*rows, *table)] == [columns] * 6
+    assert [row["val_top1"] is None for row in rows] == [True, False, False]
+    for row, line in zip(rows, table, strict=True):
+        values = [None if line[column] == "" else float(line[column]) for column in columns]
+        assert values == [row[column] for column in columns]
+
+
+def test_run_folder_has_a_summary(run_of: RunOf) -> None:
+    trainer = run_of(epochs=2, test_split="validation")
+    summary = json.loads((trainer.folder / "summary.json").read_text())
+    assert summary["model"] == "resnet10t_emax"
+    assert summary["parameters"] == sum(p.numel() for p in trainer.model.parameters())
+    assert summary["epochs"] == 2
+    assert summary["best_epoch"] in (1, 2)
+    assert summary["seconds"] > 0
+    # The test split is the validation split here.
+    assert summary["test"] == summary["validation"]
+    assert summary["test"].keys() == {"loss", "top1", "top5"}
+
+
+def test_run_ends_with_its_summary_line(run_of: RunOf, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = run_of(epochs=2, test_split="validation")
+    *epochs, line = capsys.readouterr().out.splitlines()
+    assert [text.split()[1] for text in epochs] == ["1/2", "2/2"]
+    assert line.startswith(str(trainer.folder / "model.safetensors"))
+    assert "  validation (epoch " in line
+    assert "  test top1: " in line
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_run_folder_follows_the_umask(run_of: RunOf, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        folder = run_of().folder
+        assert os.umask(umask) == umask  # reading it must not have changed it
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == dict.fromkeys(FILES, 0o666 & ~umask)
+
+
+def test_last_state_is_plain_data(run_of: RunOf) -> None:
+    trainer = run_of(model_ema=True)
+    state = torch.load(trainer.folder / "last.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 4)
+    with safe_open(trainer.folder / "last.safetensors", "pt") as file:
+        assert set(file.keys()) == set(state["model"])
+        assert file.metadata() == {"format": "pt"}
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "averaged": {"model_ema": True, "model_ema_decay": 0.5},
+    "one channel": {"img_size": None, "input_size": [1, 32, 32], "mean": [0.3], "std": [0.4]},
+    "max pooling": {"gp": "max"},
+    "dropout": {"drop": 0.5, "drop_path": 0.5},
+    "attention": {
+        "model_kwargs": {
+            "channels": [8, 8, 8, 8],
+            "attn_stages": [1, 3],
+            "attn_kwargs": {"factor": 4, "global_gate": False},
+        }
+    },
+    "plain": {"model": "resnet10t"},
+    "tag": {"model": "resnet18.a1_in1k", "model_kwargs": {}},
+    "batch norm": {"model": "mobilenetv3_small_050", "model_kwargs": {}, "bn_eps": 0.1},
+    "split norm": {"aug_splits": 2, "split_bn": True},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_run_folder_is_a_timm_model(run_of: RunOf, name: str) -> None:
+    trainer = run_of(**MODELS[name])
+    trained: nn.Module = trainer.model if trainer.averaged is None else trainer.averaged.module
+    config = trainer.config
+    model: Any = timm.create_model(f"local-dir:{trainer.folder}", pretrained=True)
+    assert type(model) is type(trained)
+    assert config.input_size is not None
+    images = torch.randn(4, *config.input_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(images), trained.eval()(images))
+    found = resolve_model_data_config(model)
+    for key in ("input_size", "mean", "std", "interpolation", "crop_pct"):
+        value = found[key]
+        assert (list(value) if isinstance(value, tuple) else value) == getattr(config, key), key
+    assert model.num_classes == 2
+    description = json.loads((trainer.folder / "config.json").read_text())
+    assert description["label_names"] == ["cat", "dog"]
+    features = timm.create_model(f"local-dir:{trainer.folder}", pretrained=True, features_only=True)
+    assert len(features(images)) > 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_validation_of_a_run_gives_its_metrics(run_of: RunOf, name: str) -> None:
+    folder = run_of(**MODELS[name]).folder
+    expected = json.loads((folder / "summary.json").read_text())["validation"]
+    metrics = validate_with({"checkpoint": str(folder / "model.safetensors")}, CPU)
+    assert metrics._asdict() == expected
+
+
+def test_run_of_a_config_that_was_saved_is_the_same_run(
+    run_of: RunOf, programs: Programs, tmp_path: Path
+) -> None:
+    first = run_of().folder
+    arguments = ["-c", first / "config.yaml", "--experiment", "again"]
+    result = programs.run(TRAIN, *arguments, cwd=tmp_path)
+    assert result.status == 0, result.stderr
+    name = "model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes()
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "flag", "found"),
+    [
+        ("data_dir", "/nowhere", "{images}", {"data_dir": "{images}"}),
+        ("data_dir", "/nowhere", "--data-dir {images}", {"data_dir": "{images}"}),
+        ("data", "/nowhere", "--data-dir {images}", {"data_dir": "{images}"}),
+        ("input_size", [3, 48, 48], "--img-size 32", {"input_size": [3, 32, 32]}),
+        ("img_size", 48, "--input-size 3 32 32", {"input_size": [3, 32, 32]}),
+        ("lr", 0.5, "--lr 0.01", {"lr": 0.01}),
+    ],
+)
+def test_flag_wins_over_the_file_in_what_is_done(
+    images: Path, tmp_path: Path, key: str, value: Any, flag: str, found: dict[str, Any]
+) -> None:
+    (tmp_path / "my.yaml").write_text(f"{key}: {value}\n")
+    data = [] if "data" in key else [str(images)]
+    size = [] if "size" in key else ["--img-size", "32"]
+    arguments = [*data, *SMALL_MODEL, *size, "-b", "8", "-j", "0", "--epochs", "1"]
+    arguments += ["-c", str(tmp_path / "my.yaml"), *flag.format(images=images).split()]
+    assert train([*arguments, "--output", str(tmp_path), "--experiment", "run"]) == 0
+    config = saved_config(tmp_path / "run")
+    for name, expected in found.items():
+        wanted = expected.format(images=images) if isinstance(expected, str) else expected
+        assert config[name] == wanted
+
+
+def test_folder_given_beside_the_sample_is_not_passed_over(
+    programs: Programs, images: Path, tmp_path: Path
+) -> None:
+    # The sample's splits are not in the folder: whether the folder wins or the two are refused
+    # together, there is nothing to train on or to validate.
+    options = ["-c", "quickstart", "--epochs", "1", "--val-fraction", "0.98", "--test-split", ""]
+    result = programs.run(TRAIN, images, *options, cwd=tmp_path)
+    assert result.status == 2
+    assert not any(tmp_path.iterdir())
+    result = programs.run(TRAIN, *options, "-b", "8", "--output", tmp_path, cwd=tmp_path)
+    assert result.status == 0, result.stderr
+    weights = tmp_path / "quickstart" / "model.safetensors"
+    result = programs.run(VALIDATE, images, "--checkpoint", weights, cwd=tmp_path)
+    assert result.status == 2
+
+
+def test_replace_file_keeps_the_old_file_if_the_writer_fails(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail_halfway(temporary: Path) -> None:
+        assert temporary.parent == tmp_path  # else the rename would be a copy
+        assert temporary != path
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_file(path, fail_halfway)
+    assert files_in(tmp_path) == {"file"}
+    assert path.read_text() == "old"
+
+
+def test_replace_file_keeps_the_old_file_if_the_writer_writes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError):
+        replace_file(path, lambda _: None)
+    assert files_in(tmp_path) == {"file"}
+    assert path.read_text() == "old"
+
+
+def test_replace_file_replaces_only_when_complete(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    seen = []
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("new")
+        seen.append(path.read_text())
+
+    replace_file(path, write)
+    assert (seen, path.read_text()) == (["old"], "new")
+    assert files_in(tmp_path) == {"file"}
+    (tmp_path / "file.partial").write_text("left by a run that was killed")
+    replace_file(path, write)
+    assert files_in(tmp_path) == {"file"}
+
+
+def test_weights_survive_any_memory_format(tmp_path: Path) -> None:
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    save_weights(model, tmp_path / "w.safetensors")
+    other = nn.Conv2d(3, 4, 3)
+    load_weights(other, tmp_path / "w.safetensors")
+    assert torch.equal(other.weight, model.weight)
+
+
+@pytest.mark.parametrize(
+    ("other", "hint"),
+    [
+        (nn.Linear(3, 2, bias=False), "it has bias, which the model lacks"),
+        (nn.Sequential(nn.Linear(3, 2)), "it lacks 0.bias and 1 more keys"),
+        (nn.Linear(4, 2), r"weight is \[2, 3\], in the model \[2, 4\]"),
+    ],
+)
+def test_load_weights_names_what_does_not_fit(tmp_path: Path, other: nn.Module, hint: str) -> None:
+    save_weights(nn.Linear(3, 2), tmp_path / "w.safetensors")
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(UsageError, match=hint):
+        load_weights(other, tmp_path / "w.safetensors")
+    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
+
+
+def test_state_is_read_back(tmp_path: Path) -> None:
+    state = {"epoch": 3, "best": (1.0, 2.0, 3.0), "model": {"w": torch.ones(2)}, "none": None}
+    save_state(state, tmp_path / "last.pt")
+    found = load_state(tmp_path / "last.pt", torch.device("cpu"))
+    assert torch.equal(found.pop("model")["w"], torch.ones(2))
+    assert found == {"epoch": 3, "best": (1.0, 2.0, 3.0), "none": None}
+    with pytest.raises(UsageError, match=r"other\.pt does not exist"):
+        load_state(tmp_path / "other.pt", torch.device("cpu"))
+
+
+def test_package_of_the_tests_is_the_checkout() -> None:
+    # Else these tests would pass or fail for another copy.
+    from training_testing import ROOT
+
+    assert Path(emax_timm.__file__).parents[1] == ROOT
