@@ -105,6 +105,8 @@ class EMAX(nn.Module):
         for name, value in (("channels", channels), ("factor", factor), ("reduction", reduction)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        if not math.isfinite(gate_init):
+            raise ValueError(f"gate_init must be finite, not {gate_init!r}")
         self.groups = math.gcd(channels, factor)  # F
         self.candidates = _candidates(self.groups, group_counts)
         self.batch_vote = batch_vote
@@ -170,15 +172,20 @@ class EMAX(nn.Module):
 
         self.warmup.fill_(1.0)
         self.temperature.fill_(1.0)
-        counts = torch.tensor(self.candidates)
+        # The device is named, for a torch.device context may stand for another one.
+        device = self.group_counts.device
+        counts = torch.tensor(self.candidates, device=device)
         self.group_counts.copy_(counts)
         if self.same_group is not None:
-            fine = torch.arange(self.groups)
+            fine = torch.arange(self.groups, device=device)
             group = fine // (self.groups // counts).unsqueeze(-1)  # [K, F]
             self.same_group.copy_(group.unsqueeze(-1) == group.unsqueeze(-2))
 
     def attention(self, x: Tensor) -> EMAXMaps:
-        """The attention maps of `x` [b, c, h, w], not applied to it."""
+        """The attention maps of `x` [b, c, h, w], not applied to it.
+
+        In training mode every call draws the noise of the choice of groups anew.
+        """
         controller: list[Tensor] = []
         if self.group_controller is not None:
             controller.append(self.group_controller.weight)
@@ -222,7 +229,7 @@ class EMAX(nn.Module):
         gamma = self.gamma
         if gamma is not None:
             offset = offset + scale * gamma * maps.channel
-        group_shape = [self.groups, -1]
+        group_shape = [self.groups, self.residual_gate.shape[0] // self.groups]  # F, d
         factor = torch.addcmul(
             offset.unflatten(1, group_shape).unsqueeze(-1).unsqueeze(-1),  # [b, F, d, 1, 1]
             scale.unflatten(1, group_shape).unsqueeze(-1).unsqueeze(-1),
@@ -246,14 +253,15 @@ def set_grouping(
         temperature: tau > 0 of the straight-through softmax. None keeps it.
 
     Returns:
-        The number of EMAX layers found.
+        The number of EMAX layers found; those of a scripted model are not.
 
     Raises:
         ValueError: If a value is out of its range.
     """
     if warmup is not None and not 0 <= warmup <= 1:
         raise ValueError(f"warmup must be in [0, 1], not {warmup!r}")
-    if temperature is not None and not 0 < temperature < math.inf:
+    smallest = torch.finfo(torch.float32).tiny
+    if temperature is not None and not smallest <= temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, not {temperature!r}")
     layers = [module for module in model.modules() if isinstance(module, EMAX)]
     for layer in layers:
@@ -275,6 +283,10 @@ def _candidates(finest: int, group_counts: str | Sequence[int] | None) -> list[i
                 f'group_counts must be None, "finest" or a list of integers, not {group_counts!r}'
             )
         return [finest]
+    if not isinstance(group_counts, Sequence):
+        raise ValueError(
+            f'group_counts must be None, "finest" or a list of integers, not {group_counts!r}'
+        )
     if any(not isinstance(count, int) or count < 1 for count in group_counts):
         raise ValueError(f"group_counts must be positive integers, not {list(group_counts)}")
     candidates = [count for count in divisors if count in group_counts]

@@ -52,20 +52,18 @@ def border_means(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         [b, F, d, 9], taps in row-major order, as in a flattened kernel.
     """
     h, w = x.shape[3], x.shape[4]
-    none = torch.zeros_like(rows[..., 0])  # [b, F, d]
     # The upper taps (dy = -1) miss the last row, the lower ones the first; likewise the columns.
-    missed_row = torch.stack([rows[..., -1], none, rows[..., 0]], dim=-1) / h  # [b, F, d, 3]
-    missed_column = torch.stack([columns[..., -1], none, columns[..., 0]], dim=-1) / w
-    corner = torch.stack(
-        [
-            *(x[..., -1, -1], none, x[..., -1, 0]),
-            *(none, none, none),
-            *(x[..., 0, -1], none, x[..., 0, 0]),
-        ],
-        dim=-1,
-    ) / (h * w)  # [b, F, d, 9]
-    missed = missed_row.unsqueeze(-1) + missed_column.unsqueeze(-2)  # [b, F, d, 3, 3]
-    return rows.mean(-1, keepdim=True) - missed.flatten(-2) + corner
+    # Padded rather than stacked: TorchScript's gradient of a stack can lose some of its inputs.
+    missed_row = (F.pad(rows[..., -1:], [0, 2]) + F.pad(rows[..., :1], [2, 0])) / h  # [b, F, d, 3]
+    missed_column = (F.pad(columns[..., -1:], [0, 2]) + F.pad(columns[..., :1], [2, 0])) / w
+    corner = (
+        F.pad(x[..., -1:, -1:], [0, 2, 0, 2])
+        + F.pad(x[..., -1:, :1], [2, 0, 0, 2])
+        + F.pad(x[..., :1, -1:], [0, 2, 2, 0])
+        + F.pad(x[..., :1, :1], [2, 0, 2, 0])
+    ) / (h * w)  # [b, F, d, 3, 3]
+    missed = missed_row.unsqueeze(-1) + missed_column.unsqueeze(-2) - corner
+    return rows.mean(-1, keepdim=True) - missed.flatten(-2)
 
 
 def fine_maps(
@@ -170,14 +168,17 @@ def mix_groups(
     Returns:
         [b, F, h, w].
     """
-    equal = same_group / same_group.sum(-1, keepdim=True)  # [K, F, F]
+    # A third is no float32 number, nor is 1 - 0.1f: float64 inputs need float64 quotients.
+    equal = same_group.to(score.dtype)
+    equal = equal / equal.sum(-1, keepdim=True)  # [K, F, F]
+    warmup = warmup.to(score.dtype)
     # A softmax per row, hence normalised by the maximum of its group: one maximum for all would
     # underflow to 0 / 0 in groups far below it.
     scores = score[:, None, None, :].masked_fill(~same_group, float("-inf"))  # [b, K, F, F]
     finest = torch.eye(first.shape[1], device=score.device, dtype=score.dtype)
     rest = (1 - warmup) * finest
     choice = warmup * choice
-    mix_first = rest + torch.matmul(choice, equal.to(choice.dtype).flatten(1)).view_as(scores[:, 0])
+    mix_first = rest + torch.matmul(choice, equal.flatten(1)).view_as(scores[:, 0])
     mix_second = rest + (choice[:, :, None, None] * torch.softmax(scores, dim=-1)).sum(1)
     mixed = torch.matmul(mix_first, first.flatten(2)) + torch.matmul(mix_second, second.flatten(2))
     return mixed.view_as(first)
@@ -196,7 +197,8 @@ def squeeze_excite(mean: Tensor, weights: list[Tensor]) -> Tensor:
 def _outside_autocast(function: Callable) -> Callable:
     """Keep autocast from turning the matrix products of `function(x, ...)` into half precision.
 
-    TorchScript compiles the undecorated function; it has no autocast of its own to leave.
+    TorchScript compiles the undecorated function and cannot leave autocast: there the products
+    are half precision.
     """
 
     @wraps(function)

@@ -1,5 +1,7 @@
 """The EMAX ResNets as timm users meet them."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -14,8 +16,8 @@ NAMES = [
 ]
 
 
-def small_model(**kwargs) -> emax_timm.ResNetEMAX:
-    return timm.create_model("resnet10t_emax", num_classes=3, **kwargs)  # type: ignore[return-value]
+def small_model(**kwargs) -> Any:
+    return timm.create_model("resnet10t_emax", num_classes=3, **kwargs)
 
 
 def attentions(model: nn.Module) -> dict[str, emax_timm.EMAX]:
@@ -30,13 +32,15 @@ def test_registry_lists_the_models_in_a_module_of_their_own() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_model_is_its_plain_twin_plus_attention_after_the_last_norm(name: str) -> None:
     with torch.device("meta"):
-        model, twin = timm.create_model(name), timm.create_model(name.removesuffix("_emax"))
+        model: Any = timm.create_model(name)
+        twin = timm.create_model(name.removesuffix("_emax"))
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     theirs = {key: tuple(value.shape) for key, value in twin.state_dict().items()}
     assert ours.items() >= theirs.items()
     assert all(".se." in key for key in ours.keys() - theirs.keys())
     blocks = [m for n, m in model.named_modules() if n.count(".") == 1 and n.startswith("layer")]
     assert len(attentions(model)) == len(blocks) > 0
+    block: Any
     for block in blocks:
         width = block.bn3.num_features if hasattr(block, "bn3") else block.bn2.num_features
         assert block.se.residual_gate.shape == (width,)
@@ -65,6 +69,7 @@ def test_model_with_closed_gates_computes_what_its_twin_computes() -> None:
 @pytest.mark.parametrize("name", ["resnet10t_emax", "resnet14t_emax"])
 def test_model_keeps_the_initialisation_of_emax(name: str) -> None:
     for layer in attentions(timm.create_model(name)).values():
+        assert layer.conv3x3.bias is not None
         assert torch.equal(layer.conv3x3.bias, torch.full_like(layer.conv3x3.bias, 2.0))
         bound = layer.conv3x3.weight[0].numel() ** -0.5
         assert layer.conv3x3.weight.abs().max() <= bound  # torch's default, not ResNet's kaiming

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from training_testing import TRAIN, VALIDATE, Programs
 
-from emax_timm.training import TrainConfig
+from emax_timm.training import TrainConfig, UsageError
 from emax_timm.training.config import from_mapping, parse_settings
+from emax_timm.training.options import NOT_HERE
 
 # Read off the argparse parser of timm's own train.py (huggingface/pytorch-image-models, release
 # 1.0.31): the default of each of its flags that this project has too.
@@ -63,8 +64,9 @@ TIMM_DEFAULTS: dict[str, Any] = {
 OPTIONS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 
-def test_options_that_are_not_timms_say_so() -> None:
+def test_options_that_timm_lacks_are_few() -> None:
     added = OPTIONS.keys() - TIMM_DEFAULTS.keys()
+    added -= {"crop_mode"}  # of timm's validate.py
     assert added == {"val_fraction", "test_split", "grouping_warmup", "grouping_temperature"}
 
 
@@ -73,6 +75,14 @@ def test_option_has_timms_default_or_says_so(name: str) -> None:
     config = TrainConfig()
     if getattr(config, name) != TIMM_DEFAULTS[name]:
         assert "timm" in OPTIONS[name].metadata["help"], name
+
+
+def test_flags_of_timm_that_are_not_here_say_what_stands_in() -> None:
+    for flag, hint in NOT_HERE.items():
+        assert flag[2:].replace("-", "_") not in OPTIONS
+        with pytest.raises(UsageError, match=hint) as caught:
+            parse_settings(TrainConfig, [flag, "1"], "train.py")
+        assert flag in str(caught.value)
 
 
 def test_flags_are_spelt_as_timms() -> None:

@@ -471,7 +471,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=pytest.mark.slow if name == "float16" else ()) for name in VARIANTS],
+)
 def test_resumed_run_equals_one_that_never_stopped(trainer_for: MakeTrainer, variant: str) -> None:
     options = {"epochs": 4, "warmup_epochs": 1, "warmup_lr": 0.01, **VARIANTS[variant]}
     whole = trainer_for("whole", **options)
