@@ -14,8 +14,8 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import Mixup, resolve_data_config
-from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.data import Mixup
+from timm.layers import convert_sync_batchnorm
 from timm.loss import (
     BinaryCrossEntropy,
     JsdCrossEntropy,
@@ -34,6 +34,7 @@ from . import checkpoint
 from .config import UsageError, nearest
 from .data import (
     class_names,
+    data_config_of,
     evaluation_loader,
     hold_out,
     mixup_options,
@@ -64,9 +65,7 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
 
     random_seed(config.seed)  # the same on all ranks, so that they start from the same model
     model = _create_model(config, num_classes)
-    data_config = resolve_data_config(vars(config), model=model)
-    if config.split_bn:
-        model = convert_splitbn_model(model, max(config.aug_splits, 2))
+    data_config = data_config_of(config, model)
     model.to(world.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -94,8 +93,8 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
     config = _resolve(config, data_config, num_classes, world)
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(config), **config.opt_kwargs)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"optimizer {config.opt}: {error}") from None
+    except Exception as error:  # whatever the optimizer makes of its options
+        raise UsageError(f"optimizer {config.opt}: {str(error) or type(error).__name__}") from None
     steps = -(-len(train_loader) // config.grad_accum_steps)
     schedule: dict[str, Any] = scheduler_kwargs(
         config, decreasing_metric=config.eval_metric == "loss"
@@ -140,6 +139,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "num_classes": (1, float("inf")),
     "img_size": (1, float("inf")),
     "in_chans": (1, float("inf")),
+    "seed": (0, 2**63 - 1),
     "val_fraction": (0, 1),
     "lr": (0, float("inf")),
     "smoothing": (0, 1),
@@ -173,8 +173,17 @@ def check_config(config: TrainConfig) -> None:
         raise UsageError(f"mixup and cutmix need an even --batch-size, not {config.batch_size}")
     if Path(config.experiment).name != config.experiment or config.experiment == "..":
         raise UsageError(f"--experiment is the name of one folder, not {config.experiment}")
-    if config.pretrained_path and not config.pretrained_path.endswith(".safetensors"):
-        raise UsageError(f"{config.pretrained_path}: weights are read from .safetensors files only")
+    if len(config.experiment.encode()) > 255:
+        raise UsageError(f"--experiment is too long for a folder's name: {config.experiment}")
+    for path in (config.pretrained_path, config.initial_checkpoint):
+        if path:
+            checkpoint.read_weights(Path(path))
+    backends = torch.compiler.list_backends()
+    if config.torchcompile and config.torchcompile not in backends:
+        raise UsageError(
+            f"unknown torch.compile backend {config.torchcompile}; "
+            f"the nearest is {nearest(config.torchcompile, backends)}"
+        )
     check_model(config.model, _model_arguments(config, config.num_classes))
 
 
@@ -208,8 +217,8 @@ def check_model(name: str, arguments: dict[str, Any]) -> None:
             timm.create_model(name, **arguments)
     except TypeError as error:
         raise UsageError(f"model {name}: {_explain(error, name)}") from None
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UsageError(f"model {name}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # whatever the model makes of its arguments
+        raise UsageError(f"model {name}: {str(error) or type(error).__name__}") from None
 
 
 def _explain(error: TypeError, name: str) -> str:
@@ -218,15 +227,21 @@ def _explain(error: TypeError, name: str) -> str:
     if not found:
         return str(error)
     owner, keyword = found.groups()
-    model_class = inspect.signature(timm.model_entrypoint(name)).return_annotation
-    # A model class hands what it does not know to its bases.
-    classes = EMAX.__mro__ if owner == "EMAX" else inspect.getmro(model_class)
+    # The class that was asked for, which may have handed the keyword to a base.
+    model_class: Any = inspect.signature(timm.model_entrypoint(name)).return_annotation
+    if owner == "EMAX":
+        model_class = EMAX
+    elif not inspect.isclass(model_class) or model_class is inspect.Signature.empty:
+        model_class = getattr(timm.models, owner, nn.Module)
+    classes = inspect.getmro(model_class)
     keywords = {
         parameter.name
         for cls in classes
         for parameter in inspect.signature(cls.__init__).parameters.values()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     } - {"self", "device", "dtype"}
+    if not keywords:
+        return f"unknown keyword {keyword}"
     return f"unknown keyword {keyword}; the nearest valid one is {nearest(keyword, keywords)}"
 
 
@@ -248,15 +263,15 @@ def _model_arguments(config: TrainConfig, num_classes: int | None) -> dict[str, 
 def _create_model(config: TrainConfig, num_classes: int) -> Any:
     arguments = _model_arguments(config, num_classes)
     if config.pretrained_path:
+        weights = checkpoint.read_weights(Path(config.pretrained_path))
         # num_classes of -1 makes timm adapt the head.
-        overlay = {"file": config.pretrained_path, "num_classes": -1}
-        arguments["pretrained_cfg_overlay"] = overlay
+        arguments["pretrained_cfg_overlay"] = {"state_dict": weights, "num_classes": -1}
     try:
         model: Any = timm.create_model(
             config.model, pretrained=config.pretrained or bool(config.pretrained_path), **arguments
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"model {config.model}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # whatever stands in the way of its weights
+        raise UsageError(f"model {config.model}: {str(error) or type(error).__name__}") from None
     if config.initial_checkpoint:
         checkpoint.load_weights(model, Path(config.initial_checkpoint))
     head = model.get_classifier()
@@ -282,6 +297,7 @@ def _open_splits(config: TrainConfig) -> dict[str, Any]:
             name,
             input_img_mode=mode,
             training=training,
+            must_exist=True,
             batch_size=config.batch_size,
             num_samples=samples,
             seed=config.seed,
@@ -321,8 +337,14 @@ def _resolve(
             ratio **= 0.5
         lr = config.lr_base * ratio
     root = config.data_dir or config.data
+    norm = {"bn_momentum": config.bn_momentum, "bn_eps": config.bn_eps}
+    norm = {name: value for name, value in norm.items() if value is not None}
     return dataclasses.replace(
         config,
+        # Where whoever loads the weights finds them.
+        model_kwargs={**config.model_kwargs, **norm},
+        bn_momentum=None,
+        bn_eps=None,
         lr=lr,
         num_classes=num_classes,
         data=None,

@@ -14,6 +14,8 @@ restricted unpickler. Every file is written under a temporary name and renamed w
 
 import contextlib
 import os
+import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ __all__ = [
     "MODEL_CONFIG",
     "load_state",
     "load_weights",
+    "read_weights",
     "replace_file",
     "save_model_config",
     "save_state",
@@ -70,20 +73,29 @@ def save_weights(model: nn.Module, path: Path) -> None:
     )
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a file of `save_weights` into the model; every key must fit.
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
 
     Raises:
-        UsageError: If the file is missing, no safetensors file, or of another architecture.
+        UsageError: If the file is missing or no complete safetensors file.
     """
     if not path.is_file():
         raise UsageError(f"there is no checkpoint {path}")
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: weights are read from .safetensors files only")
     try:
-        tensors = safetensors.torch.load_file(path)
+        return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UsageError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a file of `save_weights` into the model; every key must fit.
+
+    Raises:
+        UsageError: If the file cannot be read, or is of another architecture.
+    """
+    tensors = read_weights(path)
     _check_keys(model.state_dict(), tensors, path)
     model.load_state_dict(tensors)
 
@@ -121,11 +133,18 @@ def load_state(path: Path, device: torch.device) -> dict[str, Any]:
         UsageError: If the file is missing or damaged.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of other kinds, which are refused
+            state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds {type(state).__name__}")
+        return state
     except FileNotFoundError:
         raise UsageError(f"there is no run to resume: {path} does not exist") from None
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # torch's text advises to turn its restricted unpickler off.
+        reason = "it is damaged, or holds more than plain data"
+        reason = reason if isinstance(error, pickle.UnpicklingError) else str(error)
         raise UsageError(f"{path} is not a complete training state: {reason}") from None
 
 

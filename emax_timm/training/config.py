@@ -22,6 +22,7 @@ __all__ = [
     "UsageError",
     "find_config",
     "from_mapping",
+    "layered",
     "nearest",
     "parse_settings",
     "read_yaml",
@@ -61,7 +62,26 @@ def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[st
     path = find_config(values.pop("config"))
     settings = {str(key).replace("-", "_"): value for key, value in read_yaml(path).items()}
     from_mapping(kind, settings, source=str(path))  # an error in the file is to name the file
-    return {**settings, **values}
+    return layered(settings, values)
+
+
+def layered(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The settings `given` over those of `base`, also where they say the same in other words."""
+    base = dict(base)
+    if {"data", "data_dir"} & given.keys():
+        base.pop("data", None)
+        base.pop("data_dir", None)
+    if "input_size" in given:
+        base.pop("img_size", None)
+        base.pop("in_chans", None)
+    elif (size := base.get("input_size")) and {"img_size", "in_chans"} & given.keys():
+        channels, height, width = size
+        if "img_size" in given:
+            base.pop("input_size")
+            base["in_chans"] = channels
+        else:
+            base["input_size"] = [given["in_chans"], height, width]
+    return {**base, **given}
 
 
 def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> ConfigT:
@@ -81,8 +101,11 @@ def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> 
             values[name] = _convert(value, hints[name])
         except ValueError as error:
             raise UsageError(f"{source}: {name} must be {error}, not {value!r}") from None
+        length = options[name].metadata.get("nargs")
+        if isinstance(length, int) and values[name] is not None and len(values[name]) != length:
+            raise UsageError(f"{source}: {name} takes {length} values, not {value!r}")
         choices = options[name].metadata.get("choices")
-        if choices and values[name] not in choices:
+        if choices and values[name] is not None and values[name] not in choices:
             raise UsageError(
                 f"{source}: {name} has no choice {value}; the nearest of "
                 f"{', '.join(filter(None, choices))} is {nearest(str(value), choices)}"
@@ -240,7 +263,7 @@ def _convert(value: Any, hint: Any) -> Any:
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-3 as a string
-        except ValueError:
+        except (OverflowError, ValueError):
             raise ValueError(_NAMES[float]) from None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(_NAMES[kind])

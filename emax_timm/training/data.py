@@ -8,17 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import AugMixDataset, FastCollateMixup, create_dataset, create_loader
+from timm.data import (
+    AugMixDataset,
+    FastCollateMixup,
+    create_dataset,
+    create_loader,
+    resolve_data_config,
+)
 from timm.data.dataset_factory import _search_split
 from torch.utils.data import Dataset, IterableDataset
 
 from .config import UsageError, nearest
 from .distributed import World
-from .options import DataOptions, TrainConfig
+from .options import DataOptions, InputOptions, TrainConfig
 
 __all__ = [
     "Subset",
     "class_names",
+    "data_config_of",
     "evaluation_loader",
     "hold_out",
     "open_split",
@@ -58,25 +65,43 @@ def open_split(
     input_img_mode: str,
     training: bool,
     batch_size: int,
+    must_exist: bool = False,
     num_samples: int | None = None,
     seed: int = 0,
     repeats: float = 0.0,
 ) -> Any:
     """Open a split of the data set that the options name; no image is decoded yet.
 
+    Args:
+        options: Which data set.
+        split: Its split.
+        input_img_mode: PIL mode of the images if the options do not say.
+        training: Whether it is trained on.
+        must_exist: Refuse a folder without one for the split, as for training; else the folder is
+            taken to be the split.
+        batch_size, num_samples, seed, repeats: Of iterable data sets.
+
     Raises:
         UsageError: If it is not there or is empty.
     """
     name, root = options.dataset, options.data_dir or options.data
     kind, _, rest = name.partition("/")
+    if kind.lower() not in (kinds := ["", "torch", "hfds", "hfids", "tfds", "wds", "sample"]):
+        raise UsageError(
+            f"unknown type of data set {kind}; the nearest of {', '.join(kinds[1:])} "
+            f"is {nearest(kind, kinds)}"
+        )
     if kind == "sample":
-        name, root = "", _sample(rest)
+        folder = _sample(rest)
+        if root:
+            raise UsageError(f"--dataset {name} has its own images; leave out it or {root}")
+        name, root = "", folder
     elif kind == "torch" and rest.lower() == "fashion_mnist" and root:
         _unpack_debian_fashion_mnist(Path(root))
     if not root:
         raise UsageError("no data: give --data-dir DIR, or --dataset sample/fashion_mnist")
     if not name:
-        _check_folder(Path(root), split, training)
+        _check_folder(Path(root), split, must_exist or training)
     if options.class_map.endswith(".pkl"):
         raise UsageError(f"{options.class_map}: a class map is a text file, one class per line")
     arguments: dict[str, Any] = {
@@ -110,7 +135,7 @@ def _sample(name: str) -> Path:
     return SAMPLES / name
 
 
-def _check_folder(root: Path, split: str, training: bool) -> None:
+def _check_folder(root: Path, split: str, must_exist: bool) -> None:
     if not root.exists():
         raise UsageError(f"the data folder {root} does not exist")
     if not root.is_dir():
@@ -119,7 +144,7 @@ def _check_folder(root: Path, split: str, training: bool) -> None:
         raise UsageError(f"the data folder {root} is empty; it needs a folder {split}/ of classes")
     # Without the split's own folder timm reads the root as if it were the split: right for
     # validate.py on a folder of classes, but in training its splits would be taken for classes.
-    if training and _search_split(str(root), split) == str(root):
+    if must_exist and _search_split(str(root), split) == str(root):
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:5])
         raise UsageError(f"{root} has no folder {split}/ (it has {found}); name it with the flags")
 
@@ -199,47 +224,67 @@ def training_loader(
     config: TrainConfig, dataset: Any, data_config: dict[str, Any], num_classes: int, world: World
 ) -> Any:
     """Timm's augmenting loader; mixup happens in it unless the prefetcher is off."""
+    if config.aug_repeats and world.size == 1:
+        raise UsageError("--aug-repeats needs several ranks")
     if config.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=config.aug_splits)
     collate = None
     if mixup_options(config) and not config.no_prefetcher:
         collate = FastCollateMixup(**mixup_options(config), num_classes=num_classes)
     interpolation = data_config["interpolation"] if config.no_aug else config.train_interpolation
-    return create_loader(
-        dataset,
-        input_size=data_config["input_size"],
-        batch_size=config.batch_size,
-        is_training=True,
-        no_aug=config.no_aug,
-        re_prob=config.reprob,
-        re_mode=config.remode,
-        re_count=config.recount,
-        re_split=config.resplit,
-        train_crop_mode=config.train_crop_mode,
-        scale=tuple(config.scale),  # type: ignore[arg-type]
-        ratio=tuple(config.ratio),  # type: ignore[arg-type]
-        hflip=config.hflip,
-        vflip=config.vflip,
-        color_jitter=config.color_jitter,
-        color_jitter_prob=config.color_jitter_prob,
-        grayscale_prob=config.grayscale_prob or 0.0,
-        gaussian_blur_prob=config.gaussian_blur_prob or 0.0,
-        auto_augment=config.aa,
-        num_aug_repeats=int(config.aug_repeats),
-        num_aug_splits=config.aug_splits,
-        interpolation=interpolation,
-        mean=data_config["mean"],
-        std=data_config["std"],
-        num_workers=config.workers,
-        distributed=world.size > 1,
-        collate_fn=collate,
-        pin_memory=config.pin_mem,
-        device=world.device,
-        use_prefetcher=not config.no_prefetcher,
+    arguments: dict[str, Any] = {
+        "input_size": data_config["input_size"],
+        "batch_size": config.batch_size,
+        "is_training": True,
+        "no_aug": config.no_aug,
+        "re_prob": config.reprob,
+        "re_mode": config.remode,
+        "re_count": config.recount,
+        "re_split": config.resplit,
+        "train_crop_mode": config.train_crop_mode,
+        "scale": tuple(config.scale),
+        "ratio": tuple(config.ratio),
+        "hflip": config.hflip,
+        "vflip": config.vflip,
+        "color_jitter": config.color_jitter,
+        "color_jitter_prob": config.color_jitter_prob,
+        "grayscale_prob": config.grayscale_prob or 0.0,
+        "gaussian_blur_prob": config.gaussian_blur_prob or 0.0,
+        "auto_augment": config.aa,
+        "num_aug_repeats": int(config.aug_repeats),
+        "num_aug_splits": config.aug_splits,
+        "interpolation": interpolation,
+        "mean": data_config["mean"],
+        "std": data_config["std"],
+        "num_workers": config.workers,
+        "distributed": world.size > 1,
+        "collate_fn": collate,
+        "pin_memory": config.pin_mem,
+        "device": world.device,
+        "use_prefetcher": not config.no_prefetcher,
         # Workers that outlive an epoch would go on with its random state: an epoch's augmentation
         # would depend on where the run was started.
-        persistent_workers=False,
-    )
+        "persistent_workers": False,
+    }
+    try:
+        return create_loader(dataset, **arguments)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"cannot augment as asked (--aa {config.aa}): {text}") from None
+
+
+def data_config_of(options: InputOptions, model: Any) -> dict[str, Any]:
+    """Size and normalisation of the model's input, and how images are resized to it.
+
+    Raises:
+        UsageError: If mean or std do not fit the number of channels.
+    """
+    channels = options.input_size[0] if options.input_size else options.in_chans or 3
+    for name in ("mean", "std"):
+        values = getattr(options, name)
+        if values is not None and len(values) not in (1, channels):
+            raise UsageError(f"{name} has {len(values)} values for {channels} channels")
+    return resolve_data_config(vars(options), model=model)
 
 
 def evaluation_loader(

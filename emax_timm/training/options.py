@@ -24,11 +24,14 @@ NOT_HERE = {
     "--naflex-loader": "these are convolutional networks",
     "--no-resume-opt": "start from the weights with --initial-checkpoint",
     "--recovery-interval": "a checkpoint is written after every epoch",
+    "--split-bn": "there is one batch norm for all augmentation splits",
     "--start-epoch": "use --resume",
     "--torchscript": "use --torchcompile",
     "--train-img-sizes": "there is one image size",
     "--use-ema": "the checkpoint of the best holds the averaged weights if there are any",
 }
+
+FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 def option(default: Any, help: str, *flags: str, **argparse: Any) -> Any:
@@ -53,7 +56,11 @@ class DataOptions:
     )
     dataset_download: bool = option(False, "download the data set if its type can")
     class_map: str = option("", "text file with one class name per line, in label order")
-    input_img_mode: str | None = option(None, "PIL mode images are converted to (RGB, or L for 1)")
+    input_img_mode: str | None = option(
+        None,
+        "PIL mode that images are converted to (RGB, or L for one channel)",
+        choices=("RGB", "L", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"),
+    )
     input_key: str | None = option(None, "key of the images in hfds, wds and tfds data")
     target_key: str | None = option(None, "key of the labels in hfds, wds and tfds data")
     workers: int = option(4, "processes that load images; 0 loads in the main process", "-j")
@@ -69,10 +76,12 @@ class InputOptions:
     in_chans: int | None = option(None, "channels of the input")
     input_size: list[int] | None = option(None, "channels, height and width", nargs=3)
     crop_pct: float | None = option(None, "side of the centre crop over that of the resized image")
-    crop_mode: str | None = option(None, "crop for validation: center, squash or border")
+    crop_mode: str | None = option(
+        None, "crop for validation", choices=("center", "squash", "border")
+    )
     mean: list[float] | None = option(None, "mean per channel, of pixels in [0, 1]")
     std: list[float] | None = option(None, "standard deviation per channel")
-    interpolation: str = option("", "resize filter for validation: bilinear, bicubic, …")
+    interpolation: str = option("", "resize filter for validation", choices=("", *FILTERS))
 
 
 @dataclass
@@ -135,7 +144,6 @@ class ModelOptions:
         "share running statistics between ranks after an epoch",
         choices=("reduce", "broadcast", ""),
     )
-    split_bn: bool = option(False, "separate batch norms per augmentation split")
     no_ddp_bb: bool = option(False, "do not broadcast buffers between ranks")
 
 
@@ -215,7 +223,9 @@ class AugmentationOptions:
     """Augmentation and regularisation."""
 
     no_aug: bool = option(False, "no augmentation of the training images")
-    train_crop_mode: str | None = option(None, "crop of the training images: rrc, rkrc, rkrr")
+    train_crop_mode: str | None = option(
+        None, "crop of the training images", choices=("rrc", "rkrc", "rkrr")
+    )
     scale: list[float] = option([0.08, 1.0], "range of the random crop's area", nargs=2)
     ratio: list[float] = option([3 / 4, 4 / 3], "range of its aspect ratio", nargs=2)
     hflip: float = option(0.5, "probability of a horizontal flip")
@@ -244,7 +254,9 @@ class AugmentationOptions:
     mixup_mode: str = option("batch", "scope of the choice", choices=("batch", "pair", "elem"))
     mixup_off_epoch: int = option(0, "epoch from which both are off; 0 for never")
     smoothing: float = option(0.1, "label smoothing")
-    train_interpolation: str = option("random", "resize filter for training")
+    train_interpolation: str = option(
+        "random", "resize filter for training", choices=("random", "", *FILTERS)
+    )
 
 
 @dataclass
@@ -260,7 +272,7 @@ class AveragingOptions:
 class RunOptions:
     """Run."""
 
-    output: str = option("output/train", "folder of runs")
+    output: str = option("output/train", "folder of runs (timm's default, spelt out)")
     experiment: str = option("", "name of the run's folder in it (default: time-model-size)")
     resume: str = option("", "go on with the run in this folder, at the next epoch")
     seed: int = option(42, "seed of everything random")

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import resolve_data_config
 
 from . import checkpoint
 from .build import build_trainer, check_bounds, check_model
-from .config import UsageError, from_mapping, parse_settings, read_yaml
-from .data import class_names, evaluation_loader, hold_out, open_split, same_classes
+from .config import UsageError, from_mapping, layered, parse_settings, read_yaml
+from .data import (
+    class_names,
+    data_config_of,
+    evaluation_loader,
+    hold_out,
+    open_split,
+    same_classes,
+)
 from .distributed import World, open_world
 from .evaluate import Metrics, evaluate
 from .options import TrainConfig, ValidateConfig
@@ -32,7 +38,7 @@ def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
         if settings.get("resume"):
             path = Path(settings["resume"])
             folder = path.parent if path.is_file() else path  # timm takes a file
-            settings = {**_run_settings(folder), **settings, "resume": str(folder)}
+            settings = layered(_run_settings(folder), {**settings, "resume": str(folder)})
         config = from_mapping(TrainConfig, settings, "the configuration")
         with open_world(config.device) as world:
             build_trainer(config, world).run()
@@ -72,7 +78,7 @@ def validate_with(settings: dict[str, Any], world: World) -> Metrics:
             raise UsageError(f"there is no checkpoint {checkpoint_file}")
         if (folder / checkpoint.CONFIG).is_file():
             run = from_mapping(TrainConfig, _run_settings(folder), str(folder / checkpoint.CONFIG))
-            settings = {**_settings_of(run, settings), **settings}
+            settings = layered(_settings_of(run), settings)
         elif "model" not in settings:
             raise UsageError(
                 f"there is no {checkpoint.CONFIG} beside {checkpoint_file}; "
@@ -95,12 +101,12 @@ def validate_with(settings: dict[str, Any], world: World) -> Metrics:
     dataset = _open_data(config, run)
     try:
         model: Any = timm.create_model(config.model, pretrained=config.pretrained, **arguments)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"model {config.model}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # whatever stands in the way of its weights
+        raise UsageError(f"model {config.model}: {str(error) or type(error).__name__}") from None
     if config.checkpoint:
         checkpoint.load_weights(model, Path(config.checkpoint))
     _check_classes(config, dataset, model.num_classes)
-    data_config = resolve_data_config(vars(config), model=model)
+    data_config = data_config_of(config, model)
     model.to(world.device)
     loader = evaluation_loader(config, dataset, data_config, config.batch_size or 256, world)
     progress = Progress("validation", len(loader), interval=50, enabled=world.is_primary)
@@ -116,27 +122,26 @@ def _run_settings(folder: Path) -> dict[str, Any]:
     return read_yaml(path)
 
 
-def _settings_of(run: TrainConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """What a validation takes from its run, but for what the flags `given` stand in for."""
+def _settings_of(run: TrainConfig) -> dict[str, Any]:
+    """What a validation takes from its run."""
     shared = {field.name for field in fields(ValidateConfig)} & {
         f.name for f in fields(TrainConfig)
     }
     settings = {name: getattr(run, name) for name in shared - {"pretrained"}}
     settings["batch_size"] = run.validation_batch_size or run.batch_size
-    if "data" in given:
-        del settings["data_dir"]
-    if "img_size" in given:
-        del settings["input_size"]
     return settings
 
 
 def _open_data(config: ValidateConfig, run: TrainConfig | None) -> Any:
     channels = config.input_size[0] if config.input_size else config.in_chans or 3
 
+    own_data = run is not None and config.data_dir == run.data_dir
+
     def split(name: str) -> Any:
         return open_split(
             config,
             name,
+            must_exist=own_data or config.split is not None,
             input_img_mode="RGB" if channels == 3 else "L",
             training=False,
             batch_size=config.batch_size or 256,
@@ -158,7 +163,10 @@ def _check_classes(config: ValidateConfig, dataset: Any, num_classes: int) -> No
     found = class_names(dataset)
     described = Path(config.checkpoint).parent / checkpoint.MODEL_CONFIG
     if config.checkpoint and described.is_file() and not config.class_map:
-        names = json.loads(described.read_text()).get("label_names")
+        try:
+            names = json.loads(described.read_text(encoding="utf-8")).get("label_names")
+        except (AttributeError, ValueError) as error:
+            raise UsageError(f"{described} does not describe a model: {error}") from None
         same_classes(names, found, config.split or "validation")
     if found is not None and len(found) > num_classes:
         raise UsageError(
@@ -174,7 +182,8 @@ def _status_of(program: Callable[[], None], prog: str) -> int:
     try:
         program()
     except UsageError as error:
-        print(f"{prefix}: error: {error}", file=sys.stderr)
+        # One line, also where the error of a library has several.
+        print(f"{prefix}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except NonFiniteError as error:
         print(f"{prefix}: stopped: {error}", file=sys.stderr)

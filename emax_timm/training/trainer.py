@@ -206,12 +206,11 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
             if self.averaged is not None:
                 self.averaged.load_state_dict(state["averaged"])
+            self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+            self.best = Metrics(*state["best"]) if state["best"] else None
+            self.best_epoch = state["best_epoch"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"the run was made with other options: {reason}") from None
-        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        self.best = Metrics(*state["best"]) if state["best"] else None
-        self.best_epoch = state["best_epoch"]
+            raise UsageError(f"the run was made with other options: {error}") from None
         if self.scheduler is not None:
             self.scheduler.step(self.epoch)
             self.scheduler.step_update(self.step)

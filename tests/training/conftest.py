@@ -2,10 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from training_testing import Programs, image_folder
+from training_testing import MakeTrainer, Programs, image_folder
+
+from emax_timm.training import TrainConfig
+from emax_timm.training.build import build_trainer
+from emax_timm.training.distributed import World
+from emax_timm.training.trainer import Trainer
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +26,23 @@ def programs() -> Iterator[Programs]:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 32 training and 10 validation images of two classes; not to be written to."""
     return image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def trainer_for(images: Path, tmp_path: Path) -> MakeTrainer:
+    """Builds trainers; `name` is the run's folder in `tmp_path`."""
+
+    def trainer_for(name: str = "run", **options: Any) -> Trainer:
+        settings: dict[str, Any] = {
+            **{"data_dir": str(images), "output": str(tmp_path), "experiment": name},
+            **{"model": "resnet10t_emax", "model_kwargs": {"channels": [8, 8, 8, 8]}},
+            **{"img_size": 32, "batch_size": 8, "workers": 0, "epochs": 2, "warmup_epochs": 0},
+            **{"lr": 0.05, "opt": "sgd"},
+            **options,
+        }
+        return build_trainer(TrainConfig(**settings), World(torch.device("cpu")))
+
+    return trainer_for
 
 
 @pytest.fixture(autouse=True)

@@ -339,7 +339,9 @@ def test_validate_refuses_files_that_may_be_pickles(
     refused: Refused, run_copy: Path, tmp_path: Path, name: str
 ) -> None:
     torch.save({"weight": Canary(tmp_path / "canary")}, run_copy / name)
-    assert name in refused(VALIDATE, "--checkpoint", run_copy / name)
+    line = refused(VALIDATE, "--checkpoint", run_copy / name)
+    assert name in line
+    assert "only" in line  # for what they are called, before they are opened
     assert not (tmp_path / "canary").exists()
 
 

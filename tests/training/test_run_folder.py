@@ -147,7 +147,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "plain": {"model": "resnet10t"},
     "tag": {"model": "resnet18.a1_in1k", "model_kwargs": {}},
     "batch norm": {"model": "mobilenetv3_small_050", "model_kwargs": {}, "bn_eps": 0.1},
-    "split norm": {"aug_splits": 2, "split_bn": True},
 }
 
 

@@ -32,7 +32,7 @@ TIMM_DEFAULTS: dict[str, Any] = {
         [
             *("dataset_download", "pretrained", "channels_last", "grad_checkpointing", "amp"),
             *("no_ddp_bb", "sched_on_updates", "warmup_prefix", "no_aug", "jsd_loss", "bce_loss"),
-            *("bce_sum", "resplit", "sync_bn", "split_bn", "model_ema", "model_ema_warmup"),
+            *("bce_sum", "resplit", "sync_bn", "model_ema", "model_ema_warmup"),
             *("pin_mem", "no_prefetcher"),
         ],
         False,

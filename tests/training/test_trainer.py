@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +11,15 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training_testing import rows_without_seconds, same_tensors
+from training_testing import MakeTrainer, rows_without_seconds, same_tensors
 
 from emax_timm import EMAX
-from emax_timm.training import TrainConfig, train
-from emax_timm.training.build import build_trainer
+from emax_timm.training import train
 from emax_timm.training.distributed import World
 from emax_timm.training.evaluate import Metrics, evaluate
 from emax_timm.training.trainer import NonFiniteError, Trainer, grouping_course
 
 CPU = World(torch.device("cpu"))
-
-MakeTrainer = Callable[..., Trainer]
-
-# Every source of randomness that a run can have.
-RANDOM: dict[str, Any] = {
-    **{"mixup": 0.4, "cutmix": 1.0, "reprob": 0.5, "aa": "rand-m9-mstd0.5", "drop_path": 0.2},
-    **{"drop": 0.1, "model_ema": True, "model_ema_decay": 0.9, "smoothing": 0.1},
-}
-
-
-@pytest.fixture
-def trainer_for(images: Path, tmp_path: Path) -> MakeTrainer:
-    """Builds trainers; `name` is the run's folder in `tmp_path`."""
-
-    def trainer_for(name: str = "run", **options: Any) -> Trainer:
-        settings: dict[str, Any] = {
-            **{"data_dir": str(images), "output": str(tmp_path), "experiment": name},
-            **{"model": "resnet10t_emax", "model_kwargs": {"channels": [8, 8, 8, 8]}},
-            **{"img_size": 32, "batch_size": 8, "workers": 0, "epochs": 2, "warmup_epochs": 0},
-            **{"lr": 0.05, "opt": "sgd"},
-            **options,
-        }
-        return build_trainer(TrainConfig(**settings), CPU)
-
-    return trainer_for
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -419,123 +392,3 @@ def test_learning_rate_may_follow_the_steps(trainer_for: MakeTrainer) -> None:
         trainer.train_step([batch(8)])
     cosine = [0.1 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(4, 8)]
     assert rates == pytest.approx([0.02, 0.04, 0.06, 0.08, *cosine])
-
-
-def final_state(trainer: Trainer) -> dict[str, Any]:
-    """All that a run leaves but for the seconds: last.pt, both weight files, the log."""
-    state = torch.load(trainer.folder / "last.pt", weights_only=True)
-    del state["seconds"]
-    for name in ("model", "last"):
-        state[name + "_file"] = safetensors.torch.load_file(trainer.folder / f"{name}.safetensors")
-    state["log"] = rows_without_seconds(trainer.folder / "log.jsonl")
-    return state
-
-
-def test_run_is_reproducible(trainer_for: MakeTrainer) -> None:
-    states = []
-    for name, seed in (("first", 3), ("second", 3), ("third", 4)):
-        torch.manual_seed(len(states))  # what the process did before must not matter
-        trainer = trainer_for(name, seed=seed, **RANDOM)
-        trainer.run()
-        states.append(final_state(trainer))
-    assert same_tensors(states[0], states[1])
-    for part in ("model", "averaged", "log"):
-        assert not same_tensors(states[0][part], states[2][part])
-
-
-def test_epochs_differ_in_their_randomness(trainer_for: MakeTrainer) -> None:
-    trainer = trainer_for(epochs=2)
-    seen: dict[int, list[float]] = {0: [], 1: []}
-    loss = trainer._loss
-
-    def record(images: Tensor, labels: Tensor) -> Tensor:
-        seen[trainer.epoch] += images.sum((1, 2, 3)).tolist()
-        return loss(images, labels)
-
-    trainer._loss = record  # type: ignore[method-assign]
-    trainer.run()
-    assert not set(seen[0]) & set(seen[1])
-
-
-class StopError(Exception):
-    pass
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "randomness": RANDOM,
-    "per step": {**RANDOM, "opt": "adamw", "lr": 1e-3, "sched_on_updates": True},
-    "sparse": {"val_interval": 2, "grad_accum_steps": 3, "model_ema": True, "test_split": "val"},
-    "float16": {"amp": True, "amp_dtype": "float16", "clip_grad": 1.0},
-    "noise": {"lr_noise": [0.2, 0.9], "mixup": 0.5, "mixup_off_epoch": 2, "model_ema_warmup": True},
-    "worker": {**RANDOM, "workers": 1},
-}
-
-
-@pytest.mark.parametrize(
-    "variant",
-    [pytest.param(name, marks=pytest.mark.slow if name == "float16" else ()) for name in VARIANTS],
-)
-def test_resumed_run_equals_one_that_never_stopped(trainer_for: MakeTrainer, variant: str) -> None:
-    options = {"epochs": 4, "warmup_epochs": 1, "warmup_lr": 0.01, **VARIANTS[variant]}
-    whole = trainer_for("whole", **options)
-    whole.run()
-    stopped = trainer_for("stopped", **options)
-    save, epochs = stopped.save, []
-
-    def save_and_stop(metrics: Metrics | None) -> None:
-        save(metrics)
-        epochs.append(stopped.epoch)
-        if len(epochs) == 2:
-            raise StopError
-
-    stopped.save = save_and_stop  # type: ignore[method-assign]
-    with pytest.raises(StopError):
-        stopped.run()
-    torch.manual_seed(99)
-    assert train(["--resume", str(stopped.folder)]) == 0
-    expected, found = final_state(whole), final_state(stopped)
-    for part, value in expected.items():
-        assert same_tensors(value, found[part]), part
-    summaries = [json.loads((t.folder / "summary.json").read_text()) for t in (whole, stopped)]
-    assert {**summaries[0], "seconds": 0} == {**summaries[1], "seconds": 0}
-
-
-def test_resumed_run_repeats_an_epoch_that_was_logged_but_not_saved(
-    trainer_for: MakeTrainer,
-) -> None:
-    whole = trainer_for("whole", epochs=3, **RANDOM)
-    whole.run()
-    stopped = trainer_for("stopped", epochs=3, **RANDOM)
-    save = stopped.save
-
-    def stop(metrics: Metrics | None) -> None:
-        if stopped.epoch == 2:
-            raise StopError
-        save(metrics)
-
-    stopped.save = stop  # type: ignore[method-assign]
-    with pytest.raises(StopError):
-        stopped.run()
-    assert len(rows_without_seconds(stopped.folder / "log.jsonl")) == 2
-    assert train(["--resume", str(stopped.folder)]) == 0
-    assert same_tensors(final_state(whole), final_state(stopped))
-
-
-def test_resume_of_a_finished_run_changes_nothing(trainer_for: MakeTrainer) -> None:
-    trainer = trainer_for(epochs=1)
-    trainer.run()
-    before = final_state(trainer)
-    assert train(["--resume", str(trainer.folder)]) == 0
-    assert same_tensors(before, final_state(trainer))
-
-
-def test_resume_takes_more_epochs_and_other_data(
-    trainer_for: MakeTrainer, images: Path, tmp_path: Path
-) -> None:
-    trainer = trainer_for(epochs=1)
-    trainer.run()
-    moved = tmp_path / "moved"
-    moved.symlink_to(images)
-    assert train([str(moved), "--resume", str(trainer.folder), "--epochs", "2"]) == 0
-    assert len(rows_without_seconds(trainer.folder / "log.jsonl")) == 2
-    assert f"data_dir: {moved}\n" in (trainer.folder / "config.yaml").read_text()

@@ -1,0 +1,158 @@
+"""Runs are reproducible, and a run that stopped goes on as if it had not."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+from training_testing import MakeTrainer, rows_without_seconds, same_tensors
+
+from emax_timm.training import train
+from emax_timm.training.evaluate import Metrics
+from emax_timm.training.trainer import Trainer
+
+# Every source of randomness that a run can have.
+RANDOM: dict[str, Any] = {
+    **{"mixup": 0.4, "cutmix": 1.0, "reprob": 0.5, "aa": "rand-m9-mstd0.5", "drop_path": 0.2},
+    **{"drop": 0.1, "model_ema": True, "model_ema_decay": 0.9, "smoothing": 0.1},
+}
+
+
+def final_state(trainer: Trainer) -> dict[str, Any]:
+    """All that a run leaves but for the seconds: last.pt, both weight files, the log."""
+    state = torch.load(trainer.folder / "last.pt", weights_only=True)
+    del state["seconds"]
+    for name in ("model", "last"):
+        state[name + "_file"] = safetensors.torch.load_file(trainer.folder / f"{name}.safetensors")
+    state["log"] = rows_without_seconds(trainer.folder / "log.jsonl")
+    return state
+
+
+def test_run_is_reproducible(trainer_for: MakeTrainer) -> None:
+    states = []
+    for name, seed in (("first", 3), ("second", 3), ("third", 4)):
+        torch.manual_seed(len(states))  # what the process did before must not matter
+        trainer = trainer_for(name, seed=seed, **RANDOM)
+        trainer.run()
+        states.append(final_state(trainer))
+    assert same_tensors(states[0], states[1])
+    for part in ("model", "averaged", "log"):
+        assert not same_tensors(states[0][part], states[2][part])
+
+
+def test_epochs_and_seeds_differ_in_the_images_they_see(trainer_for: MakeTrainer) -> None:
+    seen: dict[tuple[int, int], set[float]] = {}
+    for seed in (0, 1):
+        trainer = trainer_for(f"seed{seed}", epochs=2, seed=seed)
+        loss = trainer._loss
+
+        def record(
+            images: Tensor,
+            labels: Tensor,
+            trainer: Trainer = trainer,
+            loss: Callable = loss,
+            seed: int = seed,
+        ) -> Tensor:
+            key = (seed, trainer.epoch)
+            seen[key] = seen.get(key, set()) | set(images.sum((1, 2, 3)).tolist())
+            return loss(images, labels)
+
+        trainer._loss = record  # type: ignore[method-assign]
+        trainer.run()
+    # All crops differ.
+    assert sum(map(len, seen.values())) == len(set.union(*seen.values())) == 4 * 32
+
+
+class StopError(Exception):
+    pass
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "randomness": RANDOM,
+    "per step": {**RANDOM, "opt": "adamw", "lr": 1e-3, "sched_on_updates": True},
+    "sparse": {"val_interval": 2, "grad_accum_steps": 3, "model_ema": True, "test_split": "val"},
+    "float16": {"amp": True, "amp_dtype": "float16", "clip_grad": 1.0},
+    "noise": {"lr_noise": [0.2, 0.9], "mixup": 0.5, "mixup_off_epoch": 2, "model_ema_warmup": True},
+    "worker": {**RANDOM, "workers": 1},
+}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=pytest.mark.slow if name == "float16" else ()) for name in VARIANTS],
+)
+def test_resumed_run_equals_one_that_never_stopped(trainer_for: MakeTrainer, variant: str) -> None:
+    options = {"epochs": 4, "warmup_epochs": 1, "warmup_lr": 0.01, **VARIANTS[variant]}
+    whole = trainer_for("whole", **options)
+    whole.run()
+    stopped = trainer_for("stopped", **options)
+    save, epochs = stopped.save, []
+
+    def save_and_stop(metrics: Metrics | None) -> None:
+        save(metrics)
+        epochs.append(stopped.epoch)
+        if len(epochs) == 2:
+            raise StopError
+
+    stopped.save = save_and_stop  # type: ignore[method-assign]
+    with pytest.raises(StopError):
+        stopped.run()
+    torch.manual_seed(99)
+    assert train(["--resume", str(stopped.folder)]) == 0
+    expected, found = final_state(whole), final_state(stopped)
+    for part, value in expected.items():
+        assert same_tensors(value, found[part]), part
+    summaries = [json.loads((t.folder / "summary.json").read_text()) for t in (whole, stopped)]
+    assert {**summaries[0], "seconds": 0} == {**summaries[1], "seconds": 0}
+
+
+def test_resumed_run_repeats_an_epoch_that_was_logged_but_not_saved(
+    trainer_for: MakeTrainer,
+) -> None:
+    whole = trainer_for("whole", epochs=3, **RANDOM)
+    whole.run()
+    stopped = trainer_for("stopped", epochs=3, **RANDOM)
+    save = stopped.save
+
+    def stop(metrics: Metrics | None) -> None:
+        if stopped.epoch == 2:
+            raise StopError
+        save(metrics)
+
+    stopped.save = stop  # type: ignore[method-assign]
+    with pytest.raises(StopError):
+        stopped.run()
+    assert len(rows_without_seconds(stopped.folder / "log.jsonl")) == 2
+    assert train(["--resume", str(stopped.folder)]) == 0
+    assert same_tensors(final_state(whole), final_state(stopped))
+
+
+def test_resume_of_a_finished_run_changes_nothing(trainer_for: MakeTrainer) -> None:
+    trainer = trainer_for(epochs=1)
+    trainer.run()
+    before = final_state(trainer)
+    assert train(["--resume", str(trainer.folder)]) == 0
+    assert same_tensors(before, final_state(trainer))
+
+
+def test_resume_with_more_epochs_follows_their_schedule(trainer_for: MakeTrainer) -> None:
+    trainer = trainer_for(epochs=1, lr=0.05)
+    trainer.run()
+    assert train(["--resume", str(trainer.folder), "--epochs", "2"]) == 0
+    rows = rows_without_seconds(trainer.folder / "log.jsonl")
+    assert [row["lr"] for row in rows] == pytest.approx([0.05, 0.025])
+
+
+def test_resume_takes_the_folder_of_data_that_it_is_given(
+    trainer_for: MakeTrainer, images: Path, tmp_path: Path
+) -> None:
+    trainer = trainer_for(epochs=1)
+    trainer.run()
+    moved = tmp_path / "moved"
+    moved.symlink_to(images)
+    assert train([str(moved), "--resume", str(trainer.folder), "--epochs", "2"]) == 0
+    assert f"data_dir: {moved}\n" in (trainer.folder / "config.yaml").read_text()
