@@ -79,10 +79,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UsageError: If the file is missing or no complete safetensors file.
     """
-    if not path.is_file():
-        raise UsageError(f"there is no checkpoint {path}")
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: weights are read from .safetensors files only")
+    if not path.is_file():
+        raise UsageError(f"there is no checkpoint {path}")
     try:
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
