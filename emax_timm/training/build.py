@@ -95,6 +95,8 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(config), **config.opt_kwargs)
     except Exception as error:  # whatever the optimizer makes of its options
         raise UsageError(f"optimizer {config.opt}: {str(error) or type(error).__name__}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise UsageError(f"optimizer {config.opt} needs second derivatives, which are not computed")
     steps = -(-len(train_loader) // config.grad_accum_steps)
     schedule: dict[str, Any] = scheduler_kwargs(
         config, decreasing_metric=config.eval_metric == "loss"
@@ -142,6 +144,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "val_fraction": (0, 1),
     "lr": (0, float("inf")),
+    "weight_decay": (0, float("inf")),
+    "clip_grad": (0, float("inf")),
+    "crop_pct": (1e-3, float("inf")),
+    "hflip": (0, 1),
+    "vflip": (0, 1),
     "smoothing": (0, 1),
     "drop": (0, 1),
     "reprob": (0, 1),
@@ -156,15 +163,18 @@ def check_config(config: TrainConfig) -> None:
         UsageError: With what is wrong and what would be right.
     """
     check_bounds(config)
-    if config.opt.lower() not in (names := [str(name) for name in list_optimizers()]):
+    names = [str(name) for name in list_optimizers()]
+    if config.opt.lower().removeprefix("lookahead_") not in names:
         raise UsageError(
             f"unknown optimizer {config.opt}; the nearest is {nearest(config.opt, names)}"
         )
     start, end = config.grouping_warmup
     if not 0 <= start <= end <= 1:
         raise UsageError(f"grouping_warmup must ascend within [0, 1], not {start} {end}")
-    if min(config.grouping_temperature) <= 0:
-        raise UsageError(f"grouping_temperature must be > 0, not {config.grouping_temperature}")
+    if not all(0 < value < float("inf") for value in config.grouping_temperature):
+        raise UsageError(
+            f"grouping_temperature must be positive and finite, not {config.grouping_temperature}"
+        )
     if config.aug_splits == 1 or (config.aug_splits and mixup_options(config)):
         raise UsageError("aug_splits must be 0, or at least 2 and without mixup and cutmix")
     if config.jsd_loss and not config.aug_splits:
@@ -196,6 +206,16 @@ def check_bounds(config: Any) -> None:
             raise UsageError(f"{name} must be {bound}, not {value}")
 
 
+# Arguments of timm.create_model that are about weights, not about the model.
+RESERVED = {
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+}
+
+
 def check_model(name: str, arguments: dict[str, Any]) -> None:
     """Build the model without memory, to refuse a wrong name or argument before all else.
 
@@ -206,6 +226,8 @@ def check_model(name: str, arguments: dict[str, Any]) -> None:
         json.dumps(arguments)
     except TypeError as error:
         raise UsageError(f"model_kwargs must be plain values: {error}") from None
+    if reserved := sorted(RESERVED & arguments.keys()):
+        raise UsageError(f"model_kwargs cannot hold {reserved[0]}: there is an option for that")
     if ":" in name:  # hf-hub: and local-dir: models are known once their config is read
         return
     if not timm.is_model(name):

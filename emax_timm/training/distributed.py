@@ -63,7 +63,8 @@ def open_world(device: str = "") -> Iterator[World]:
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.device(device)
+        if torch.device(device).type == "meta":
+            raise RuntimeError("nothing is computed on it")
     except RuntimeError:
         raise UsageError(f"unknown device {device}; try cpu or cuda") from None
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -310,7 +310,7 @@ class EvaluationOptions:
         metavar="FILE",
     )
     model: str | None = option(None, "name of a timm model", "-m")
-    pretrained: bool = option(False, "validate the model's published weights")
+    pretrained: bool = option(False, "start from published weights (always without --checkpoint)")
     num_classes: int | None = option(None, "number of classes")
     gp: str | None = option(None, "global pooling")
     model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")

@@ -99,13 +99,18 @@ def validate_with(settings: dict[str, Any], world: World) -> Metrics:
     arguments = {name: value for name, value in arguments.items() if value is not None}
     check_model(config.model, arguments)
     dataset = _open_data(config, run)
+    if config.num_classes is not None:
+        _check_classes(config, dataset, config.num_classes)
     try:
-        model: Any = timm.create_model(config.model, pretrained=config.pretrained, **arguments)
+        # Without a checkpoint, the published weights: random ones are nothing to validate.
+        pretrained = config.pretrained or not config.checkpoint
+        model: Any = timm.create_model(config.model, pretrained=pretrained, **arguments)
     except Exception as error:  # whatever stands in the way of its weights
         raise UsageError(f"model {config.model}: {str(error) or type(error).__name__}") from None
     if config.checkpoint:
         checkpoint.load_weights(model, Path(config.checkpoint))
-    _check_classes(config, dataset, model.num_classes)
+    if config.num_classes is None:
+        _check_classes(config, dataset, model.num_classes)
     data_config = data_config_of(config, model)
     model.to(world.device)
     loader = evaluation_loader(config, dataset, data_config, config.batch_size or 256, world)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -36,7 +37,12 @@ class RunLog:
                 writer.writeheader()
             writer.writerow(row)
         with self.jsonl.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            # JSON has no NaN.
+            finite = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in row.items()
+            }
+            file.write(json.dumps(finite) + "\n")
 
     def keep(self, epochs: int) -> None:
         """Drop the rows from epoch `epochs` on, which a resumed run writes again."""

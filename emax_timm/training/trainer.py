@@ -334,8 +334,10 @@ class Trainer:
 
     def _improves(self, metrics: Metrics) -> bool:
         new = getattr(metrics, self.config.eval_metric)
-        if self.best is None or not math.isfinite(new):
-            return math.isfinite(new)
+        # The loss tells of logits that are not finite; an accuracy can be had from them.
+        finite = math.isfinite(new) and math.isfinite(metrics.loss)
+        if self.best is None or not finite:
+            return finite
         old = getattr(self.best, self.config.eval_metric)
         return new < old if self.config.eval_metric == "loss" else new > old
 

@@ -115,12 +115,22 @@ MISTAKES = {
     "not a number": ("--lr nan", ["lr", "nan"]),
     "seed": ("--seed -1", ["seed", "-1"]),
     "grouping": ("--grouping-warmup 0.5 0.2", ["grouping_warmup"]),
+    "infinite temperature": ("--grouping-temperature inf 1", ["grouping_temperature", "inf"]),
+    "no temperature": ("--grouping-temperature nan 1", ["grouping_temperature", "nan"]),
+    "probability": ("--hflip 2", ["hflip", "2"]),
+    "crop": ("--crop-pct 0", ["crop_pct"]),
+    "no number": ("--weight-decay nan", ["weight_decay"]),
+    "weights among the model's arguments": (
+        "--model-kwargs checkpoint_path=x.pth",
+        ["checkpoint_path"],
+    ),
+    "abstract device": ("--device meta", ["meta", "cpu"]),
     "odd batch": ("--mixup 0.2 -b 7", ["even", "7"]),
     "splits": ("--aug-splits 1", ["aug_splits"]),
     "device": ("--device gpu", ["gpu", "cpu"]),
     "folder names": ("--experiment a/b", ["--experiment", "a/b"]),
     "parent folder": ("--experiment ..", ["--experiment"]),
-    "pickle to start from": ("--pretrained-path w.pth", ["w.pth", ".safetensors"]),
+    "pickle to start from": ("--pretrained-path w.pth", ["w.pth"]),
     "run to resume": ("--resume /nowhere", ["/nowhere"]),
 }
 
@@ -143,6 +153,7 @@ WITH_DATA = {
     "training filter": ("--train-interpolation bicubik", ["bicubik"]),
     "mean": ("--mean 0.5 0.5", ["mean"]),
     "compiler": ("--torchcompile inducter", ["inducter"]),
+    "second-order optimizer": ("--opt adahessian", ["adahessian"]),
     "optimizer option": ("--opt adamw --opt-kwargs fast=1", ["adamw", "fast"]),
     "optimizer betas": ("--opt adamw --opt-betas 0.9", ["adamw"]),
     "optimizer of a missing package": ("--opt fusedadam", ["fusedadam"]),
@@ -306,6 +317,17 @@ def test_train_refuses_to_start_from_a_spoilt_checkpoint(
     weights, canary = run_copy / "model.safetensors", tmp_path / "canary"
     spoil(weights, how, canary)
     assert str(weights) in refused(TRAIN, images, *SMALL, flag, weights)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("flag", ["--initial-checkpoint", "--pretrained-path"])
+def test_train_refuses_to_start_from_a_pickle(
+    refused: Refused, images: Path, tmp_path: Path, flag: str
+) -> None:
+    weights, canary = tmp_path / "weights.pth", tmp_path / "canary"
+    torch.save({"weight": Canary(canary)}, weights)
+    line = refused(TRAIN, images, *SMALL, flag, weights)
+    assert ".safetensors files only" in line
     assert not canary.exists()
 
 
