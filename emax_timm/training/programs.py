@@ -11,7 +11,8 @@ from typing import Any
 import timm
 
 from . import checkpoint
-from .build import build_trainer, check_bounds, check_model
+from .build import build_trainer
+from .checks import check_bounds, check_model
 from .config import UsageError, from_mapping, layered, parse_settings, read_yaml
 from .data import (
     class_names,

@@ -10,7 +10,7 @@ import torch
 from training_testing import ROOT, flags
 
 from emax_timm.training import TrainConfig, UsageError, ValidateConfig
-from emax_timm.training.build import check_config
+from emax_timm.training.checks import check_config
 from emax_timm.training.config import (
     find_config,
     from_mapping,

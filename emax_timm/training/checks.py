@@ -1,0 +1,173 @@
+"""What can be refused before the data is touched: options out of range, unknown models."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.optim import list_optimizers
+from torch import nn
+
+from ..attention import EMAX
+from . import checkpoint
+from .config import UsageError, nearest
+from .data import mixup_options
+from .options import TrainConfig
+
+__all__ = ["check_bounds", "check_config", "check_model", "model_arguments"]
+
+# The least and the greatest value of options that have bounds.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "epochs": (1, float("inf")),
+    "batch_size": (1, float("inf")),
+    "validation_batch_size": (1, float("inf")),
+    "grad_accum_steps": (1, float("inf")),
+    "workers": (0, float("inf")),
+    "val_interval": (1, float("inf")),
+    "log_interval": (1, float("inf")),
+    "num_classes": (1, float("inf")),
+    "img_size": (1, float("inf")),
+    "in_chans": (1, float("inf")),
+    "seed": (0, 2**32 - 1),
+    "val_fraction": (0, 1),
+    "lr": (0, float("inf")),
+    "weight_decay": (0, float("inf")),
+    "clip_grad": (0, float("inf")),
+    "crop_pct": (1e-3, float("inf")),
+    "hflip": (0, 1),
+    "vflip": (0, 1),
+    "smoothing": (0, 1),
+    "drop": (0, 1),
+    "reprob": (0, 1),
+    "model_ema_decay": (0, 1),
+}
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse what can be refused without data.
+
+    Raises:
+        UsageError: With what is wrong and what would be right.
+    """
+    check_bounds(config)
+    names = [str(name) for name in list_optimizers()]
+    if config.opt.lower().removeprefix("lookahead_") not in names:
+        raise UsageError(
+            f"unknown optimizer {config.opt}; the nearest is {nearest(config.opt, names)}"
+        )
+    start, end = config.grouping_warmup
+    if not 0 <= start <= end <= 1:
+        raise UsageError(f"grouping_warmup must ascend within [0, 1], not {start} {end}")
+    if not all(0 < value < float("inf") for value in config.grouping_temperature):
+        raise UsageError(
+            f"grouping_temperature must be positive and finite, not {config.grouping_temperature}"
+        )
+    if config.aug_splits == 1 or (config.aug_splits and mixup_options(config)):
+        raise UsageError("aug_splits must be 0, or at least 2 and without mixup and cutmix")
+    if config.jsd_loss and not config.aug_splits:
+        raise UsageError("--jsd-loss needs --aug-splits of at least 2")
+    if mixup_options(config) and config.batch_size % 2:
+        raise UsageError(f"mixup and cutmix need an even --batch-size, not {config.batch_size}")
+    if Path(config.experiment).name != config.experiment or config.experiment == "..":
+        raise UsageError(f"--experiment is the name of one folder, not {config.experiment}")
+    if len(config.experiment.encode()) > 255:
+        raise UsageError(f"--experiment is too long for a folder's name: {config.experiment}")
+    for path in (config.pretrained_path, config.initial_checkpoint):
+        if path:
+            checkpoint.read_weights(Path(path))
+    backends = torch.compiler.list_backends()
+    if config.torchcompile and config.torchcompile not in backends:
+        raise UsageError(
+            f"unknown torch.compile backend {config.torchcompile}; "
+            f"the nearest is {nearest(config.torchcompile, backends)}"
+        )
+    check_model(config.model, model_arguments(config, config.num_classes))
+
+
+def check_bounds(config: Any) -> None:
+    """Refuse numbers out of the range of their option."""
+    for name, (least, greatest) in BOUNDS.items():
+        value = getattr(config, name, None)
+        if value is not None and not least <= value <= greatest:
+            bound = f"at least {least}" if greatest == float("inf") else f"in [{least}, {greatest}]"
+            raise UsageError(f"{name} must be {bound}, not {value}")
+
+
+# Arguments of timm.create_model that are about weights, not about the model.
+RESERVED = {
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+}
+
+
+def check_model(name: str, arguments: dict[str, Any]) -> None:
+    """Build the model without memory, to refuse a wrong name or argument before all else.
+
+    Raises:
+        UsageError: With the nearest valid name.
+    """
+    try:
+        json.dumps(arguments)
+    except TypeError as error:
+        raise UsageError(f"model_kwargs must be plain values: {error}") from None
+    if reserved := sorted(RESERVED & arguments.keys()):
+        raise UsageError(f"model_kwargs cannot hold {reserved[0]}: there is an option for that")
+    if ":" in name:  # hf-hub: and local-dir: models are known once their config is read
+        return
+    if not timm.is_model(name):
+        raise UsageError(
+            f"unknown model {name}; the nearest is {nearest(name, timm.list_models())}"
+        )
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, **arguments)
+    except TypeError as error:
+        raise UsageError(f"model {name}: {_explain(error, name)}") from None
+    except Exception as error:  # whatever the model makes of its arguments
+        raise UsageError(f"model {name}: {str(error) or type(error).__name__}") from None
+
+
+def _explain(error: TypeError, name: str) -> str:
+    """The message of a TypeError, with the nearest valid keyword for an unknown one."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not found:
+        return str(error)
+    owner, keyword = found.groups()
+    # The class that was asked for, which may have handed the keyword to a base.
+    model_class: Any = inspect.signature(timm.model_entrypoint(name)).return_annotation
+    if owner == "EMAX":
+        model_class = EMAX
+    elif not inspect.isclass(model_class) or model_class is inspect.Signature.empty:
+        model_class = getattr(timm.models, owner, nn.Module)
+    classes = inspect.getmro(model_class)
+    keywords = {
+        parameter.name
+        for cls in classes
+        for parameter in inspect.signature(cls.__init__).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    } - {"self", "device", "dtype"}
+    if not keywords:
+        return f"unknown keyword {keyword}"
+    return f"unknown keyword {keyword}; the nearest valid one is {nearest(keyword, keywords)}"
+
+
+def model_arguments(config: TrainConfig, num_classes: int | None) -> dict[str, Any]:
+    """Keyword arguments of timm.create_model for the model alone, weights apart."""
+    arguments = {
+        "num_classes": num_classes,
+        "in_chans": config.input_size[0] if config.input_size else config.in_chans,
+        "drop_rate": config.drop or None,
+        "drop_path_rate": config.drop_path,
+        "drop_block_rate": config.drop_block,
+        "global_pool": config.gp,
+        "bn_momentum": config.bn_momentum,
+        "bn_eps": config.bn_eps,
+        **config.model_kwargs,
+    }
+    return {name: value for name, value in arguments.items() if value is not None}
