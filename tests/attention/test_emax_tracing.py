@@ -44,7 +44,9 @@ def assert_equal_on_all_sizes(
             torch.manual_seed(0)
             expected = module(x)
             torch.manual_seed(0)
-            torch.testing.assert_close(traced(x), expected, rtol=1e-5, atol=1e-5)
+            # timm's bounds for its traced models. On maps of a few nearly equal pixels the norm
+            # multiplies a rounding error, which depends on the order of sums, by up to 300.
+            torch.testing.assert_close(traced(x), expected, rtol=1e-4, atol=1e-5)
 
 
 # TorchScript ------------------------------------------------------------------------------------
