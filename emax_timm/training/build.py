@@ -33,6 +33,7 @@ from .data import (
     data_config_of,
     evaluation_loader,
     hold_out,
+    image_mode,
     mixup_options,
     open_split,
     same_classes,
@@ -177,14 +178,12 @@ def _open_loaders(
 
 def _open_splits(config: TrainConfig) -> dict[str, Any]:
     """Data sets by name: train, and where there are any validation and test."""
-    channels = config.input_size[0] if config.input_size else config.in_chans or 3
-    mode = "RGB" if channels == 3 else "L"
 
     def split(name: str, training: bool, samples: int | None) -> Any:
         return open_split(
             config,
             name,
-            input_img_mode=mode,
+            input_img_mode=image_mode(config),
             training=training,
             must_exist=True,
             batch_size=config.batch_size,

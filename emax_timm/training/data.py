@@ -4,6 +4,7 @@ import gzip
 import os
 import shutil
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ __all__ = [
     "data_config_of",
     "evaluation_loader",
     "hold_out",
+    "image_mode",
+    "input_channels",
     "open_split",
     "same_classes",
     "training_loader",
@@ -211,13 +214,7 @@ def hold_out(dataset: Any, fraction: float) -> tuple[Subset, Subset]:
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     # A shallow copy each, for the parts have different transforms.
     held_out, rest = sorted(order[:size]), sorted(order[size:])
-    return Subset(_copy(dataset), rest), Subset(_copy(dataset), held_out)
-
-
-def _copy(dataset: Any) -> Any:
-    copy = object.__new__(type(dataset))
-    copy.__dict__.update(dataset.__dict__)
-    return copy
+    return Subset(copy(dataset), rest), Subset(copy(dataset), held_out)
 
 
 def training_loader(
@@ -273,13 +270,23 @@ def training_loader(
         raise UsageError(f"cannot augment as asked (--aa {config.aa}): {text}") from None
 
 
+def input_channels(options: InputOptions) -> int:
+    """Channels of the model's input."""
+    return options.input_size[0] if options.input_size else options.in_chans or 3
+
+
+def image_mode(options: InputOptions) -> str:
+    """PIL mode of images for the model."""
+    return "RGB" if input_channels(options) == 3 else "L"
+
+
 def data_config_of(options: InputOptions, model: Any) -> dict[str, Any]:
     """Size and normalisation of the model's input, and how images are resized to it.
 
     Raises:
         UsageError: If mean or std do not fit the number of channels.
     """
-    channels = options.input_size[0] if options.input_size else options.in_chans or 3
+    channels = input_channels(options)
     for name in ("mean", "std"):
         values = getattr(options, name)
         if values is not None and len(values) not in (1, channels):

@@ -45,11 +45,6 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def barrier(self) -> None:
-        """Wait for all ranks. A synchronisation point."""
-        if self.size > 1:
-            dist.barrier()
-
 
 @contextmanager
 def open_world(device: str = "") -> Iterator[World]:

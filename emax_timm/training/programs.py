@@ -19,6 +19,7 @@ from .data import (
     data_config_of,
     evaluation_loader,
     hold_out,
+    image_mode,
     open_split,
     same_classes,
 )
@@ -139,7 +140,6 @@ def _settings_of(run: TrainConfig) -> dict[str, Any]:
 
 
 def _open_data(config: ValidateConfig, run: TrainConfig | None) -> Any:
-    channels = config.input_size[0] if config.input_size else config.in_chans or 3
 
     own_data = run is not None and config.data_dir == run.data_dir
 
@@ -148,7 +148,7 @@ def _open_data(config: ValidateConfig, run: TrainConfig | None) -> Any:
             config,
             name,
             must_exist=own_data or config.split is not None,
-            input_img_mode="RGB" if channels == 3 else "L",
+            input_img_mode=image_mode(config),
             training=False,
             batch_size=config.batch_size or 256,
             num_samples=config.num_samples,
