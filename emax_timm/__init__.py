@@ -1,7 +1,7 @@
 """EMAX attention in timm backbones; importing this package registers the models with timm."""
 
-from .attention import EMAX, EMAXMaps, set_grouping
-from .models import ResNetEMAX
+from .attention import EMAX, EMAXMaps, create_attention, set_grouping
+from .models import insert_attention
 
-__all__ = ["EMAX", "EMAXMaps", "ResNetEMAX", "set_grouping"]
+__all__ = ["EMAX", "EMAXMaps", "create_attention", "insert_attention", "set_grouping"]
 __version__ = "0.1.0"

@@ -1,6 +1,16 @@
-"""Attention modules: torch only, they know no models and no files."""
+"""Attention modules: EMAX and those it is compared with. They know no models and no files."""
 
+from .ema import EMA
 from .emax import EMAX, set_grouping
+from .factory import ATTENTIONS, GatedAttention, create_attention
 from .functional import EMAXMaps
 
-__all__ = ["EMAX", "EMAXMaps", "set_grouping"]
+__all__ = [
+    "ATTENTIONS",
+    "EMA",
+    "EMAX",
+    "EMAXMaps",
+    "GatedAttention",
+    "create_attention",
+    "set_grouping",
+]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EMAXMaps", "emax_maps"]
+__all__ = ["EMAXMaps", "ema_map", "emax_maps"]
 
 
 class EMAXMaps(NamedTuple):
@@ -214,6 +214,31 @@ def _outside_autocast(function: Callable) -> Callable:
 
 def _as(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
     return [tensor.to(like.dtype) for tensor in tensors]
+
+
+@_outside_autocast
+def ema_map(x: Tensor, spatial_weights: list[Tensor], eps: float) -> Tensor:
+    """EMA's spatial attention in (0, 1): [b, c, h, w] to [b, F, h, w].
+
+    Args:
+        x: [b, c, h, w], computed with in float32 if it is half precision.
+        spatial_weights, eps: As in `emax_maps`.
+    """
+    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
+        x = x.float()
+    spatial = _as(spatial_weights, x)
+    groups = x.shape[1] // spatial[1].shape[0]
+    _, first, second, _ = fine_maps(
+        x.unflatten(1, [groups, -1]),
+        spatial[0],
+        spatial[1],
+        spatial[2],
+        spatial[3],
+        spatial[4],
+        spatial[5],
+        eps,
+    )
+    return torch.sigmoid(first + second)
 
 
 @_outside_autocast

@@ -1,5 +1,8 @@
 """Backbones: importing this package registers them with timm."""
 
-from .emax_resnet import ResNetEMAX
+from .emax_convnext import AttentionConvNeXt
+from .emax_insertion import insert_attention
+from .emax_mobilenet import AttentionMobileNetV2
+from .emax_resnet import AttentionResNet
 
-__all__ = ["ResNetEMAX"]
+__all__ = ["AttentionConvNeXt", "AttentionMobileNetV2", "AttentionResNet", "insert_attention"]

@@ -12,11 +12,8 @@ Weights are safetensors; `last.pt` holds tensors and plain containers and is rea
 restricted unpickler. Every file is written under a temporary name and renamed when complete.
 """
 
-import contextlib
-import os
 import pickle
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from timm.models import PretrainedCfg
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
+from ..files import replace_file
 from .config import UsageError
 
 __all__ = [
@@ -38,7 +36,6 @@ __all__ = [
     "load_state",
     "load_weights",
     "read_weights",
-    "replace_file",
     "save_model_config",
     "save_state",
     "save_weights",
@@ -46,23 +43,6 @@ __all__ = [
 
 CONFIG, MODEL_CONFIG = "config.yaml", "config.json"
 BEST, LAST, LAST_STATE = "model.safetensors", "last.safetensors", "last.pt"
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary path)` make a file, then put it in the place of `path` in one step."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        # safetensors writes files that only their owner can read.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from timm.optim import list_optimizers
 from torch import nn
 
-from ..attention import EMAX
+from ..attention import ATTENTIONS
 from . import checkpoint
 from .config import UsageError, nearest
 from .data import mixup_options
@@ -139,19 +139,19 @@ def _explain(error: TypeError, name: str) -> str:
     if not found:
         return str(error)
     owner, keyword = found.groups()
-    # The class that was asked for, which may have handed the keyword to a base.
+    # The class that was asked for may have handed the keyword to a base.
     model_class: Any = inspect.signature(timm.model_entrypoint(name)).return_annotation
-    if owner == "EMAX":
-        model_class = EMAX
-    elif not inspect.isclass(model_class) or model_class is inspect.Signature.empty:
-        model_class = getattr(timm.models, owner, nn.Module)
+    named = {base.__name__ for base in getattr(model_class, "__mro__", ())}
+    attentions = {attention.__name__: attention for attention in ATTENTIONS.values()}
+    if owner not in named:
+        model_class = attentions.get(owner) or getattr(timm.models, owner, nn.Module)
     classes = inspect.getmro(model_class)
     keywords = {
         parameter.name
         for cls in classes
         for parameter in inspect.signature(cls.__init__).parameters.values()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    } - {"self", "device", "dtype"}
+    } - {"self", "device", "dtype", "channels"}
     if not keywords:
         return f"unknown keyword {keyword}"
     return f"unknown keyword {keyword}; the nearest valid one is {nearest(keyword, keywords)}"

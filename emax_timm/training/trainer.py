@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..attention import set_grouping
+from ..files import replace_file
 from . import checkpoint
 from .config import UsageError, to_yaml
 from .distributed import World
@@ -235,7 +236,7 @@ class Trainer:
             "test": test and test._asdict(),
             "seconds": round(self.seconds, 1),
         }
-        checkpoint.replace_file(
+        replace_file(
             self.folder / "summary.json",
             lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"),
         )
@@ -252,7 +253,7 @@ class Trainer:
         if self.world.is_primary:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                checkpoint.replace_file(
+                replace_file(
                     self.folder / checkpoint.CONFIG,
                     lambda file: file.write_text(to_yaml(self.config)),
                 )

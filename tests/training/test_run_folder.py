@@ -18,12 +18,12 @@ from torch import nn
 from training_testing import SMALL_MODEL, TRAIN, VALIDATE, Programs, files_in
 
 import emax_timm
+from emax_timm.files import replace_file
 from emax_timm.training import TrainConfig, UsageError, train
 from emax_timm.training.build import build_trainer
 from emax_timm.training.checkpoint import (
     load_state,
     load_weights,
-    replace_file,
     save_state,
     save_weights,
 )

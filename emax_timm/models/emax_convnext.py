@@ -1,0 +1,75 @@
+"""ConvNeXt and ConvNeXt V2 with attention between the MLP and the layer scale of each block.
+
+Everything else is timm's ConvNeXt: parameter names, options, initialisation.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
+
+from ..attention import create_attention
+from .placement import place_in_blocks
+from .registry import family_cfgs, register_family
+
+__all__ = ["AttentionConvNeXt"]
+
+
+class AttentionConvNeXt(ConvNeXt):
+    """timm's ConvNeXt with attention in the blocks of some of its stages.
+
+    Args:
+        attn_layer, attn_stages, attn_kwargs: As in `emax_resnet.AttentionResNet`.
+        args, kwargs: As in timm's ConvNeXt.
+
+    Raises:
+        TypeError: For an unknown keyword, here or in `attn_kwargs`.
+        ValueError: For a stage that does not exist, or a bad value in `attn_kwargs`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        attn_layer: str = "emax",
+        attn_stages: Sequence[int] | None = None,
+        attn_kwargs: Mapping[str, Any] | None = None,
+        device=None,
+        dtype=None,
+        **kwargs: Any,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(*args, **kwargs, **dd)
+        attention = {"gate_init": 1.0, **(attn_kwargs or {})}
+        place_in_blocks(self, partial(create_attention, attn_layer, **attention, **dd), attn_stages)
+
+
+def _v1(depths: Sequence[int], width: int, **kwargs: Any) -> dict[str, Any]:
+    return {"depths": tuple(depths), "dims": tuple(width << i for i in range(4)), **kwargs}
+
+
+_v2 = partial(_v1, use_grn=True, ls_init_value=None)
+
+BACKBONES: dict[str, dict[str, Any]] = {
+    "convnext_atto": _v1((2, 2, 6, 2), 40, conv_mlp=True),
+    "convnext_femto": _v1((2, 2, 6, 2), 48, conv_mlp=True),
+    "convnext_pico": _v1((2, 2, 6, 2), 64, conv_mlp=True),
+    "convnext_nano": _v1((2, 2, 8, 2), 80, conv_mlp=True),
+    "convnext_tiny": _v1((3, 3, 9, 3), 96),
+    "convnext_small": _v1((3, 3, 27, 3), 96),
+    "convnext_base": _v1((3, 3, 27, 3), 128),
+    "convnextv2_atto": _v2((2, 2, 6, 2), 40, conv_mlp=True),
+    "convnextv2_nano": _v2((2, 2, 8, 2), 80, conv_mlp=True),
+    "convnextv2_tiny": _v2((3, 3, 9, 3), 96),
+}
+COMPARED = ("convnext_atto", "convnext_tiny")
+
+default_cfgs = family_cfgs(tuple(BACKBONES), COMPARED)
+register_family(
+    __name__,
+    AttentionConvNeXt,
+    BACKBONES,
+    COMPARED,
+    pretrained_filter_fn=checkpoint_filter_fn,
+    feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+)

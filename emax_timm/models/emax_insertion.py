@@ -1,0 +1,197 @@
+"""Attention in any CNN of timm's: as a function on a model, and as a model by name."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    resolve_pretrained_cfg,
+)
+from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..attention import create_attention
+from .placement import chosen_stages, place_after_stages, place_in_blocks, stage_names
+from .registry import register, without_weights
+from .weights import warm_start
+
+__all__ = ["insert_attention"]
+
+
+def insert_attention(
+    model: Any,
+    attention: str = "emax",
+    stages: Sequence[int] | None = None,
+    where: str = "stage",
+    attn_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Put attention into a CNN of timm's, in place, without changing what it computes.
+
+    Every attention sits behind a residual gate that starts closed, so the outputs of a pretrained
+    model stay the same to the bit until it is trained. The names of its parameters stay too.
+    `timm.models.save_for_hf` writes a folder from which `timm.create_model("local-dir:...")`
+    rebuilds the result; `timm.create_model("with_attention", base_model=...)` makes it by name.
+
+    Args:
+        model: A model of timm's whose stages map a tensor [b, c, h, w] to one, not one made with
+            `features_only`.
+        attention: Its name: a key of `emax_timm.attention.ATTENTIONS`.
+        stages: Indices of the stages to attend, from 0 for the first after the stem, in the order
+            of the feature maps that `features_only` gives; None is all of them.
+        where: "stage" puts it after each stage; "block" into the residual branch of every block
+            of the stages, in families with a slot for it: ResNet and its kin, RegNet, EfficientNet
+            and its kin, ConvNeXt.
+        attn_kwargs: Keyword arguments of the attention (JSON-able).
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: For an unknown keyword in `attn_kwargs`.
+        ValueError: For a bad value, or a model that has no place for attention.
+    """
+    if where not in ("stage", "block"):
+        raise ValueError(f'where must be "stage" or "block", not {where!r}')
+    if not isinstance(getattr(model, "pretrained_cfg", None), dict):
+        raise ValueError(f"{type(model).__name__} was not made by timm.create_model")
+    if isinstance(model, FeatureDictNet | FeatureGetterNet | FeatureHookNet):
+        raise ValueError(
+            "insert attention before wrapping a model for its features: "
+            'timm.create_model("with_attention", base_model=..., features_only=True) does both'
+        )
+    if any(name.endswith("residual_gate") for name, _ in model.named_parameters()):
+        raise ValueError(f"{type(model).__name__} has attention already")
+    parameter = next(model.parameters())
+    build = partial(
+        create_attention,
+        attention,
+        **{"gate_init": 0.0, **(attn_kwargs or {})},
+        device=parameter.device,
+        dtype=parameter.dtype,
+    )
+    build(32)  # refuses a wrong name or keyword before the model is touched
+    if where == "block":
+        place_in_blocks(model, build, stages)
+    else:
+        chosen = chosen_stages(model, stages)
+        place_after_stages(model, build, chosen, _stage_channels(model, chosen))
+    _describe(
+        model,
+        attention=attention,
+        stages=None if stages is None else list(stages),
+        where=where,
+        attn_kwargs=dict(attn_kwargs or {}),
+    )
+    return model
+
+
+def _stage_channels(model: Any, stages: Sequence[int]) -> list[int]:
+    """Channels of the output of each stage; checks that the `stages` map a tensor to one.
+
+    Runs the model without computing anything, on fake tensors.
+    """
+    names = stage_names(model)
+    seen: dict[str, list[Any]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: seen[name].append((args, output))
+        )
+        for name in names
+    ]
+    parameter = next(model.parameters())
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            size = model.pretrained_cfg["input_size"]
+            channels = getattr(model, "in_chans", size[0])
+            image = torch.empty(
+                1, channels, *size[1:], device=parameter.device, dtype=parameter.dtype
+            )
+            model.eval()
+            model.forward_features(image)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for handle in handles:
+            handle.remove()
+    widths = [entry["num_chs"] for entry in model.feature_info][-len(names) :]
+    for stage in stages:
+        name = names[stage]
+        if len(seen[name]) != 1:
+            raise ValueError(f"{name} of {type(model).__name__} is not a stage that is run once")
+        args, output = seen[name][0]
+        shapes = [tuple(t.shape) for t in (*args, output) if isinstance(t, Tensor)]
+        if len(shapes) < 2 or not isinstance(output, Tensor):
+            raise ValueError(f"{name} of {type(model).__name__} does not map one tensor to one")
+        if output.ndim != 4 or output.shape[1] != widths[stage]:
+            raise ValueError(
+                f"{name} of {type(model).__name__} gives {list(output.shape)}, not a feature map "
+                f"[b, {widths[stage]}, h, w]: a model of tokens has no place for attention"
+            )
+    return widths
+
+
+def _describe(model: Any, **arguments: Any) -> None:
+    """Make timm's description of the model that of `with_attention`."""
+    cfg = model.pretrained_cfg
+    base = cfg["architecture"]
+    model.pretrained_cfg = {**cfg, "architecture": "with_attention"}
+    model.default_cfg = model.pretrained_cfg
+    model._model_args = {**getattr(model, "_model_args", {}), "base_model": base, **arguments}
+
+
+default_cfgs = generate_default_cfgs({"with_attention": {}})
+
+
+@register
+def with_attention(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A CNN of timm's, `base_model`, with `insert_attention`'s arguments; others are the base's.
+
+    With `pretrained=True` it starts from the base's weights, its attention closed.
+    """
+    base = kwargs.pop("base_model", "resnet18")
+    pretrained_cfg = kwargs.pop("pretrained_cfg", None)
+    overlay = kwargs.pop("pretrained_cfg_overlay", None)
+    own = resolve_pretrained_cfg("with_attention", pretrained_cfg, overlay)
+    where = {
+        name: kwargs.pop(name)
+        for name in list(inspect.signature(insert_attention).parameters)[1:]
+        if name in kwargs
+    }
+    # Weights of the model as a whole come from a folder or a hub repository; else the base's do.
+    base_weights = pretrained and not own.has_weights
+
+    feature_cfg: dict[str, Any] = {}
+
+    def build(**model_kwargs: Any) -> nn.Module:
+        model: Any = timm.create_model(base, pretrained=base_weights, **model_kwargs)
+        # Known only now, and read by timm after this.
+        getter = hasattr(model, "forward_intermediates")
+        feature_cfg.setdefault("feature_cls", "getter" if getter else "hook")
+        if "out_indices" not in kwargs:
+            feature_cfg["out_indices"] = tuple(range(len(model.feature_info)))
+        return insert_attention(model, **where)
+
+    if not own.has_weights:
+        base_cfg = get_pretrained_cfg(base)
+        if base_cfg is None:
+            raise ValueError(f"unknown base_model {base!r}: timm knows no model of that name")
+        pretrained_cfg = without_weights(base_cfg, architecture="with_attention").to_dict()
+    feature_cfg["out_indices"] = ()
+    return build_model_with_cfg(
+        build,
+        "with_attention",
+        pretrained and not base_weights,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=warm_start,
+        feature_cfg=feature_cfg,
+        **kwargs,
+    )

@@ -1,0 +1,216 @@
+"""Putting attention into a CNN of timm's: into the slots of its blocks, or after its stages.
+
+The parameters that are there keep their names, so the weights of the plain network fit.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from timm.models import _efficientnet_blocks as efficientnet_blocks
+from timm.models import convnext, regnet, res2net, resnet, sknet
+from torch import Tensor, nn
+
+__all__ = ["place_after_stages", "place_in_blocks", "stage_names"]
+
+Build = Callable[[int], nn.Module]
+"""Makes the attention for a number of channels."""
+
+# Block classes with an attention slot in the residual branch, called `se` in all of them; and the
+# layer before it, whose output channels are the attention's.
+SLOTS: dict[type[nn.Module], str] = {
+    resnet.BasicBlock: "bn2",
+    resnet.Bottleneck: "bn3",
+    res2net.Bottle2neck: "bn3",
+    sknet.SelectiveKernelBasic: "conv2.bn",
+    sknet.SelectiveKernelBottleneck: "conv3.bn",
+    regnet.Bottleneck: "conv2.bn",
+    efficientnet_blocks.DepthwiseSeparableConv: "bn1",
+    efficientnet_blocks.InvertedResidual: "bn2",
+    efficientnet_blocks.EdgeResidual: "bn1",
+}
+
+STEM = re.compile(r"(conv_)?stem|act1$|bn1$")
+
+
+class ConvNeXtAttentionBlock(convnext.ConvNeXtBlock):
+    """A ConvNeXt block of timm's with attention between its MLP and its layer scale.
+
+    Args:
+        block: The block whose layers this one takes over, under the same names.
+        attention: Maps [b, c, h, w] to [b, c, h, w].
+    """
+
+    def __init__(self, block: convnext.ConvNeXtBlock, attention: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.use_conv_mlp = block.use_conv_mlp
+        self.conv_dw = block.conv_dw
+        self.norm = block.norm
+        self.mlp = block.mlp
+        self.attention = attention
+        self.gamma = block.gamma
+        self.shortcut = block.shortcut
+        self.drop_path = block.drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [b, c, h, w] to [b, c, h, w]."""
+        shortcut = x
+        x = self.conv_dw(x)
+        if self.use_conv_mlp:
+            x = self.mlp(self.norm(x))
+        else:
+            x = x.permute(0, 2, 3, 1)  # [b, h, w, c]
+            x = self.mlp(self.norm(x)).permute(0, 3, 1, 2)  # [b, c, h, w], in channels_last layout
+        x = self.attention(x)
+        if self.gamma is not None:
+            x = x.mul(self.gamma.reshape(1, -1, 1, 1))
+        return self.drop_path(x) + self.shortcut(shortcut)
+
+
+def stage_names(model: nn.Module) -> list[str]:
+    """The modules that end the model's stages, as timm's `feature_info` names them, stem apart.
+
+    Raises:
+        ValueError: If the model does not say what its stages are.
+    """
+    info: Any = getattr(model, "feature_info", None)
+    modules = dict(model.named_modules())
+    names = [str(entry["module"]) for entry in info or ()]
+    if names and STEM.match(names[0]):
+        names = names[1:]
+    if not names or any(name not in modules for name in names):
+        raise ValueError(
+            f"{type(model).__name__} does not say which modules are its stages (feature_info)"
+        )
+    return names
+
+
+def chosen_stages(model: nn.Module, stages: Sequence[int] | None) -> list[int]:
+    """The indices of the stages to attend, from 0; None is all of them.
+
+    Raises:
+        ValueError: For a stage that does not exist.
+    """
+    count = len(stage_names(model))
+    if stages is None:
+        return list(range(count))
+    if unknown := sorted(set(stages) - set(range(count))):
+        raise ValueError(f"stages of this model are 0 to {count - 1}, not {unknown}")
+    return sorted(set(stages))
+
+
+def place_in_blocks(model: nn.Module, build: Build, stages: Sequence[int] | None = None) -> int:
+    """Put attention into the residual branch of every block of the stages, in place.
+
+    Where a block's slot holds an attention already, the new one comes after it.
+
+    Returns:
+        The number of blocks that have it.
+
+    Raises:
+        ValueError: For a stage that does not exist, or if no block of the model has a slot.
+    """
+    chosen = set(chosen_stages(model, stages))
+    slots = (*SLOTS, convnext.ConvNeXtBlock)
+    blocks = [
+        name
+        for name, stage in _stage_of_each_module(model).items()
+        if stage in chosen and isinstance(model.get_submodule(name), slots)
+    ]
+    if chosen and not blocks:
+        raise ValueError(
+            f"the blocks of {type(model).__name__} have no slot for attention; "
+            'where="stage" puts it after each stage'
+        )
+    for name in blocks:
+        block: Any = model.get_submodule(name)
+        norm: Any
+        if isinstance(block, convnext.ConvNeXtBlock):
+            norm = block.norm
+            attention = build(norm.weight.shape[0]).train(block.training)
+            _replace(model, name, ConvNeXtAttentionBlock(block, attention))
+        else:
+            before = next(layer for kind, layer in SLOTS.items() if isinstance(block, kind))
+            norm = block.get_submodule(before)
+            attention = build(norm.weight.shape[0]).train(block.training)
+            slot: Any = block.se
+            if slot is None or isinstance(slot, nn.Identity):
+                block.se = attention
+            else:
+                _append(slot, attention)
+    return len(blocks)
+
+
+def place_after_stages(
+    model: nn.Module, build: Build, stages: Iterable[int], channels: Sequence[int]
+) -> None:
+    """Put attention after each of the stages, in place.
+
+    Args:
+        stages: Indices of stages, from 0.
+        channels: Of the output of every stage.
+
+    Raises:
+        ValueError: If a stage is a list of modules that its model goes through by itself.
+    """
+    names = stage_names(model)
+    for stage in stages:
+        module = model.get_submodule(names[stage])
+        if isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward:
+            raise ValueError(f"{names[stage]} runs its modules in a way of its own")
+    for stage in stages:
+        module = model.get_submodule(names[stage])
+        _append(module, build(channels[stage]).train(module.training))
+
+
+def _stage_of_each_module(model: nn.Module) -> dict[str, int]:
+    """The stage that each module belongs to; of those after the last stage, the last one.
+
+    A stage is all that comes after the stage before it, to the end of its module: EfficientNet's
+    feature_info names only the last part of some stages.
+    """
+    stages = stage_names(model)
+    last = {}
+    for position, (name, _) in enumerate(model.named_modules()):
+        for stage in stages:
+            if name == stage or name.startswith(stage + "."):
+                last[stage] = position
+    return {
+        name: next((i for i, s in enumerate(stages) if position <= last[s]), len(stages) - 1)
+        for position, (name, _) in enumerate(model.named_modules())
+    }
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _append(module: nn.Module, attention: nn.Module) -> None:
+    """Make `module` end with `attention`, its own parameters keeping their names."""
+    if isinstance(module, nn.Sequential):
+        module.add_module("attention", attention)
+    else:
+        module.__class__ = _with_attention(type(module))
+        module.add_module("attention", attention)
+
+
+@functools.cache
+def _with_attention(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `cls` whose output goes through `self.attention`.
+
+    The attention must be a child of the module itself for the parameters of both to keep plain
+    names, and forward hooks would be lost in TorchScript and in torch.export.
+    """
+
+    def forward(self, *args, **kwargs):
+        return self.attention(cls.forward(self, *args, **kwargs))
+
+    namespace: dict[str, Any] = {"forward": forward, "__module__": __name__}
+    if issubclass(cls, nn.ModuleDict):
+        # DenseNet's blocks run through their items.
+        namespace["items"] = lambda self: [
+            (name, layer) for name, layer in self._modules.items() if name != "attention"
+        ]
+    return type(f"{cls.__name__}WithAttention", (cls,), namespace)  # pyright: ignore[reportReturnType]

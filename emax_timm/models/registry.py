@@ -1,0 +1,181 @@
+"""What the families share: their entry points, timm's configs for them, how they are built."""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import timm
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from torch import nn
+
+from ..attention import ATTENTIONS
+from . import weights
+
+__all__ = ["build_model", "entry_point", "family_cfgs", "register", "register_family"]
+
+_logger = logging.getLogger(__name__)
+
+EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
+
+
+def register(function: EntryPoint) -> EntryPoint:
+    """timm's `register_model`, but a name that timm or another package has is left to it."""
+    name = function.__name__
+    if timm.is_model(name):
+        owner = timm.model_entrypoint(name).__module__
+        if owner != function.__module__:
+            _logger.error("%s is a model of %s: emax_timm's is not registered", name, owner)
+            return function
+    register_model(function)
+    return function
+
+
+def system_names(backbone: str, compared: Sequence[str]) -> dict[str, str]:
+    """The registered names of a backbone, and the attention that each of them has."""
+    systems = ATTENTIONS if backbone in compared else ("emax",)
+    return {f"{backbone}_{system}": system for system in systems}
+
+
+def family_cfgs(backbones: Sequence[str], compared: Sequence[str]) -> dict[str, Any]:
+    """timm's default configs of a family: those of the plain twins, with our weights.
+
+    Args:
+        backbones: Names in timm of the plain twins.
+        compared: Those that there are with every attention, not only with EMAX.
+    """
+    cfgs: dict[str, PretrainedCfg] = {}
+    for backbone in backbones:
+        for name in system_names(backbone, compared):
+            for entry in weights.INDEX:
+                twin = get_pretrained_cfg(f"{entry.model}.{entry.tag}")
+                if entry.model == backbone and twin is not None:
+                    cfgs[f"{name}.{entry.tag}_warm"] = dataclasses.replace(
+                        twin,
+                        architecture=name,
+                        url="",
+                        hf_hub_id=entry.repo,
+                        hf_hub_filename=entry.file,
+                        license=entry.license,
+                    )
+            if not any(key.startswith(f"{name}.") for key in cfgs):
+                twin = get_pretrained_cfg(backbone) or PretrainedCfg()
+                cfgs[name] = without_weights(twin, architecture=name)
+    return generate_default_cfgs(cfgs)  # pyright: ignore[reportArgumentType]
+
+
+def without_weights(cfg: PretrainedCfg, architecture: str) -> PretrainedCfg:
+    """A config that describes the input and the layers as `cfg` does, and has no weights."""
+    return dataclasses.replace(
+        cfg,
+        architecture=architecture,
+        tag=None,
+        url="",
+        file=None,
+        hf_hub_id=None,
+        hf_hub_filename=None,
+        license=None,
+    )
+
+
+def register_family(
+    module: str,
+    model_class: type[nn.Module],
+    backbones: Mapping[str, Mapping[str, Any]],
+    compared: Sequence[str],
+    **build_options: Any,
+) -> None:
+    """Register `<backbone>_<attention>` models in `module`, which holds their `default_cfgs`.
+
+    Args:
+        module: The name of the module that the entry points belong to.
+        model_class: Takes the backbone's arguments and `attn_layer`.
+        backbones: The arguments of each backbone, by its name in timm.
+        compared: Backbones that there are with every attention, not only with EMAX.
+        build_options: Of `build_model`.
+    """
+    for backbone, arguments in backbones.items():
+        for name, system in system_names(backbone, compared).items():
+            function = entry_point(
+                name, model_class, {**arguments, "attn_layer": system}, build_options
+            )
+            function.__module__ = module
+            function.__doc__ = f"timm's {backbone} with the attention {system!r} in its blocks."
+            setattr(sys.modules[module], name, register(function))
+
+
+def entry_point(
+    name: str,
+    model_class: type[nn.Module],
+    arguments: Mapping[str, Any],
+    build_options: Mapping[str, Any],
+) -> Callable[..., nn.Module]:
+    """A function that timm can register: `name(pretrained=False, **kwargs)`."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build_model(
+            model_class, name, pretrained, **{**build_options, **arguments, **kwargs}
+        )
+
+    create.__name__ = create.__qualname__ = name
+    create.__annotations__["return"] = model_class
+    return create
+
+
+def build_model(
+    model_class: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    pretrained_filter_fn: Callable[..., Any] | None = None,
+    cache_dir: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """timm's `build_model_with_cfg`, with verified weights and those of plain twins.
+
+    Raises:
+        RuntimeError: If the weights cannot be had, are not those of the index, or do not fit.
+    """
+    overlay = dict(pretrained_cfg_overlay or {})
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+        entry = weights.find(cfg)
+        if entry is not None:
+            # timm loads the file, so that it adapts the stem and the head.
+            overlay["file"] = str(weights.fetch(entry, cache_dir))
+            _logger.warning(
+                "%s.%s: the weights of %s with its attention closed (residual_gate 0), so it "
+                "computes what the plain model computes until it is trained; %s",
+                variant,
+                cfg.tag,
+                entry.repo,
+                "verified" if entry.sha256 else "unverified: no sha256 of them is pinned",
+            )
+
+    def filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        if pretrained_filter_fn is not None:
+            state_dict = pretrained_filter_fn(state_dict, model)
+        return weights.warm_start(state_dict, model)
+
+    model: Any = build_model_with_cfg(
+        model_class,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=filter_fn,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+    if pretrained and "file" in overlay and overlay != pretrained_cfg_overlay:
+        model.pretrained_cfg.pop("file", None)  # a path on this machine is no part of the model
+    return model
