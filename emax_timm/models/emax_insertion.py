@@ -1,5 +1,6 @@
 """Attention in any CNN of timm's: as a function on a model, and as a model by name."""
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,7 +16,6 @@ from timm.models import (
 )
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..attention import create_attention
 from .placement import chosen_stages, place_after_stages, place_in_blocks, stage_names
@@ -95,32 +95,24 @@ def insert_attention(
 def _stage_channels(model: Any, stages: Sequence[int]) -> list[int]:
     """Channels of the output of each stage; checks that the `stages` map a tensor to one.
 
-    Runs the model without computing anything, on fake tensors.
+    Runs a copy of the model on the meta device, which computes nothing: some models keep tensors
+    from one call to the next.
     """
-    names = stage_names(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in tensors}
+    shadow = copy.deepcopy(model, memo).eval()
+    names = stage_names(shadow)
     seen: dict[str, list[Any]] = {name: [] for name in names}
-    handles = [
-        model.get_submodule(name).register_forward_hook(
+    for name in names:
+        shadow.get_submodule(name).register_forward_hook(
             lambda _, args, output, name=name: seen[name].append((args, output))
         )
-        for name in names
-    ]
-    parameter = next(model.parameters())
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            size = model.pretrained_cfg["input_size"]
-            channels = getattr(model, "in_chans", size[0])
-            image = torch.empty(
-                1, channels, *size[1:], device=parameter.device, dtype=parameter.dtype
-            )
-            model.eval()
-            model.forward_features(image)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for handle in handles:
-            handle.remove()
+    size = model.pretrained_cfg["input_size"]
+    channels = getattr(model, "in_chans", size[0])
+    with torch.no_grad():
+        shadow.forward_features(
+            torch.empty(1, channels, *size[1:], device="meta", dtype=tensors[0].dtype)
+        )
     widths = [entry["num_chs"] for entry in model.feature_info][-len(names) :]
     for stage in stages:
         name = names[stage]

@@ -31,7 +31,7 @@ SLOTS: dict[type[nn.Module], str] = {
     efficientnet_blocks.EdgeResidual: "bn1",
 }
 
-STEM = re.compile(r"(conv_)?stem|act1$|bn1$")
+STEM = re.compile(r"$|(conv_)?stem|act1$|bn1$")
 
 
 class ConvNeXtAttentionBlock(convnext.ConvNeXtBlock):
