@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import timm
 from PIL import Image
+from timm_suite import ALL
 
-import emax_timm  # noqa: F401  (registers the models)
+from emax_timm.attention import ATTENTIONS
+from emax_timm.benchmark import markdown, measure, model_names
 from emax_timm.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -44,11 +46,60 @@ def test_readme_python_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) ->
     exec(compile(source, "README.md", "exec"), {})
 
 
-def test_readme_names_exist() -> None:
-    models = set(re.findall(r"`(\w+_emax)`", README))
-    assert models == set(timm.list_models("*_emax"))
-    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+# Where names of models stand: the README, the docs, the configs, the examples.
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "configs").rglob("*.yaml"),
+        *(ROOT / "examples").glob("*.py"),
+    ]
+)
+# A name of timm's begins so; one of ours also ends so.
+FAMILY = r"(?:tu-)?(?:wide_)?(?:resne|convnext|mobilenet|regnet|efficientnet|densenet|swin_|vit_)"
+SYSTEM = rf"_(?:{'|'.join(ATTENTIONS)})"
+NAME = re.compile(rf"(?<![\w/.-])({FAMILY}\w*|\w+{SYSTEM})(\.\w+(?:_in1k|_warm)\w*)?(?![\w*{{/])")
+
+
+def names_in(text: str) -> set[str]:
+    """What looks like the name of a model, with its tag if it has one."""
+    return {name.removeprefix("tu-") + tag for name, tag in NAME.findall(text)}
+
+
+def is_known(name: str) -> bool:
+    known = timm.list_pretrained() if "." in name else timm.list_models()
+    return name in known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_of_models_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"https?://[^\s)]+", "", text)
+    assert not {name for name in names_in(text) if not is_known(name)}
+    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
+        assert (page.parent / target).exists(), target
+
+
+def test_names_of_models_are_found() -> None:
+    text = """`resnet50_emax`, "convnext_tiny_cbam", resnet50_emx (`resnet50_emax.a9_in1k_warm`),
+    model: resnet18_emax, tu-resnet18_emax, timm/resnet50.a1_in1k, foo_emax, resnet*_emax"""
+    found = names_in(text)
+    assert {name for name in found if not is_known(name)} == {
+        *("resnet50_emx", "resnet50_emax.a9_in1k_warm", "foo_emax")
+    }
+    assert {"resnet50_emax", "convnext_tiny_cbam", "resnet18_emax"} <= found
+
+
+def test_readme_table_has_every_model() -> None:
+    rows = re.findall(r"^\| `?(\w+)`? \|", README, flags=re.MULTILINE)
+    for name in ALL:
+        assert rows.count(name) == 1, name
+
+
+@pytest.mark.slow
+def test_readme_table_is_what_its_command_gives() -> None:
+    rows = [measure(name) for name in model_names("")]
+    assert markdown(rows) in README
 
 
 def programs() -> list[str]:

@@ -49,6 +49,7 @@ def test_wheel_holds_the_package_its_data_and_nothing_else(wheel: Path) -> None:
     assert {
         "emax_timm/py.typed",
         "emax_timm/configs/quickstart.yaml",
+        "emax_timm/models/weights.json",
         "emax_timm/samples/fashion_mnist/train.tar",
         "emax_timm/samples/fashion_mnist/test.tar",
         "emax_timm/samples/fashion_mnist/LICENSE",

@@ -29,6 +29,7 @@ SLOTS: dict[type[nn.Module], str] = {
     efficientnet_blocks.DepthwiseSeparableConv: "bn1",
     efficientnet_blocks.InvertedResidual: "bn2",
     efficientnet_blocks.EdgeResidual: "bn1",
+    efficientnet_blocks.UniversalInvertedResidual: "pw_exp.bn",
 }
 
 STEM = re.compile(r"$|(conv_)?stem|act1$|bn1$")

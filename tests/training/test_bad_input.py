@@ -105,9 +105,9 @@ MISTAKES = {
     ),
     "attention stage": (
         "--model resnet18_emax --model-kwargs attn_stages=[4]",
-        ["attn_stages", "0 to 3", "4"],
+        ["stages", "0 to 3", "4"],
     ),
-    "model value": ("--model-kwargs channels=[8]", ["resnet50_emax"]),
+    "model value": ("--model-kwargs output_stride=5", ["resnet50_emax"]),
     "pooling": ("--gp averge", ["averge"]),
     "optimizer": ("--opt adamww", ["adamww", "adamw"]),
     "recipe": ("-c quikstart", ["quikstart", "quickstart"]),
@@ -396,7 +396,7 @@ VALIDATE_MISTAKES = {
         "--model resnet18_emax --model-kwargs attn_kwargs={'faktor':8}",
         ["faktor", "factor"],
     ),
-    "unpublished weights": ("--model resnet18_emax --pretrained", ["resnet18_emax"]),
+    "unpublished weights": ("--model convnextv2_atto_emax --pretrained", ["convnextv2_atto_emax"]),
     "device": ("--model resnet18 --device gpu", ["gpu"]),
     "batch": ("--model resnet18 -b 0", ["batch_size"]),
 }

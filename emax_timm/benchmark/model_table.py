@@ -1,0 +1,249 @@
+"""`emax list`: a table of the registered models, their size, their cost and their weights.
+
+Nothing big is computed: the figures follow from the shapes of tensors that hold no data.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import pkgutil
+import shlex
+import shutil
+import sys
+import tempfile
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from .. import models
+from ..training.config import UsageError, nearest
+
+__all__ = ["ModelRow", "list_models", "markdown", "measure", "model_names", "plain_text"]
+
+REFERENCE = "swin_tiny_patch4_window7_224"
+COMPARISON = "timm's own, for comparison"
+BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
+BATCH = 64
+NUMBERS = ("Parameters (M)", "MACs (G)", "Activations (MB)")
+COLUMNS = ("Model", *NUMBERS, "Input", "Pretrained tags", "Licence of the weights")
+NOTE = (
+    "MACs are the multiply-accumulates of one image in evaluation, those of convolutions and "
+    "matrix products; pooling, sigmoid, norms and other elementwise work count nothing. "
+    "Activations are what autograd keeps for the backward pass of float32 training, in MB (10^6 "
+    f"bytes) per image in a batch of {BATCH}, the image included, without parameters, buffers, "
+    "gradients and short-lived memory; they are those of torch's CPU kernels and may vary a little "
+    "with the version of torch and with the device."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRow:
+    """What the table says of a model with its default arguments.
+
+    Args:
+        macs: Multiply-accumulates of one image in evaluation.
+        activation_bytes: What autograd keeps for the backward pass, per image.
+        input_size: Channels, height and width.
+        tags: Of its pretrained weights in timm's registry.
+        licences: Of the weights of each tag.
+        reference: Whether it is timm's own, not a model of this package.
+    """
+
+    model: str
+    parameters: int
+    macs: int
+    activation_bytes: int
+    input_size: tuple[int, ...]
+    tags: tuple[str, ...]
+    licences: tuple[str, ...]
+    reference: bool
+
+
+def list_models(argv: Sequence[str] | None = None, prog: str = "emax list") -> int:
+    """Print the table of models as the command line says; returns the exit status."""
+    try:
+        options = _parser(prog).parse_args(argv)
+        if options.write is not None:
+            _around_table(options.write)  # refused before the models are measured
+        names = model_names(options.filter)
+        # disable=None: on a terminal only.
+        rows = [measure(name) for name in tqdm(names, leave=False, disable=None)]
+        if options.write is not None:
+            words = [options.filter] if options.filter else []
+            command = shlex.join([*prog.split(), *words, "--write", os.path.relpath(options.write)])
+            _write_table(options.write, f"Made by `{command}`:\n\n{markdown(rows)}\n")
+    except UsageError as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    table = markdown if options.markdown else plain_text
+    objects = [dataclasses.asdict(row) for row in rows]
+    print(json.dumps(objects, indent=2) if options.json else table(rows))
+    return 0
+
+
+def model_names(pattern: str = "") -> list[str]:
+    """The package's models that match, as in `timm.list_models`; last `REFERENCE`, if it does.
+
+    Raises:
+        UsageError: If none matches.
+    """
+    modules = [m.name for m in pkgutil.iter_modules(models.__path__) if m.name.startswith("emax_")]
+    names = timm.list_models(pattern, module=modules)
+    names += [name for name in timm.list_models(pattern) if name == REFERENCE]
+    if not names:
+        spelt = nearest(pattern.strip("*?"), [*timm.list_models(module=modules), REFERENCE])
+        raise UsageError(f"no model matches {pattern}; the nearest name is {spelt}")
+    return names
+
+
+def measure(name: str) -> ModelRow:
+    """The row of a model."""
+    try:
+        with torch.device("meta"):
+            model: Any = timm.create_model(name)
+        macs = count_macs(model, _images(model, 1))
+        # On the meta device self-attention is not fused, and would keep more than in training.
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            kept = activation_bytes(model, _images(model, BATCH)) / BATCH
+    except RuntimeError:  # what it computes depends on values
+        model = timm.create_model(name)
+        macs = count_macs(model, _images(model, 1))
+        kept = activation_bytes(model, _images(model, 2)) / 2  # one is too few for some norms
+    weights = timm.list_models(name, pretrained=True)
+    cfgs = map(timm.get_pretrained_cfg, weights)
+    return ModelRow(
+        model=name,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=macs,
+        activation_bytes=round(kept),
+        input_size=tuple(resolve_model_data_config(model)["input_size"]),
+        tags=tuple(tagged.partition(".")[2] or "untagged" for tagged in weights),
+        licences=tuple(getattr(cfg, "license", None) or "not stated" for cfg in cfgs),
+        reference=name == REFERENCE,
+    )
+
+
+def _images(model: Any, batch: int) -> Tensor:
+    size = resolve_model_data_config(model)["input_size"]
+    return torch.zeros(batch, *size, device=next(model.parameters()).device)
+
+
+def count_macs(model: nn.Module, x: Tensor) -> int:
+    """Multiply-accumulates for the images x [b, c, h, w]; leaves the model in evaluation mode."""
+    # Fused self-attention on the CPU is unknown to the counter.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.eval()(x)
+    return counter.get_total_flops() // 2
+
+
+def activation_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd keeps after the forward pass of the images x [b, c, h, w].
+
+    Each storage counts once and as a whole; those of parameters and buffers do not. Leaves the
+    model in training mode.
+    """
+    own = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers()]]
+    kept: list[torch.UntypedStorage] = []  # alive, so that no id is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.untyped_storage())
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model.train()(x)
+    sizes = {id(storage): storage.nbytes() for storage in kept}
+    return sum(sizes[key] for key in sizes.keys() - set(map(id, own)))
+
+
+def markdown(rows: Sequence[ModelRow]) -> str:
+    """The table in Markdown, with a note on what its figures are."""
+    lines = [list(COLUMNS), ["---:" if column in NUMBERS else "---" for column in COLUMNS]]
+    for row in rows:
+        name, *cells = _cells(row)
+        lines.append([f"`{name}`" + f" ({COMPARISON})" * row.reference, *cells])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{table}\n\n{textwrap.fill(NOTE, 100)}"
+
+
+def plain_text(rows: Sequence[ModelRow]) -> str:
+    """The table as aligned columns."""
+    columns = []
+    for head, *cells in zip(COLUMNS, *map(_cells, rows), strict=True):
+        width = max(map(len, [head, *cells]))
+        align = str.rjust if head in NUMBERS else str.ljust
+        columns.append([align(cell, width) for cell in [head, *cells]])
+    lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+    return "\n".join(lines + [f"{row.model}: {COMPARISON}" for row in rows if row.reference])
+
+
+def _cells(row: ModelRow) -> list[str]:
+    figures = (row.parameters / 1e6, row.macs / 1e9, row.activation_bytes / 1e6)
+    licences = row.licences if len(set(row.licences)) > 1 else row.licences[:1]
+    size = " x ".join(map(str, row.input_size))
+    lists = [", ".join(words) or "-" for words in (row.tags, licences)]
+    return [row.model, *map(_rounded, figures), size, *lists]
+
+
+def _rounded(value: float) -> str:
+    """To three significant digits, without an exponent."""
+    value = float(f"{value:.3g}")
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value or 1)))}f}"
+
+
+def _write_table(path: Path, table: str) -> None:
+    """Replace what is between the lines `BEGIN` and `END` of a file, in one step or not at all."""
+    before, after = _around_table(path)
+    table = table.replace("\n", "\r\n" if before.endswith("\r\n") else "\n")
+    target = path.resolve()  # a link stays one
+    try:
+        with tempfile.TemporaryDirectory(prefix=".emax-", dir=target.parent) as folder:
+            temporary = Path(folder, target.name)
+            temporary.write_bytes((before + table + after).encode())
+            shutil.copymode(target, temporary)
+            os.replace(temporary, target)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _around_table(path: Path) -> tuple[str, str]:
+    """The text of a file up to its table, and from the table's end on."""
+    try:
+        # For writing too, so that a file that must not change is refused.
+        with path.open("r+", encoding="utf-8", newline="") as file:
+            lines = file.read().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot change {path}: {error}") from error
+    marked = [i for i, line in enumerate(lines) if line.rstrip() in (BEGIN, END)]
+    if [lines[i].rstrip() for i in marked] != [BEGIN, END]:
+        raise UsageError(f"{path} must have the line {BEGIN} once and, below it, {END} once")
+    begin, end = marked
+    return "".join(f"{line}\n" for line in lines[: begin + 1]), "\n".join(lines[end:])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _parser(prog: str) -> _Parser:
+    parser = _Parser(prog, description="List the models.", epilog=NOTE, allow_abbrev=False)
+    parser.add_argument("filter", nargs="?", default="", metavar="FILTER", help='as "resnet*"')
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument("--json", action="store_true", help="print objects, not rounded")
+    formats.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    text = f"also put the Markdown table between the lines {BEGIN} and {END} of FILE"
+    parser.add_argument("--write", type=Path, metavar="FILE", help=text)
+    return parser
