@@ -52,10 +52,14 @@ class GatedAttention(nn.Module):
         super().__init__()
         if not math.isfinite(gate_init):
             raise ValueError(f"gate_init must be finite, not {gate_init!r}")
+        self.gate_init = gate_init
         self.attention = attention
-        self.residual_gate = nn.Parameter(
-            torch.full((channels,), float(gate_init), device=device, dtype=dtype)
-        )
+        self.residual_gate = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the gate; the attention's layers have methods of their own."""
+        nn.init.constant_(self.residual_gate, self.gate_init)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention: [b, c, h, w] to [b, c, h, w]."""

@@ -1,7 +1,7 @@
 """Attention in any CNN of timm's: as a function on a model, and as a model by name."""
 
 import copy
-import inspect
+import difflib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -143,40 +143,46 @@ default_cfgs = generate_default_cfgs({"with_attention": {}})
 
 
 @register
-def with_attention(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A CNN of timm's, `base_model`, with `insert_attention`'s arguments; others are the base's.
+def with_attention(
+    pretrained: bool = False,
+    base_model: str = "resnet18",
+    attention: str = "emax",
+    stages: Sequence[int] | None = None,
+    where: str = "stage",
+    attn_kwargs: Mapping[str, Any] | None = None,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Mapping[str, Any] | None = None,
+    cache_dir: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A CNN of timm's, `base_model`, after `insert_attention`; `kwargs` are the base's.
 
     With `pretrained=True` it starts from the base's weights, its attention closed.
     """
-    base = kwargs.pop("base_model", "resnet18")
-    pretrained_cfg = kwargs.pop("pretrained_cfg", None)
-    overlay = kwargs.pop("pretrained_cfg_overlay", None)
+    # Weights of the model as a whole come from a folder, a file or a hub repository; else the
+    # base's do.
+    overlay = dict(pretrained_cfg_overlay or {})
     own = resolve_pretrained_cfg("with_attention", pretrained_cfg, overlay)
-    where = {
-        name: kwargs.pop(name)
-        for name in list(inspect.signature(insert_attention).parameters)[1:]
-        if name in kwargs
-    }
-    # Weights of the model as a whole come from a folder or a hub repository; else the base's do.
     base_weights = pretrained and not own.has_weights
-
-    feature_cfg: dict[str, Any] = {}
+    if not own.has_weights:
+        base_cfg = get_pretrained_cfg(base_model)
+        if base_cfg is None:
+            close = difflib.get_close_matches(base_model, timm.list_models(), n=1, cutoff=0)
+            raise ValueError(f"unknown base_model {base_model!r}; the nearest is {close[0]}")
+        pretrained_cfg = without_weights(base_cfg, architecture="with_attention").to_dict()
+    feature_cfg: dict[str, Any] = {"out_indices": ()}
 
     def build(**model_kwargs: Any) -> nn.Module:
-        model: Any = timm.create_model(base, pretrained=base_weights, **model_kwargs)
+        model: Any = timm.create_model(
+            base_model, pretrained=base_weights, cache_dir=cache_dir, **model_kwargs
+        )
         # Known only now, and read by timm after this.
         getter = hasattr(model, "forward_intermediates")
         feature_cfg.setdefault("feature_cls", "getter" if getter else "hook")
         if "out_indices" not in kwargs:
             feature_cfg["out_indices"] = tuple(range(len(model.feature_info)))
-        return insert_attention(model, **where)
+        return insert_attention(model, attention, stages, where, attn_kwargs)
 
-    if not own.has_weights:
-        base_cfg = get_pretrained_cfg(base)
-        if base_cfg is None:
-            raise ValueError(f"unknown base_model {base!r}: timm knows no model of that name")
-        pretrained_cfg = without_weights(base_cfg, architecture="with_attention").to_dict()
-    feature_cfg["out_indices"] = ()
     return build_model_with_cfg(
         build,
         "with_attention",
@@ -185,5 +191,6 @@ def with_attention(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=warm_start,
         feature_cfg=feature_cfg,
+        cache_dir=cache_dir,
         **kwargs,
     )

@@ -145,11 +145,13 @@ def _explain(error: TypeError, name: str) -> str:
     attentions = {attention.__name__: attention for attention in ATTENTIONS.values()}
     if owner not in named:
         model_class = attentions.get(owner) or getattr(timm.models, owner, nn.Module)
-    classes = inspect.getmro(model_class)
+    functions = [cls.__init__ for cls in inspect.getmro(model_class)]
+    if owner not in attentions:
+        functions.append(timm.model_entrypoint(name))
     keywords = {
         parameter.name
-        for cls in classes
-        for parameter in inspect.signature(cls.__init__).parameters.values()
+        for function in functions
+        for parameter in inspect.signature(function).parameters.values()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     } - {"self", "device", "dtype", "channels"}
     if not keywords:
