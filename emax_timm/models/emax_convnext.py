@@ -3,45 +3,20 @@
 Everything else is timm's ConvNeXt: parameter names, options, initialisation.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from timm.models.convnext import ConvNeXt, checkpoint_filter_fn
 
-from ..attention import create_attention
-from .placement import place_in_blocks
+from .placement import BlockAttention
 from .registry import family_cfgs, register_family
 
 __all__ = ["AttentionConvNeXt"]
 
 
-class AttentionConvNeXt(ConvNeXt):
-    """timm's ConvNeXt with attention in the blocks of some of its stages.
-
-    Args:
-        attn_layer, attn_stages, attn_kwargs: As in `emax_resnet.AttentionResNet`.
-        args, kwargs: As in timm's ConvNeXt.
-
-    Raises:
-        TypeError: For an unknown keyword, here or in `attn_kwargs`.
-        ValueError: For a stage that does not exist, or a bad value in `attn_kwargs`.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        attn_layer: str = "emax",
-        attn_stages: Sequence[int] | None = None,
-        attn_kwargs: Mapping[str, Any] | None = None,
-        device=None,
-        dtype=None,
-        **kwargs: Any,
-    ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(*args, **kwargs, **dd)
-        attention = {"gate_init": 1.0, **(attn_kwargs or {})}
-        place_in_blocks(self, partial(create_attention, attn_layer, **attention, **dd), attn_stages)
+class AttentionConvNeXt(BlockAttention, ConvNeXt):
+    """timm's ConvNeXt with attention in the blocks of some of its stages: see `BlockAttention`."""
 
 
 def _v1(depths: Sequence[int], width: int, **kwargs: Any) -> dict[str, Any]:

@@ -7,7 +7,6 @@ attention; with EMA in this place it has the 3.55 M parameters that its authors 
 Everything else is timm's MobileNetV2: parameter names, options, initialisation.
 """
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +18,7 @@ from timm.models._efficientnet_builder import (
 from timm.models.efficientnet import EfficientNet
 from torch import nn
 
-from ..attention import create_attention
-from .placement import place_in_blocks
+from .placement import BlockAttention
 from .registry import family_cfgs, register_family
 
 __all__ = ["AttentionMobileNetV2"]
@@ -37,38 +35,23 @@ BLOCKS = [
 ]
 
 
-class AttentionMobileNetV2(EfficientNet):
-    """timm's MobileNetV2 with attention in the blocks of some of its stages.
+class MobileNetV2(EfficientNet):
+    """timm's `mobilenetv2_100`, of which timm has a function but no class."""
 
-    Its stages are the five that `features_only` gives, so the third, for one, is all at stride 8.
-
-    Args:
-        attn_layer, attn_stages, attn_kwargs: As in `emax_resnet.AttentionResNet`.
-        kwargs: As in timm's `mobilenetv2_100`, an EfficientNet.
-
-    Raises:
-        TypeError: For an unknown keyword, here or in `attn_kwargs`.
-        ValueError: For a stage that does not exist, or a bad value in `attn_kwargs`.
-    """
-
-    def __init__(
-        self,
-        attn_layer: str = "emax",
-        attn_stages: Sequence[int] | None = None,
-        attn_kwargs: Mapping[str, Any] | None = None,
-        device=None,
-        dtype=None,
-        **kwargs: Any,
-    ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+    def __init__(self, **kwargs: Any) -> None:
         norm_layer = kwargs.pop("norm_layer", None)
         norm_layer = norm_layer or partial(nn.BatchNorm2d, **resolve_bn_args(kwargs))
         act_layer = resolve_act_layer(kwargs, "relu6")
         super().__init__(
-            decode_arch_def(BLOCKS), norm_layer=norm_layer, act_layer=act_layer, **kwargs, **dd
+            decode_arch_def(BLOCKS), norm_layer=norm_layer, act_layer=act_layer, **kwargs
         )
-        attention = {"gate_init": 1.0, **(attn_kwargs or {})}
-        place_in_blocks(self, partial(create_attention, attn_layer, **attention, **dd), attn_stages)
+
+
+class AttentionMobileNetV2(BlockAttention, MobileNetV2):
+    """MobileNetV2 with attention in the blocks of some of its stages: see `BlockAttention`.
+
+    The stages are the five that `features_only` gives, so that all blocks at stride 16 are one.
+    """
 
 
 BACKBONES: dict[str, dict[str, Any]] = {"mobilenetv2_100": {}}

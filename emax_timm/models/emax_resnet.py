@@ -4,50 +4,18 @@ That is where timm puts a block's attention. Everything else is timm's ResNet: p
 options, initialisation.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from ..attention import create_attention
-from .placement import place_in_blocks
+from .placement import BlockAttention
 from .registry import family_cfgs, register_family
 
 __all__ = ["AttentionResNet"]
 
 
-class AttentionResNet(ResNet):
-    """timm's ResNet with attention in the blocks of some of its stages.
-
-    Args:
-        attn_layer: A key of `emax_timm.attention.ATTENTIONS`.
-        attn_stages: Indices of the stages that have attention, from 0; None is all of them.
-        attn_kwargs: Keyword arguments of the attention (JSON-able). Each sits behind a residual
-            gate; `gate_init` is where that starts, 1 unless given.
-        args, kwargs: As in timm's ResNet.
-
-    Raises:
-        TypeError: For an unknown keyword, here or in `attn_kwargs`.
-        ValueError: For a stage that does not exist, or a bad value in `attn_kwargs`.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        attn_layer: str = "emax",
-        attn_stages: Sequence[int] | None = None,
-        attn_kwargs: Mapping[str, Any] | None = None,
-        device=None,
-        dtype=None,
-        **kwargs: Any,
-    ) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(*args, **kwargs, **dd)
-        # After ResNet's own initialisation, which would re-initialise the attention's; and so that
-        # a seed gives the backbone the same weights as its plain twin.
-        attention = {"gate_init": 1.0, **(attn_kwargs or {})}
-        place_in_blocks(self, partial(create_attention, attn_layer, **attention, **dd), attn_stages)
+class AttentionResNet(BlockAttention, ResNet):
+    """timm's ResNet with attention in the blocks of some of its stages: see `BlockAttention`."""
 
 
 _TIERED_STEM = {"stem_width": 32, "stem_type": "deep_tiered", "avg_down": True}

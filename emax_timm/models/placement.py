@@ -5,14 +5,16 @@ The parameters that are there keep their names, so the weights of the plain netw
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 from timm.models import _efficientnet_blocks as efficientnet_blocks
 from timm.models import convnext, regnet, res2net, resnet, sknet
 from torch import Tensor, nn
 
-__all__ = ["place_after_stages", "place_in_blocks", "stage_names"]
+from ..attention import create_attention
+
+__all__ = ["BlockAttention", "place_after_stages", "place_in_blocks", "stage_names"]
 
 Build = Callable[[int], nn.Module]
 """Makes the attention for a number of channels."""
@@ -67,6 +69,40 @@ class ConvNeXtAttentionBlock(convnext.ConvNeXtBlock):
         if self.gamma is not None:
             x = x.mul(self.gamma.reshape(1, -1, 1, 1))
         return self.drop_path(x) + self.shortcut(shortcut)
+
+
+class BlockAttention:
+    """Mixed into a model class of timm's: attention in the blocks of some of its stages.
+
+    Args:
+        attn_layer: A key of `emax_timm.attention.ATTENTIONS`.
+        attn_stages: Indices of the stages that have attention, from 0; None is all of them.
+        attn_kwargs: Keyword arguments of the attention (JSON-able). Each sits behind a residual
+            gate; `gate_init` is where that starts, 1 unless given.
+        args, kwargs: As in timm's class.
+
+    Raises:
+        TypeError: For an unknown keyword, here or in `attn_kwargs`.
+        ValueError: For a stage that does not exist, or a bad value in `attn_kwargs`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        attn_layer: str = "emax",
+        attn_stages: Sequence[int] | None = None,
+        attn_kwargs: Mapping[str, Any] | None = None,
+        device=None,
+        dtype=None,
+        **kwargs: Any,
+    ) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(*args, **kwargs, **dd)
+        # After the model's own initialisation, which would re-initialise the attention's; and so
+        # that a seed gives the backbone the same weights as its plain twin.
+        attention = {"gate_init": 1.0, **(attn_kwargs or {})}
+        build = functools.partial(create_attention, attn_layer, **attention, **dd)
+        place_in_blocks(cast(nn.Module, self), build, attn_stages)
 
 
 def stage_names(model: nn.Module) -> list[str]:
