@@ -20,8 +20,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,12 @@ def test_readme_python_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) ->
     source = "\n".join(blocks("python"))
     assert "create_model" in source
     exec(compile(source, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_python_of_the_docs_runs(page: Path) -> None:
+    source = "\n".join(blocks("python", page.read_text(encoding="utf-8")))
+    exec(compile(source, page.name, "exec"), {})
 
 
 # Where names of models stand: the README, the docs, the configs, the examples.

@@ -172,6 +172,10 @@ class EMAX(nn.Module):
 
         self.warmup.fill_(1.0)
         self.temperature.fill_(1.0)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill the constant buffers, which no checkpoint holds; timm and transformers call it."""
         # The device is named, for a torch.device context may stand for another one.
         device = self.group_counts.device
         counts = torch.tensor(self.candidates, device=device)

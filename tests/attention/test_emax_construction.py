@@ -16,6 +16,7 @@ from emax_testing import (
     randn,
     reference_of,
 )
+from timm.models._manipulate import reinit_non_persistent_buffers
 from torch import nn
 
 from emax_timm.attention import EMAX, set_grouping
@@ -224,3 +225,16 @@ def test_emax_deepcopy_is_equal_and_independent(variant: str) -> None:
 
 def test_emax_is_printed_with_its_candidates() -> None:
     assert "candidates=[1, 2, 4, 8]" in repr(EMAX(40))
+
+
+def test_constants_are_refilled_as_timm_and_transformers_do() -> None:
+    # Both make a model without memory and load what a checkpoint holds.
+    layer = EMAX(24, factor=8).eval()
+    shadow = EMAX(24, factor=8, device="meta").eval().to_empty(device="cpu")
+    for buffer in shadow.buffers():
+        buffer.zero_()
+    shadow.load_state_dict(layer.state_dict())
+    assert reinit_non_persistent_buffers(shadow) == [""]
+    x = torch.randn(2, 24, 5, 5)
+    for ours, theirs in zip(layer.attention(x), shadow.attention(x), strict=True):
+        assert torch.equal(ours, theirs)
