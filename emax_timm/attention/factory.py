@@ -30,7 +30,8 @@ ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
 class GatedAttention(nn.Module):
     """x + alpha * (attention(x) - x), with EMAX's residual gate alpha, [c], for any attention.
 
-    Exact at both ends: alpha = 0 gives x and alpha = 1 gives attention(x), to the bit.
+    Exact at both ends: alpha = 0 gives x and alpha = 1 gives attention(x), to the bit, wherever
+    attention(x) is finite.
 
     Args:
         channels: Number of input channels c.
@@ -38,7 +39,7 @@ class GatedAttention(nn.Module):
         gate_init: Initial alpha.
 
     Raises:
-        ValueError: If `gate_init` is not finite.
+        ValueError: If `gate_init` is no finite number.
     """
 
     def __init__(
@@ -50,8 +51,8 @@ class GatedAttention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if not math.isfinite(gate_init):
-            raise ValueError(f"gate_init must be finite, not {gate_init!r}")
+        if not isinstance(gate_init, int | float) or not math.isfinite(gate_init):
+            raise ValueError(f"gate_init must be a finite number, not {gate_init!r}")
         self.gate_init = gate_init
         self.attention = attention
         self.residual_gate = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
@@ -92,6 +93,11 @@ def create_attention(
     dd: dict[str, Any] = {"device": device, "dtype": dtype}
     if name not in ATTENTIONS:
         raise ValueError(f"unknown attention {name!r}; there are {', '.join(ATTENTIONS)}")
+    if not isinstance(channels, int) or channels < 1:
+        raise ValueError(f"channels must be a positive integer, not {channels!r}")
+    if name == "eca" and "kernel_size" in kwargs:
+        # timm takes it and does not use it where it knows the channels.
+        raise TypeError("ECA has its kernel_size from the channels, by gamma and beta")
     if name == "emax":
         gate = {} if gate_init is None else {"gate_init": gate_init}
         return EMAX(channels, **kwargs, **gate, **dd)

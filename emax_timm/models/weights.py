@@ -56,7 +56,10 @@ def read_index(path: Path = INDEX_FILE) -> list[WeightsEntry]:
         ValueError: If the file is no index.
     """
     try:
-        return [WeightsEntry(**entry) for entry in json.loads(path.read_text())]
+        entries = json.loads(path.read_text())
+        if not isinstance(entries, list):
+            raise TypeError("it holds no list")
+        return [WeightsEntry(**entry) for entry in entries]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is no index of weights: {error}") from None
 
