@@ -1,0 +1,116 @@
+"""The `emax export` command."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.models._features import FeatureGetterNet
+
+from ..training import checkpoint
+from ..training.checks import check_model
+from ..training.config import UsageError, from_mapping, parse_settings
+from ..training.options import option
+from .exporter import FORMATS, check_target, export_model
+from .verify import ExportError
+
+__all__ = ["ExportConfig", "export"]
+
+
+@dataclass
+class ExportConfig:
+    """Export a timm model to a file that runs without this package, and verify the file."""
+
+    model: str | None = option(
+        None,
+        "name of a timm model, local-dir:FOLDER (such as that of a run) or hf-hub:NAME",
+        positional=True,
+        metavar="MODEL",
+    )
+    output: str | None = option(None, "file to write", metavar="FILE")
+    format: str | None = option(
+        None,
+        "onnx, or torch for torch.export's archive (default: by the suffix, .onnx or .pt2)",
+        choices=tuple(FORMATS.values()),
+    )
+    checkpoint: str | None = option(None, "weights, a .safetensors file", metavar="FILE")
+    pretrained: bool = option(
+        False, "published weights (always from hf-hub: and local-dir: without --checkpoint)"
+    )
+    num_classes: int | None = option(None, "number of classes; 0 for pooled features")
+    img_size: int | None = option(None, "side of the images (default: as in the model's config)")
+    model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
+    features_only: bool = option(False, "feature maps of all stages instead of logits")
+    fixed_size: bool = option(False, "take images of this size only")
+    fixed_batch: bool = option(False, "take one image at a time")
+    overwrite: bool = option(False, "replace the file if there is one")
+
+
+def export(argv: Sequence[str] | None = None, prog: str = "emax export") -> int:
+    """Export as the command line says; returns the exit status.
+
+    2 for what the user can mend, 1 for a model that cannot be exported or a file that is not the
+    model: then nothing is left behind, and a file that was there before stays as it was.
+    """
+    try:
+        settings = parse_settings(ExportConfig, argv, prog)
+        config = from_mapping(ExportConfig, settings, "the command line")
+        if config.model is None or config.output is None:
+            raise UsageError("nothing to export: give MODEL --output FILE")
+        path = Path(config.output)
+        # Before the weights are fetched.
+        file_format = check_target(path, config.format, config.overwrite)
+        model, input_size, trained = _build(config)
+        report = export_model(
+            model,
+            path,
+            file_format,
+            input_size=input_size,
+            fixed_size=config.fixed_size,
+            fixed_batch=config.fixed_batch,
+            overwrite=config.overwrite,
+        )
+        print(report)
+        if not trained:
+            print("The weights are initial ones; --checkpoint or --pretrained gives trained ones.")
+    except (UsageError, ExportError) as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def _build(config: ExportConfig) -> tuple[Any, tuple[int, int, int], bool]:
+    """The model, the size of its input, and whether it has weights from somewhere."""
+    name, arguments = str(config.model), dict(config.model_kwargs)
+    for option_name in ("num_classes", "img_size"):
+        value, least = getattr(config, option_name), int(option_name == "img_size")
+        if value is not None and value < least:
+            raise UsageError(f"{option_name} must be at least {least}, not {value}")
+    if config.num_classes is not None:
+        arguments["num_classes"] = config.num_classes
+    check_model(name, arguments)
+    weights = Path(config.checkpoint) if config.checkpoint else None
+    scheme, _, folder = name.partition(":")
+    if scheme == "local-dir" and weights is None:
+        # Not through timm, which would take a pickle where there are no safetensors.
+        weights = Path(folder) / checkpoint.BEST
+    if weights is not None:
+        checkpoint.read_weights(weights)
+    pretrained = weights is None and (config.pretrained or ":" in name)
+    try:
+        model: Any = timm.create_model(name, pretrained=pretrained, **arguments)
+    except Exception as error:  # whatever stands in the way of its weights
+        raise UsageError(f"model {name}: {str(error) or type(error).__name__}") from None
+    if weights is not None:
+        checkpoint.load_weights(model, weights)
+    channels, *sides = model.pretrained_cfg["input_size"]
+    if config.img_size is not None:
+        sides = [config.img_size] * 2
+    input_size = (arguments.get("in_chans", channels), sides[0], sides[1])
+    if config.features_only:
+        if not hasattr(model, "forward_intermediates"):
+            raise UsageError(f"model {name} does not give its feature maps")
+        model = FeatureGetterNet(model, out_indices=tuple(range(len(model.feature_info))))
+    return model.eval(), input_size, pretrained or weights is not None

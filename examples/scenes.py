@@ -1,0 +1,107 @@
+"""Scenes composed of Fashion-MNIST items, with exact boxes and masks, for the other examples.
+
+The items are the real images of the sample that comes with the package. A scene takes a few of
+them at random, scales them, and puts them beside each other on a noisy canvas, so that no
+brightness tells an item from the canvas.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset
+from torch import Tensor
+
+import emax_timm
+
+SAMPLE = Path(emax_timm.__file__).parent / "samples" / "fashion_mnist"
+MEAN, STD = 0.25, 0.3  # of a scene's pixels, about
+
+# What the scenes' classes are, from 1 (0 is the canvas), and the sample's labels in each.
+GROUPS = {"top": (0, 2, 3, 4, 6), "trousers": (1,), "shoe": (5, 7, 9), "bag": (8,)}
+GROUP_OF = {label: 1 + i for i, labels in enumerate(GROUPS.values()) for label in labels}
+
+
+class Items(NamedTuple):
+    """Images of single items: `pixels` [n, 28, 28] in 0 to 255, 0 around the item; `groups` [n]."""
+
+    pixels: np.ndarray
+    groups: np.ndarray
+
+
+class Scene(NamedTuple):
+    """Several items on a canvas.
+
+    `image` is [1, s, s] in 0 to 1. `boxes` [k, 4] are x1, y1, x2, y2 in pixels, the right and the
+    lower edge exclusive; `groups` [k] are the items' classes; `instances` [s, s] is 0 on the
+    canvas and i + 1 on the non-zero pixels of item i.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    groups: Tensor
+    instances: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """The class of every pixel, [s, s]; 0 is the canvas."""
+        return torch.cat([self.groups.new_zeros(1), self.groups])[self.instances]
+
+
+def load_items(split: str) -> Items:
+    """The items of "train" (4,000) or "test" (1,000), read by timm."""
+    dataset: Any = create_dataset("", root=str(SAMPLE), split=f"{split}.tar", input_img_mode="L")
+    pixels, labels = zip(
+        *((np.asarray(image), int(label)) for image, label in dataset), strict=True
+    )
+    return Items(np.stack(pixels), np.array([GROUP_OF[label] for label in labels]))
+
+
+def compose(
+    items: Items,
+    random: np.random.Generator,
+    size: int = 96,
+    count: tuple[int, int] = (2, 4),
+    side: tuple[int, int] = (24, 44),
+) -> Scene:
+    """A random scene.
+
+    Args:
+        items: What to take the items from; every class is as likely.
+        random: Draws everything.
+        size: Height and width of the canvas.
+        count: Least and most items; one that finds no free place is left out.
+        side: Least and greatest height and width to which an item's image is scaled.
+    """
+    canvas = random.integers(0, 96, (size, size), dtype=np.uint8)
+    instances = np.zeros((size, size), dtype=np.int64)
+    boxes, groups = [], []
+    for _ in range(random.integers(*count, endpoint=True)):
+        group = random.integers(1, len(GROUPS), endpoint=True)
+        index = random.choice(np.flatnonzero(items.groups == group))
+        scaled = int(random.integers(*side, endpoint=True))
+        image = Image.fromarray(items.pixels[index]).resize((scaled, scaled))
+        item = np.asarray(image)
+        rows, columns = np.flatnonzero(item.any(axis=1)), np.flatnonzero(item.any(axis=0))
+        item = item[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        height, width = item.shape
+        for _attempt in range(20):
+            y = int(random.integers(0, size - height, endpoint=True))
+            x = int(random.integers(0, size - width, endpoint=True))
+            box = np.s_[y : y + height, x : x + width]
+            if all(
+                x >= b[2] or x + width <= b[0] or y >= b[3] or y + height <= b[1] for b in boxes
+            ):
+                canvas[box] = np.where(item > 0, item, canvas[box])
+                boxes.append((x, y, x + width, y + height))
+                groups.append(group)
+                instances[box] = np.where(item > 0, len(boxes), 0)
+                break
+    return Scene(
+        torch.from_numpy(canvas).float().unsqueeze(0) / 255,
+        torch.tensor(boxes, dtype=torch.float32),
+        torch.tensor(groups, dtype=torch.int64),
+        torch.from_numpy(instances),
+    )
