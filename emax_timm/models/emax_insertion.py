@@ -95,8 +95,8 @@ def insert_attention(
 def _stage_channels(model: Any, stages: Sequence[int]) -> list[int]:
     """Channels of the output of each stage; checks that the `stages` map a tensor to one.
 
-    Runs a copy of the model on the meta device, which computes nothing: some models keep tensors
-    from one call to the next.
+    Works on a copy of the model on the meta device, which computes nothing: some models keep
+    tensors from one call to the next.
     """
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in tensors}
@@ -109,10 +109,9 @@ def _stage_channels(model: Any, stages: Sequence[int]) -> list[int]:
         )
     size = model.pretrained_cfg["input_size"]
     channels = getattr(model, "in_chans", size[0])
+    image = torch.empty(1, channels, *size[1:], device="meta", dtype=tensors[0].dtype)
     with torch.no_grad():
-        shadow.forward_features(
-            torch.empty(1, channels, *size[1:], device="meta", dtype=tensors[0].dtype)
-        )
+        shadow.forward_features(image)
     widths = [entry["num_chs"] for entry in model.feature_info][-len(names) :]
     for stage in stages:
         name = names[stage]
@@ -127,6 +126,17 @@ def _stage_channels(model: Any, stages: Sequence[int]) -> list[int]:
                 f"{name} of {type(model).__name__} gives {list(output.shape)}, not a feature map "
                 f"[b, {widths[stage]}, h, w]: a model of tokens has no place for attention"
             )
+    # A stage that goes through its modules in a way of its own may not run what is added to it as
+    # its last step.
+    runs: list[nn.Module] = []
+    place_after_stages(shadow, lambda _: nn.Identity(), stages, widths)
+    for stage in stages:
+        probe = shadow.get_submodule(f"{names[stage]}.attention")
+        probe.register_forward_hook(lambda module, *_: runs.append(module))
+    with torch.no_grad():
+        shadow.forward_features(image)
+    if len(runs) != len(stages) or len(set(runs)) != len(stages):
+        raise ValueError(f"the stages of {type(model).__name__} run their modules in a way apart")
     return widths
 
 

@@ -187,15 +187,8 @@ def place_after_stages(
     Args:
         stages: Indices of stages, from 0.
         channels: Of the output of every stage.
-
-    Raises:
-        ValueError: If a stage is a list of modules that its model goes through by itself.
     """
     names = stage_names(model)
-    for stage in stages:
-        module = model.get_submodule(names[stage])
-        if isinstance(module, nn.Sequential) and type(module).forward is not nn.Sequential.forward:
-            raise ValueError(f"{names[stage]} runs its modules in a way of its own")
     for stage in stages:
         module = model.get_submodule(names[stage])
         _append(module, build(channels[stage]).train(module.training))
@@ -226,11 +219,10 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _append(module: nn.Module, attention: nn.Module) -> None:
     """Make `module` end with `attention`, its own parameters keeping their names."""
-    if isinstance(module, nn.Sequential):
-        module.add_module("attention", attention)
-    else:
+    # These run all their children in turn.
+    if not isinstance(module, nn.Sequential | regnet.RegStage):
         module.__class__ = _with_attention(type(module))
-        module.add_module("attention", attention)
+    module.add_module("attention", attention)
 
 
 @functools.cache

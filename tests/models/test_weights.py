@@ -93,7 +93,8 @@ with torch.no_grad():
     print(torch.equal(model.eval()(x), plain.eval()(x)), closed, "file" in model.pretrained_cfg)
 features = timm.create_model(name, pretrained=True, features_only=True)
 with torch.no_grad():
-    pairs = zip(features.eval()(x), plain.forward_intermediates(x, intermediates_only=True), strict=True)
+    expected = plain.forward_intermediates(x, intermediates_only=True)
+    pairs = zip(features.eval()(x), expected, strict=True)
     print(all(torch.equal(a, b) for a, b in pairs))
 """
 
