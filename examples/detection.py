@@ -151,7 +151,7 @@ def picture(model: FasterRCNN, scenes: list[Scene]) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A detector on an EMAX backbone.")
-    parser.add_argument("--steps", type=int, default=50, help="of training, 8 scenes each")
+    parser.add_argument("--steps", type=int, default=45, help="of training, 8 scenes each")
     parser.add_argument("--scenes", type=int, default=48, help="to test on")
     parser.add_argument("--output", type=Path, help="folder for the weights and a picture")
     arguments = parser.parse_args()

@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,12 @@ def load_backbone(folder: Path) -> Any:
     return backbone.eval()
 
 
-def difference(first: Tensor, second: Tensor) -> float:
-    """The greatest difference of two tensors; nan counts as one."""
-    assert first.shape == second.shape
-    return float((first - second).abs().max())
+def difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """The greatest difference of tensors of the same shapes; nan is an infinite one."""
+    return max(
+        torch.nan_to_num((a - b).abs(), nan=float("inf")).max().item()
+        for a, b in zip(first, second, strict=True)
+    )
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -133,10 +136,10 @@ def run(folder: Path, steps: int, limit: int) -> int:
     gates = [name for name in classifier.timm_model.state_dict() if "residual_gate" in name]
     attended = sorted({int(name.removeprefix("layer")[0]) - 1 for name in gates})
     differences = {
-        f"inputs, {type(processor).__name__}": difference(processed["pixel_values"], inputs),
-        f"logits, {type(classifier).__name__}": difference(found, logits),
-        f"features, {type(encoder).__name__}": max(map(difference, hidden, features)),
-        f"features, {type(backbone).__name__}": max(map(difference, maps, features)),
+        f"inputs, {type(processor).__name__}": difference([processed["pixel_values"]], [inputs]),
+        f"logits, {type(classifier).__name__}": difference([found], [logits]),
+        f"features, {type(encoder).__name__}": difference(hidden, features),
+        f"features, {type(backbone).__name__}": difference(maps, features),
     }
     print(f"attn_stages: config.json {kept}, as loaded {attended}")
     print(f"classes {', '.join(classifier.config.id2label.values())}")

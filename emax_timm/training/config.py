@@ -213,7 +213,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     if default not in (None, "", {}, False):
         text += f" (default: {default})"
     if meta.pop("positional", False):
-        group.add_argument(name, nargs="?", metavar="DIR", help=text)
+        group.add_argument(name, nargs="?", metavar=meta.pop("metavar", "DIR"), help=text)
         return
     flags = [*meta.pop("flags", ()), "--" + name.replace("_", "-")]
     options: dict[str, Any] = {"dest": name, "help": text}

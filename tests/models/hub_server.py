@@ -78,7 +78,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
             if body:
                 self.wfile.write(content)
 
-        def log_message(self, *args: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

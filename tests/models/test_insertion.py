@@ -136,7 +136,7 @@ def test_stages_are_those_of_the_features(where: str) -> None:
 
 
 def test_insertion_keeps_modes_gradients_types_and_devices() -> None:
-    model = timm.create_model("regnety_002", dtype=torch.bfloat16)
+    model: Any = timm.create_model("regnety_002", dtype=torch.bfloat16)
     model.s1.eval()
     model.stem.requires_grad_(False)
     modes = {name: module.training for name, module in model.named_modules()}
@@ -165,7 +165,8 @@ def test_training_opens_the_gates(where: str) -> None:
 
 def test_result_is_copied_and_exported() -> None:
     for where in ("stage", "block"):
-        model = insert_attention(plain("regnety_002"), where=where, attn_kwargs={"gate_init": 0.5})
+        options: dict[str, Any] = {"stages": [0], "attn_kwargs": {"gate_init": 0.5}}
+        model = insert_attention(plain("regnety_002"), where=where, **options)
         x = image(model)
         with torch.inference_mode():
             expected = model(x)

@@ -199,13 +199,14 @@ def overlay(file: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("twin", TWINS)
 def test_warm_start_adapts_stem_and_head(twin: str, twins: dict[str, Path]) -> None:
     options = {"num_classes": 5, "in_chans": 1, **overlay(twins[twin])}
-    model = timm.create_model(f"{twin}_emax", **options)
+    model: Any = timm.create_model(f"{twin}_emax", **options)
     plain = timm.create_model(twin, **options)
     head = model.pretrained_cfg["classifier"]
     for name, value in plain.state_dict().items():
         if not name.startswith(head):
             assert torch.equal(model.state_dict()[name], value), name
-    assert timm.create_model(f"{twin}_emax", **{**options, "num_classes": 0}).num_classes == 0
+    headless: Any = timm.create_model(f"{twin}_emax", **{**options, "num_classes": 0})
+    assert headless.num_classes == 0
 
 
 def changed(tensors: dict[str, Tensor], how: str) -> dict[str, Tensor]:
