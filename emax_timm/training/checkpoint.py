@@ -12,6 +12,7 @@ Weights are safetensors; `last.pt` holds tensors and plain containers and is rea
 restricted unpickler. Every file is written under a temporary name and renamed when complete.
 """
 
+import json
 import pickle
 import warnings
 from pathlib import Path
@@ -139,12 +140,12 @@ def save_model_config(
     valid = PretrainedCfg.__dataclass_fields__
     model.pretrained_cfg.update({k: v for k, v in data_config.items() if k in valid})
     content = {"label_names": label_names} if label_names else None
-    replace_file(
-        path,
-        lambda file: save_config_for_hf(
-            model,
-            file,  # type: ignore[arg-type]  # a str in some versions of timm, a Path in others
-            content,
-            model_args=model_args,
-        ),
-    )
+
+    def write(file: Path) -> None:
+        save_config_for_hf(model, str(file), content, model_args=model_args)
+        config = json.loads(file.read_text())
+        # It stands beside the arguments as well; transformers would pass it on twice.
+        config.get("model_args", {}).pop("num_classes", None)
+        file.write_text(json.dumps(config, indent=2))
+
+    replace_file(path, write)

@@ -1,6 +1,7 @@
 """What a run leaves in its folder, and that timm reads it."""
 
 import csv
+import importlib
 import json
 import os
 import stat
@@ -171,6 +172,18 @@ def test_run_folder_is_a_timm_model(run_of: RunOf, name: str) -> None:
     assert description["label_names"] == ["cat", "dog"]
     features = timm.create_model(f"local-dir:{trainer.folder}", pretrained=True, features_only=True)
     assert len(features(images)) > 1
+
+
+@pytest.mark.slow
+def test_run_folder_is_read_by_transformers(run_of: RunOf) -> None:
+    transformers = importlib.import_module("transformers")
+    folder = str(run_of().folder)
+    classifier = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(classifier(images).logits, model(images))
+    assert list(classifier.config.id2label.values()) == ["cat", "dog"]
 
 
 @pytest.mark.parametrize("name", MODELS)
