@@ -105,8 +105,8 @@ class EMAX(nn.Module):
         for name, value in (("channels", channels), ("factor", factor), ("reduction", reduction)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
-        if not math.isfinite(gate_init):
-            raise ValueError(f"gate_init must be finite, not {gate_init!r}")
+        if not isinstance(gate_init, int | float) or not math.isfinite(gate_init):
+            raise ValueError(f"gate_init must be a finite number, not {gate_init!r}")
         self.groups = math.gcd(channels, factor)  # F
         self.candidates = _candidates(self.groups, group_counts)
         self.batch_vote = batch_vote

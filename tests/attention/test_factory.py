@@ -410,7 +410,7 @@ def test_create_attention_refuses_an_unknown_keyword(name: str, gate_init: float
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", NAMES)
 def test_create_attention_refuses_a_gate_that_is_not_finite(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"gate_init must be finite, not {value}"):
+    with pytest.raises(ValueError, match=f"gate_init must be a finite number, not {value}"):
         create_attention(name, 8, gate_init=value)
 
 
@@ -594,3 +594,22 @@ def test_compile_traces_one_graph_with_eagers_gradients(name: str) -> None:
     for size in [(7, 5), (17, 16)]:
         x = randn(2, 24, *size, dtype=torch.float32)
         assert_same(gradients(module, x, compiled), gradients(module, x, module), 1e-5)
+
+
+@pytest.mark.parametrize("channels", [0, -4, 2.5, "8", None])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_create_attention_refuses_what_is_no_number_of_channels(name: str, channels: Any) -> None:
+    with pytest.raises(ValueError, match="channels must be a positive integer, not"):
+        create_attention(name, channels)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_create_attention_refuses_a_gate_that_is_no_number(name: str) -> None:
+    with pytest.raises(ValueError, match="gate_init must be a finite number, not '1'"):
+        create_attention(name, 8, gate_init="1")  # type: ignore[arg-type]
+
+
+def test_create_attention_refuses_a_kernel_size_that_eca_would_ignore() -> None:
+    with pytest.raises(TypeError, match="gamma and beta"):
+        create_attention("eca", 64, kernel_size=7)
+    assert create_attention("eca", 512, gamma=1).conv.kernel_size == (11,)  # type: ignore[union-attr]
