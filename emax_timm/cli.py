@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .benchmark.model_table import list_models
+from .benchmark.plan import plan
 from .hub.export import export
 from .models import weights as model_weights
 from .training import train, validate
@@ -46,6 +47,7 @@ def weights(argv: Sequence[str] | None = None, prog: str = "emax weights") -> in
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "train": (train, "train an image classifier"),
     "validate": (validate, "validate one"),
+    "plan": (plan, "work out what a training run will need"),
     "list": (list_models, "list the models, with their size and cost"),
     "export": (export, "export one with torch.export or to ONNX"),
     "weights": (weights, "pin the published weights"),

@@ -1,11 +1,12 @@
 """Writing files so that a reader never sees half of one."""
 
 import contextlib
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["replace_file"]
+__all__ = ["lock_folder", "replace_file"]
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -23,3 +24,19 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock against other processes; gives False if one of them has it.
+
+    The system takes the lock back when the process dies, whatever it dies of, and does not pass it
+    on to its children.
+    """
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True

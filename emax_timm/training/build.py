@@ -54,7 +54,7 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
     """
     check_config(config)
     state = None
-    if config.resume:
+    if config.resume not in ("", "auto"):
         state = checkpoint.load_state(Path(config.resume) / checkpoint.LAST_STATE, world.device)
     splits = _open_splits(config)
     classes = class_names(splits["train"])
@@ -250,7 +250,7 @@ def _resolve(
 
 def _run_folder(config: TrainConfig, data_config: dict[str, Any], world: World) -> Path:
     """Where the run's files go; refused if it holds another run's."""
-    if config.resume:
+    if config.resume not in ("", "auto"):
         return Path(config.resume)
     if config.experiment:
         name = config.experiment
@@ -258,7 +258,9 @@ def _run_folder(config: TrainConfig, data_config: dict[str, Any], world: World) 
         name = f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(config.model)}"
         name += f"-{data_config['input_size'][-1]}"
     folder = Path(config.output) / name
-    if world.is_primary and (folder / checkpoint.CONFIG).exists():
+    # A run that ended before its first checkpoint is started anew by --resume auto.
+    begun = checkpoint.LAST_STATE if config.resume == "auto" else checkpoint.CONFIG
+    if world.is_primary and (folder / begun).exists():
         raise UsageError(
             f"{folder} already holds a run; continue it with --resume {folder}, "
             "or choose another --experiment or --output"

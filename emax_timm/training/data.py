@@ -17,11 +17,13 @@ from timm.data import (
     resolve_data_config,
 )
 from timm.data.dataset_factory import _search_split
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .config import UsageError, nearest
 from .distributed import World
 from .options import DataOptions, InputOptions, TrainConfig
+from .sampling import KeyedBatches, KeyedDataset, KeyedErasing
+from .signals import ignore_signals
 
 __all__ = [
     "Subset",
@@ -33,6 +35,8 @@ __all__ = [
     "input_channels",
     "open_split",
     "same_classes",
+    "sample_names",
+    "start_epoch",
     "training_loader",
 ]
 
@@ -220,9 +224,11 @@ def hold_out(dataset: Any, fraction: float) -> tuple[Subset, Subset]:
 def training_loader(
     config: TrainConfig, dataset: Any, data_config: dict[str, Any], num_classes: int, world: World
 ) -> Any:
-    """Timm's augmenting loader; mixup happens in it unless the prefetcher is off."""
-    if config.aug_repeats and world.size == 1:
-        raise UsageError("--aug-repeats needs several ranks")
+    """Timm's augmenting loader; mixup happens in it unless the prefetcher is off.
+
+    Its randomness is keyed (`sampling.py`), unless the data are a stream.
+    """
+    stream = isinstance(dataset, IterableDataset)
     if config.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=config.aug_splits)
     collate = None
@@ -248,13 +254,12 @@ def training_loader(
         "grayscale_prob": config.grayscale_prob or 0.0,
         "gaussian_blur_prob": config.gaussian_blur_prob or 0.0,
         "auto_augment": config.aa,
-        "num_aug_repeats": int(config.aug_repeats),
         "num_aug_splits": config.aug_splits,
         "interpolation": interpolation,
         "mean": data_config["mean"],
         "std": data_config["std"],
         "num_workers": config.workers,
-        "distributed": world.size > 1,
+        "distributed": stream and world.size > 1,
         "collate_fn": collate,
         "pin_memory": config.pin_mem,
         "device": world.device,
@@ -264,10 +269,61 @@ def training_loader(
         "persistent_workers": False,
     }
     try:
-        return create_loader(dataset, **arguments)
+        loader = create_loader(dataset, **arguments)
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())
         raise UsageError(f"cannot augment as asked (--aa {config.aa}): {text}") from None
+    return loader if stream else _keyed(loader, config, world)
+
+
+def _keyed(loader: Any, config: TrainConfig, world: World) -> Any:
+    """The loader with its order and its random numbers a function of the place in the run."""
+    inner: Any = loader if config.no_prefetcher else loader.loader
+    repeats = max(1, int(config.aug_repeats))
+    keyed = DataLoader(
+        KeyedDataset(inner.dataset, config.seed),
+        batch_sampler=KeyedBatches(
+            len(inner.dataset), config.batch_size, config.seed, world.rank, world.size, repeats
+        ),
+        collate_fn=inner.collate_fn,
+        num_workers=inner.num_workers,
+        pin_memory=inner.pin_memory,
+        worker_init_fn=ignore_signals,
+    )
+    if config.no_prefetcher:
+        return keyed
+    loader.loader = keyed
+    if loader.random_erasing is not None:
+        loader.random_erasing = KeyedErasing(loader.random_erasing, config.seed, world.rank)
+    return loader
+
+
+def start_epoch(loader: Any, epoch: int, batch: int = 0) -> None:
+    """Let the next iteration over a training loader begin at a batch of an epoch.
+
+    A stream can only begin at the epoch's start.
+    """
+    if isinstance(loader.batch_sampler, KeyedBatches):
+        loader.batch_sampler.start(epoch, batch)
+        if isinstance(erasing := getattr(loader, "random_erasing", None), KeyedErasing):
+            erasing.start(epoch, batch)
+    elif hasattr(loader.dataset, "set_epoch"):
+        loader.dataset.set_epoch(epoch)
+
+
+def sample_names(loader: Any, batch: int) -> list[str]:
+    """Files (or indices, where there are none) of a batch of the epoch that a loader is in."""
+    if not isinstance(loader.batch_sampler, KeyedBatches):
+        return []
+    return [_name(loader.dataset.dataset, key.index) for key in loader.batch_sampler.batch(batch)]
+
+
+def _name(dataset: Any, index: int) -> str:
+    while isinstance(dataset, (Subset, AugMixDataset)):
+        if isinstance(dataset, Subset):
+            index = dataset.indices[index]
+        dataset = dataset.dataset
+    return dataset.filename(index) if hasattr(dataset, "filename") else f"sample {index}"
 
 
 def input_channels(options: InputOptions) -> int:

@@ -33,11 +33,11 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool | torch.Tensor) -> bool:
-        """Whether the flag is set on any rank. A synchronisation point."""
-        if self.size == 1:
-            return bool(flag)
-        return bool(self.sum(torch.as_tensor(flag, device=self.device).float()).item() > 0)
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """Greatest over all ranks, in place. A synchronisation point."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite the tensors with those of rank 0. A synchronisation point."""

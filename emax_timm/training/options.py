@@ -23,7 +23,6 @@ NOT_HERE = {
     "--model-ema-force-cpu": "the average lives where the model does",
     "--naflex-loader": "these are convolutional networks",
     "--no-resume-opt": "start from the weights with --initial-checkpoint",
-    "--recovery-interval": "a checkpoint is written after every epoch",
     "--split-bn": "there is one batch norm for all augmentation splits",
     "--start-epoch": "use --resume",
     "--torchscript": "use --torchcompile",
@@ -235,7 +234,7 @@ class AugmentationOptions:
     grayscale_prob: float | None = option(None, "probability of a conversion to grey")
     gaussian_blur_prob: float | None = option(None, "probability of a blur")
     aa: str | None = option(None, "auto-augment policy, such as rand-m9-mstd0.5-inc1")
-    aug_repeats: float = option(0.0, "views of each image per epoch (several ranks only)")
+    aug_repeats: float = option(0.0, "views of each image that follow each other")
     aug_splits: int = option(0, "augmentation splits: 0, or 2 and more")
     jsd_loss: bool = option(False, "Jensen-Shannon loss over the augmentation splits")
     bce_loss: bool = option(False, "binary cross entropy")
@@ -274,7 +273,20 @@ class RunOptions:
 
     output: str = option("output/train", "folder of runs (timm's default, spelt out)")
     experiment: str = option("", "name of the run's folder in it (default: time-model-size)")
-    resume: str = option("", "go on with the run in this folder, at the next epoch")
+    resume: str = option(
+        "",
+        "go on with the run in this folder, where it stood; auto (not in timm): with the run of "
+        "--experiment if there is one, else start it",
+    )
+    recovery_interval: int = option(
+        0, "optimizer steps between checkpoints within an epoch; 0 for none"
+    )
+    recovery_minutes: float = option(0.0, "not in timm: minutes between them; 0 for none")
+    nonfinite: str = option(
+        "stop",
+        "not in timm: stop at a loss or gradient that is not finite, or skip the step",
+        choices=("stop", "skip"),
+    )
     seed: int = option(42, "seed of everything random")
     validation_batch_size: int | None = option(None, "(default: --batch-size)", "-vb")
     val_interval: int = option(1, "epochs between validations")

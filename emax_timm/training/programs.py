@@ -27,6 +27,7 @@ from .distributed import World, open_world
 from .evaluate import Metrics, evaluate
 from .options import TrainConfig, ValidateConfig
 from .runlog import Progress
+from .signals import Stopped, catch_signals
 from .trainer import NonFiniteError
 
 __all__ = ["train", "validate"]
@@ -38,12 +39,12 @@ def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
     def program() -> None:
         settings = parse_settings(TrainConfig, argv, prog)
         if settings.get("resume"):
-            path = Path(settings["resume"])
-            folder = path.parent if path.is_file() else path  # timm takes a file
-            settings = layered(_run_settings(folder), {**settings, "resume": str(folder)})
+            settings = _resumed(settings)
         config = from_mapping(TrainConfig, settings, "the configuration")
         with open_world(config.device) as world:
-            build_trainer(config, world).run()
+            trainer = build_trainer(config, world)
+            with catch_signals() as trainer.stop:
+                trainer.run()
 
     return _status_of(program, prog)
 
@@ -122,6 +123,21 @@ def validate_with(settings: dict[str, Any], world: World) -> Metrics:
     )
 
 
+def _resumed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the run to go on with, under those given."""
+    if settings["resume"] == "auto":
+        if not settings.get("experiment"):
+            raise UsageError("--resume auto needs the name of the run: --experiment NAME")
+        output = from_mapping(TrainConfig, settings, "the configuration").output
+        path = Path(output, settings["experiment"])
+        if not (path / checkpoint.LAST_STATE).is_file():
+            return settings  # it starts
+    else:
+        path = Path(settings["resume"])
+    folder = path.parent if path.is_file() else path  # timm takes a file
+    return layered(_run_settings(folder), {**settings, "resume": str(folder)})
+
+
 def _run_settings(folder: Path) -> dict[str, Any]:
     path = folder / checkpoint.CONFIG
     if not path.is_file():
@@ -194,4 +210,7 @@ def _status_of(program: Callable[[], None], prog: str) -> int:
     except NonFiniteError as error:
         print(f"{prefix}: stopped: {error}", file=sys.stderr)
         return 1
+    except Stopped as error:
+        print(f"{prefix}: {error}; go on with --resume", file=sys.stderr)
+        return 128 + error.number
     return 0

@@ -64,15 +64,16 @@ class Progress:
         steps: Number of steps.
         interval: Steps between lines.
         enabled: False keeps silent, as all but one rank do.
+        done: Steps that an earlier process has done.
     """
 
-    def __init__(self, title: str, steps: int, interval: int, enabled: bool) -> None:
+    def __init__(self, title: str, steps: int, interval: int, enabled: bool, done: int = 0) -> None:
         self.title, self.steps, self.interval, self.enabled = title, steps, interval, enabled
         self.start = time.monotonic()
-        self.done = 0
+        self.first = self.done = done
         self.bar = None
         if enabled and sys.stderr.isatty():
-            self.bar = tqdm(total=steps, desc=title, unit="step", leave=False)
+            self.bar = tqdm(total=steps, initial=done, desc=title, unit="step", leave=False)
 
     def step(self, **values: float) -> None:
         """One step is done; `values` are shown."""
@@ -81,7 +82,7 @@ class Progress:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
             self.bar.update()
         elif self.enabled and self.done % self.interval == 0:
-            rate = self.done / (time.monotonic() - self.start)
+            rate = (self.done - self.first) / (time.monotonic() - self.start)
             shown = [f"{name}: {value:.4g}" for name, value in values.items()]
             shown = [f"step {self.done}/{self.steps}", *shown, f"{rate:.2f} steps/s"]
             print(f"{self.title}  {'  '.join(shown)}", file=sys.stderr, flush=True)

@@ -2,15 +2,16 @@
 
 import json
 import math
+import signal
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.models import model_parameters
 from timm.scheduler.scheduler import Scheduler
@@ -18,19 +19,22 @@ from timm.utils import (
     ModelEmaV3,
     dispatch_clip_grad,
     distribute_bn,
-    random_seed,
 )
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import IterableDataset
 
 from ..attention import set_grouping
-from ..files import replace_file
+from ..files import lock_folder, replace_file
 from . import checkpoint
 from .config import UsageError, to_yaml
+from .data import sample_names, start_epoch
 from .distributed import World
 from .evaluate import Metrics, autocast, evaluate
 from .options import TrainConfig
 from .runlog import Progress, RunLog
+from .sampling import seed_step
+from .signals import Stop, Stopped
 
 __all__ = ["NonFiniteError", "Trainer", "grouping_course"]
 
@@ -38,7 +42,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class NonFiniteError(RuntimeError):
-    """The loss is not a finite number; the weights are those of the last good step."""
+    """The loss or a gradient is not finite; the weights are those of the last good step."""
 
 
 @dataclass
@@ -72,21 +76,35 @@ class Trainer:
     best: Metrics | None = None
     best_epoch: int | None = None
     seconds: float = 0.0
+    # Of the steps of this epoch, the mean over ranks.
+    losses: list[float] = field(default_factory=list)
+    stop: Stop = field(default_factory=Stop)
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
         half = self.config.amp and self.config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
+        self._saved_at = time.monotonic()
 
     def run(self) -> None:
-        """Train from where the run stands to its end, then test the best weights."""
-        log = self._open_folder()
+        """Train from where the run stands to its end, then test the best weights.
+
+        Raises:
+            NonFiniteError: If the loss or a gradient is not finite; a checkpoint of the last good
+                step has been written.
+            Stopped: If a signal has asked for it; a checkpoint has been written.
+        """
+        with ExitStack() as stack:
+            self._run(self._open_folder(stack))
+
+    def _run(self, log: RunLog) -> None:
         while self.epoch < self.epochs:
             start = time.monotonic()
             loss = self.train_epoch()
-            self.epoch += 1
-            due = self.epoch % self.config.val_interval == 0 or self.epoch == self.epochs
+            due = (self.epoch + 1) % self.config.val_interval == 0
+            due = due or self.epoch + 1 == self.epochs
             metrics = self.validate() if due and self.val_loader is not None else None
+            self.epoch += 1
             lr = self.optimizer.param_groups[0]["lr"]
             if self.scheduler is not None:
                 metric = getattr(metrics, self.config.eval_metric, None)
@@ -95,16 +113,27 @@ class Trainer:
             self.seconds += seconds
             if self.world.is_primary:
                 self._log(log, loss, metrics, lr, seconds)
+            self.losses = []
             self.save(metrics)
         self.finish()
 
     def train_epoch(self) -> float:
-        """Train for one epoch; returns the mean loss over all ranks."""
-        self._seed()
-        if hasattr(self.train_loader.sampler, "set_epoch"):
-            self.train_loader.sampler.set_epoch(self.epoch)
-        if hasattr(self.train_loader.dataset, "set_epoch"):
-            self.train_loader.dataset.set_epoch(self.epoch)
+        """Train to the end of the epoch, from its start or its middle; returns the mean loss.
+
+        Raises:
+            NonFiniteError: On every rank, if the loss or a gradient of any is not finite.
+            Stopped: On every rank, if any has had a signal.
+        """
+        first = self.step - self.epoch * self.steps_per_epoch
+        if first < self.steps_per_epoch:
+            start_epoch(self.train_loader, self.epoch, first * self.config.grad_accum_steps)
+            self._train_steps(first)
+            self._share_statistics()
+        self._stop_if_asked()
+        return sum(self.losses) / max(1, len(self.losses))
+
+    def _train_steps(self, first: int) -> None:
+        """The steps of the epoch from its step `first` on."""
         if 0 < self.config.mixup_off_epoch <= self.epoch:
             self.train_loader.mixup_enabled = False
             if self.mixup is not None:
@@ -116,24 +145,31 @@ class Trainer:
             self.steps_per_epoch,
             self.config.log_interval,
             enabled=self.world.is_primary,
+            done=first,
         )
-        losses = []
         try:
             for batches in _groups(self.train_loader, self.config.grad_accum_steps):
-                losses.append(self.train_step(batches))
-                progress.step(loss=losses[-1], lr=self.optimizer.param_groups[0]["lr"])
+                loss = self.train_step(batches)
+                progress.step(loss=loss, lr=self.optimizer.param_groups[0]["lr"])
+                if self.step < (self.epoch + 1) * self.steps_per_epoch:
+                    # The last step's checkpoint is that of the epoch.
+                    self._stop_if_asked()
+                    self._save_if_due()
+        except NonFiniteError:
+            self._save_last()
+            raise
         finally:
             progress.close()
-        total = torch.tensor([sum(losses), len(losses)], dtype=torch.float64)
-        total = self.world.sum(total.to(self.world.device))
-        return (total[0] / total[1]).item()
 
     def train_step(self, batches: list[Batch]) -> float:
         """One optimizer step on the mean loss of `batches`, which is returned.
 
         Raises:
-            NonFiniteError: On every rank, before the step, if the loss of any is not finite.
+            NonFiniteError: On every rank, before the step, if the loss or a gradient of any is not
+                finite; with `--nonfinite skip` the step is left out instead.
         """
+        seed_step(self.config.seed, self.step, self.world.rank)
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
         self._set_grouping(self.model)
         loss = torch.zeros((), device=self.world.device)
         for index, (images, labels) in enumerate(batches):
@@ -144,29 +180,103 @@ class Trainer:
                 part = self._loss(images, labels) / len(batches)
                 self.scaler.scale(part).backward()
             loss += part.detach()
-        if self.world.any(~loss.isfinite()):  # synchronisation point
-            raise NonFiniteError(
-                f"the loss is not finite at step {self.step + 1} of epoch {self.epoch + 1}; "
-                "lower --lr, or clip with --clip-grad"
-            )
-        self._clip()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        mean, bad = self._agree(loss)
+        if bad:
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)  # the forward pass has moved the batch norms' statistics
+            self._report_nonfinite(bad)
+        else:
+            self._clip()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.losses.append(mean)
         self.optimizer.zero_grad()
         self.step += 1
-        if self.averaged is not None:
+        if self.averaged is not None and not bad:
             self.averaged.update(self.model, step=self.step)
             self._set_grouping(self.averaged.module)  # a schedule is not to be averaged
         if self.scheduler is not None:
             self.scheduler.step_update(self.step)
-        return loss.item()
+        return mean
+
+    def _agree(self, loss: Tensor) -> tuple[float, list[int]]:
+        """The mean loss over the ranks, and those ranks whose loss or gradients are not finite.
+
+        The one synchronisation point of a step; ranks also tell each other of signals here.
+        """
+        finite = loss.isfinite()
+        if not self.scaler.is_enabled():  # it looks for infinite gradients itself, and skips them
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            finite = finite & torch.nn.utils.get_total_norm(gradients).isfinite()
+        values = torch.zeros(2 + self.world.size, dtype=torch.float64, device=self.world.device)
+        values[0] = loss
+        values[1] = self.stop.number
+        values[2 + self.world.rank] = ~finite
+        total, signals, *bad = self.world.sum(values).tolist()
+        if signals:
+            self.stop.number = self.stop.number or signal.SIGTERM
+        return total / self.world.size, [rank for rank, flag in enumerate(bad) if flag]
+
+    def _report_nonfinite(self, ranks: list[int]) -> None:
+        within = self.step - self.epoch * self.steps_per_epoch
+        names = []
+        for number in range(self.config.grad_accum_steps):
+            batch = within * self.config.grad_accum_steps + number
+            if batch < len(self.train_loader):
+                names += sample_names(self.train_loader, batch)
+        where = f"at step {self.step + 1} of epoch {self.epoch + 1} on rank {_list(ranks)}"
+        if self.world.rank in ranks:
+            print(f"samples {where}: {_list(names)}", file=sys.stderr, flush=True)
+        if self.config.nonfinite == "skip":
+            if self.world.is_primary:
+                message = f"skipped: the loss or a gradient is not finite {where}"
+                print(message, file=sys.stderr, flush=True)
+            return
+        self.optimizer.zero_grad()
+        raise NonFiniteError(
+            f"the loss or a gradient is not finite {where}; "
+            "lower --lr, clip with --clip-grad, or leave such steps out with --nonfinite skip"
+        )
+
+    def _share_statistics(self) -> None:
+        """Give the ranks the same batch norm statistics, as validation and checkpoints need."""
+        if self.world.size == 1 or self.config.sync_bn or not self.config.dist_bn:
+            return
+        distribute_bn(self.model, self.world.size, self.config.dist_bn == "reduce")
+        if self.averaged is not None:
+            # A checkpoint in mid-epoch holds those of rank 0 alone; so theirs are published.
+            distribute_bn(self.averaged, self.world.size, reduce=False)
+
+    def _stop_if_asked(self) -> None:
+        if self.stop.number:
+            self._save_last()
+            raise Stopped(self.stop.number)
+
+    def _save_if_due(self) -> None:
+        steps, minutes = self.config.recovery_interval, self.config.recovery_minutes
+        due = steps and self.step % steps == 0
+        if due or (minutes and time.monotonic() - self._saved_at >= 60 * minutes):
+            self._save_last()
+
+    def _interruptible(self, loader: Any, save: bool) -> Iterator[Batch]:
+        """The batches of a loader, until a signal; ranks agree on it before each (one all-reduce).
+
+        Their numbers of batches may differ by one.
+        """
+        rounds = int(self.world.max(torch.tensor(len(loader), device=self.world.device)))
+        batches = iter(loader)
+        for _ in range(rounds):
+            number = self.world.max(torch.tensor(self.stop.number, device=self.world.device))
+            if number:
+                self.stop.number = self.stop.number or int(number)
+                if save:
+                    self._save_last()
+                raise Stopped(self.stop.number)
+            if (batch := next(batches, None)) is not None:
+                yield batch
 
     def validate(self) -> Metrics:
         """Metrics of the averaged weights, if there are any, else of the model's."""
-        if self.world.size > 1 and self.config.dist_bn and not self.config.sync_bn:
-            for model in (self.model, self.averaged):
-                if model is not None:
-                    distribute_bn(model, self.world.size, self.config.dist_bn == "reduce")
         return self._evaluate(self._published(), self.val_loader)
 
     def save(self, metrics: Metrics | None) -> None:
@@ -178,14 +288,23 @@ class Trainer:
             return
         if better:
             checkpoint.save_weights(self._published(), self.folder / checkpoint.BEST)
+        self._save_last()
+
+    def _save_last(self) -> None:
+        self._saved_at = time.monotonic()
+        if not self.world.is_primary:
+            return
         checkpoint.save_weights(self.model, self.folder / checkpoint.LAST)
         checkpoint.save_state(self.state_dict(), self.folder / checkpoint.LAST_STATE)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs for the run to go on at the next epoch."""
+        """All that `load_state_dict` needs for the run to go on at the next step."""
         return {
             "epoch": self.epoch,
             "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "ranks": self.world.size,
+            "losses": self.losses,
             "best": self.best and tuple(self.best),
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
@@ -199,7 +318,8 @@ class Trainer:
         """Go on where the run that `state` is of stood.
 
         Raises:
-            UsageError: If it is of a run with another model or optimizer.
+            UsageError: If it is of a run with another model or optimizer, or stands in the middle
+                of an epoch of another length.
         """
         try:
             self.model.load_state_dict(state["model"])
@@ -210,10 +330,27 @@ class Trainer:
             self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
             self.best = Metrics(*state["best"]) if state["best"] else None
             self.best_epoch = state["best_epoch"]
+            self.losses = state["losses"]
+            steps, ranks = state["steps_per_epoch"], state["ranks"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UsageError(f"the run was made with other options: {error}") from None
+        if steps != self.steps_per_epoch:
+            if self.step != self.epoch * steps:
+                raise UsageError(
+                    f"the run stands in the middle of an epoch of {steps} steps, which now has "
+                    f"{self.steps_per_epoch}: give the same data and, with --batch-size and "
+                    "--grad-accum-steps, the same global batch"
+                )
+            self.step = self.epoch * self.steps_per_epoch
+        if ranks != self.world.size and self.world.is_primary:
+            print(
+                f"warning: the run had {ranks} ranks and now has {self.world.size}: it goes on, "
+                "but not to the bit as it would have",
+                file=sys.stderr,
+            )
         if self.scheduler is not None:
-            self.scheduler.step(self.epoch)
+            if self.epoch:
+                self.scheduler.step(self.epoch)
             self.scheduler.step_update(self.step)
 
     def finish(self) -> None:
@@ -224,7 +361,7 @@ class Trainer:
             if self.world.is_primary and path.exists():
                 checkpoint.load_weights(self.model, path)
             self.world.broadcast(self.model.state_dict().values())
-            test = self._evaluate(self.model, self.test_loader)
+            test = self._evaluate(self.model, self.test_loader, save=False)
         if not self.world.is_primary:
             return
         summary = {
@@ -247,12 +384,14 @@ class Trainer:
             parts.append(f"test {test}")
         print("  ".join(parts), flush=True)
 
-    def _open_folder(self) -> RunLog:
+    def _open_folder(self, stack: ExitStack) -> RunLog:
         columns = ["epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5"]
         log = RunLog(self.folder, [*columns, "seconds"])
         if self.world.is_primary:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                if not stack.enter_context(lock_folder(self.folder)):
+                    raise UsageError(f"another process is training in {self.folder}")
                 replace_file(
                     self.folder / checkpoint.CONFIG,
                     lambda file: file.write_text(to_yaml(self.config)),
@@ -289,11 +428,6 @@ class Trainer:
             flush=True,
         )
 
-    def _seed(self) -> None:
-        # Keyed to (seed, epoch, rank): an epoch's randomness does not depend on those before it.
-        key = (self.config.seed, self.epoch, self.world.rank)
-        random_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
-
     def _set_grouping(self, model: nn.Module) -> None:
         progress = self.step / (self.epochs * self.steps_per_epoch)
         warmup, temperature = grouping_course(
@@ -321,12 +455,14 @@ class Trainer:
     def _published(self) -> nn.Module:
         return self.model if self.averaged is None else self.averaged.module
 
-    def _evaluate(self, model: nn.Module, loader: Any) -> Metrics:
+    def _evaluate(self, model: nn.Module, loader: Any, save: bool = True) -> Metrics:
         config = self.config
         progress = Progress("validation", len(loader), config.log_interval, self.world.is_primary)
+        stream = isinstance(loader.dataset, IterableDataset)  # of unknown length
+        batches = loader if stream else self._interruptible(loader, save)
         return evaluate(
             model,
-            progress.track(loader),
+            progress.track(batches),
             self.world,
             config.amp,
             config.amp_dtype,
@@ -364,3 +500,7 @@ def _groups(batches: Any, size: int) -> Iterator[list[Batch]]:
     iterator = iter(batches)
     while group := list(islice(iterator, size)):
         yield group
+
+
+def _list(items: list[Any]) -> str:
+    return ", ".join(map(str, items))

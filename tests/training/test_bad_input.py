@@ -157,7 +157,6 @@ WITH_DATA = {
     "optimizer option": ("--opt adamw --opt-kwargs fast=1", ["adamw", "fast"]),
     "optimizer betas": ("--opt adamw --opt-betas 0.9", ["adamw"]),
     "optimizer of a missing package": ("--opt fusedadam", ["fusedadam"]),
-    "repeats": ("--aug-repeats 3", ["aug"]),
     "data set type": ("--dataset trch/cifar10", ["trch"]),
     "data set": ("--dataset torch/cifar11", ["cifar11"]),
     "sample": ("--dataset sample/fasion", ["fasion", "fashion_mnist"]),

@@ -25,6 +25,7 @@ from emax_timm.training.data import (
     hold_out,
     open_split,
     same_classes,
+    start_epoch,
     training_loader,
 )
 from emax_timm.training.distributed import World
@@ -157,8 +158,12 @@ def test_loaders_of_held_out_data_keep_their_own_transforms(
     assert not any("Rand" in name for name in names)
     first, second = (torch.cat([batch for batch, _ in loader]) for _ in range(2))
     assert torch.equal(first, second)
-    batches = [torch.cat([batch for batch, _ in train_loader]) for _ in range(2)]
-    assert not torch.equal(*batches)
+    batches = []
+    for epoch in (0, 1, 0):
+        start_epoch(train_loader, epoch)
+        batches.append(torch.cat([batch for batch, _ in train_loader]))
+    assert not torch.equal(batches[0], batches[1])
+    assert torch.equal(batches[0], batches[2])
 
 
 def test_evaluation_loader_normalises_in_the_order_of_the_data(images: Path) -> None:

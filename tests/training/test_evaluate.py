@@ -113,7 +113,7 @@ def evaluate_share(data: str) -> tuple[World, list[float]]:
         options = TrainConfig(workers=0)
         share = list(evaluation_loader(options, dataset, data_config, 3, world))
         images = sum(len(labels) for _, labels in share)
-        flag = world.any(torch.tensor(world.rank == 1))
+        flag = int(world.max(torch.tensor(world.rank == 1, dtype=torch.int64)))
         return world, [images, flag, *evaluate(model, share, world)]
 
 

@@ -36,7 +36,7 @@ from emax_timm.training.trainer import Trainer
 CPU = World(torch.device("cpu"))
 FILES = {
     *("config.yaml", "config.json", "log.csv", "log.jsonl", "summary.json"),
-    *("model.safetensors", "last.safetensors", "last.pt"),
+    *("model.safetensors", "last.safetensors", "last.pt", ".lock"),
 }
 
 RunOf = Callable[..., Trainer]

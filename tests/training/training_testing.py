@@ -8,9 +8,11 @@ import contextlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,13 +82,15 @@ class Programs:
             env=ENVIRONMENT,
         )
 
-    def run(self, script: str, *arguments: str | Path, cwd: Path) -> Result:
-        """Run a script of the checkout in the folder `cwd`."""
+    def run(
+        self, script: str, *arguments: str | Path, cwd: Path, kill_after: float | None = None
+    ) -> Result:
+        """Run a script of the checkout in the folder `cwd`; SIGKILL it after so many seconds."""
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
-            request = [script, list(map(str, arguments)), str(cwd), str(out), str(err)]
+            request = [script, list(map(str, arguments)), str(cwd), str(out), str(err), kill_after]
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()
             status = int(self.server.stdout.readline())
@@ -103,7 +107,7 @@ def serve() -> None:
     import emax_timm.training  # noqa: F401  (what makes a start slow)
 
     for line in sys.stdin:
-        script, arguments, cwd, out, err = json.loads(line)
+        script, arguments, cwd, out, err, kill_after = json.loads(line)
         child = os.fork()
         if child == 0:
             os.chdir(cwd)
@@ -122,6 +126,9 @@ def serve() -> None:
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(status)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)  # in vain if it has ended
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

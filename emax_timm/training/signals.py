@@ -1,0 +1,54 @@
+"""SIGTERM and SIGINT ask a run to stop at the end of its step."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["Stop", "Stopped", "catch_signals", "ignore_signals"]
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):  # noqa: N818  (a wish, not an error)
+    """The run has stopped as a signal asked it to, and can go on; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class Stop:
+    """Whether a signal has come: its number, else 0. Later ones change nothing."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        self.number = self.number or number
+
+
+@contextmanager
+def catch_signals() -> Iterator[Stop]:
+    """Note signals instead of dying of them; only the main thread can, elsewhere none are noted."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker: int) -> None:
+    """For the loader's workers: Slurm and terminals signal them too, but the run still needs them.
+
+    They end with the process that they load for.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

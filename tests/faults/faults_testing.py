@@ -1,0 +1,47 @@
+"""What the tests of faults share: a run with every source of randomness, and what it leaves."""
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from training_testing import SMALL, rows_without_seconds, same_tensors
+
+# 3 epochs of 4 steps, or of 2 on two ranks, with a checkpoint after every step.
+OPTIONS = """
+    --mixup 0.4 --cutmix 1 --reprob 0.5 --aa rand-m9-mstd0.5 --drop-path 0.2 --drop 0.1
+    --model-ema --model-ema-decay 0.9 --opt adamw --lr 0.001 --sched-on-updates
+    --epochs 3 --recovery-interval 1 --output . --experiment run --resume auto
+"""
+RUN = [*SMALL, *OPTIONS.split()]
+
+
+def left_by(folder: Path) -> dict[str, Any]:
+    """Weights, averaged weights, optimizer, counters and log rows of a run."""
+    state = torch.load(folder / "last.pt", weights_only=True)
+    del state["seconds"]
+    for name in ("model", "last"):
+        state[f"{name}.safetensors"] = safetensors.torch.load_file(folder / f"{name}.safetensors")
+    return {**state, "log": rows_without_seconds(folder / "log.jsonl")}
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Both folders hold bitwise the same."""
+    first, second = left_by(found), left_by(expected)
+    assert first.keys() == second.keys()
+    for part, value in first.items():
+        assert same_tensors(value, second[part]), part
+
+
+def with_fault(folder: Path, fault: str) -> Path:
+    """A train.py that first does `fault`, Python that may patch the `Trainer` class."""
+    script = folder / "faulty_train.py"
+    script.write_text(
+        "import os, signal, sys, time\nimport torch\n"
+        "from emax_timm.training.trainer import Trainer\n"
+        "from emax_timm.training import train\n"
+        "step, rank = Trainer.train_step, int(os.environ.get('RANK', 0))\n"
+        f"{fault}\n"
+        "raise SystemExit(train())\n"
+    )
+    return script

@@ -1,0 +1,177 @@
+"""A run that is stopped or killed, and goes on, ends as one that never stopped: rows 3, 5, 24."""
+
+import json
+import math
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from faults_testing import RUN, assert_same_run, left_by, with_fault
+from training_testing import TRAIN, Programs
+
+SIGNAL_AT = """
+def signal_at(self, batches):
+    if self.step == {step}:
+        os.kill(os.getpid(), {number})
+        os.kill(os.getpid(), {number})  # a second one changes nothing
+    return step(self, batches)
+Trainer.train_step = signal_at
+"""
+SIGNAL_IN_VALIDATION = """
+validate = Trainer.validate
+def signal_in(self):
+    if self.epoch == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return validate(self)
+Trainer.validate = signal_in
+"""
+SIGNAL_IN_SAVE = """
+import emax_timm.training.checkpoint as checkpoint
+save = checkpoint.save_state
+def signal_in(state, path):
+    if state["step"] == 6:
+        os.kill(os.getpid(), signal.SIGTERM)
+    save(state, path)
+checkpoint.save_state = signal_in
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_number_of_workers_changes_nothing(
+    programs: Programs, images: Path, whole: Path, tmp_path: Path, workers: int
+) -> None:
+    result = programs.run(TRAIN, images, *RUN, "-j", str(workers), cwd=tmp_path)
+    assert result.status == 0, result.stderr
+    assert_same_run(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "step"),
+    [
+        *(
+            (SIGNAL_AT.format(step=step, number=int(signal.SIGTERM)), 143, step + 1)
+            for step in (0, 2, 3, 5)
+        ),
+        (SIGNAL_AT.format(step=9, number=int(signal.SIGINT)), 130, 10),
+        (SIGNAL_IN_VALIDATION, 143, 8),
+        (SIGNAL_IN_SAVE, 143, 7),
+    ],
+    ids=["step 1", "step 3", "last of epoch", "step 6", "SIGINT", "validation", "save"],
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_signal_stops_at_the_step_and_the_run_goes_on(
+    images: Path,
+    whole: Path,
+    tmp_path: Path,
+    programs: Programs,
+    fault: str,
+    status: int,
+    step: int,
+    workers: int,
+) -> None:
+    script = with_fault(tmp_path, fault)
+    argv = [*map(str, [images, *RUN, "-j", workers])]
+    result = programs.run(str(script), *argv, cwd=tmp_path)
+    assert result.status == status, result.stderr
+    assert result.stderr.splitlines()[-1].endswith("go on with --resume")
+    assert left_by_step(tmp_path / "run") == step
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert programs.run(TRAIN, *argv, cwd=tmp_path).status == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def left_by_step(folder: Path) -> int:
+    return torch.load(folder / "last.pt", weights_only=True)["step"]
+
+
+@pytest.mark.parametrize(
+    "kills", [3, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+)
+def test_run_killed_at_random_moments_ends_as_if_it_had_not_been(
+    programs: Programs, images: Path, whole: Path, tmp_path: Path, kills: int
+) -> None:
+    moments, done, runs = random.Random(kills), 0, 0
+    while done < kills:
+        runs += 1
+        folder = tmp_path / str(runs)
+        folder.mkdir()
+        status = -signal.SIGKILL
+        while status == -signal.SIGKILL:
+            # A run takes about 4 s here; one that gets nowhere would be killed for ever.
+            moment = moments.uniform(0.2, 5) if done < kills else None
+            result = programs.run(TRAIN, images, *RUN, cwd=folder, kill_after=moment)
+            status = result.status
+            done += status == -signal.SIGKILL
+        assert status == 0, result.stderr
+        assert_same_run(folder / "run", whole)
+        assert not list((folder / "run").glob("*.partial"))
+
+
+def test_second_run_in_a_folder_is_refused_and_a_dead_one_is_no_reason(
+    programs: Programs, images: Path, tmp_path: Path
+) -> None:
+    fault = f"""
+def nested(self, batches):
+    if self.step == 2:
+        import subprocess
+        command = [sys.executable, "-c", "from emax_timm.training import train; exit(train())"]
+        done = subprocess.run([*command, *sys.argv[1:]], capture_output=True, text=True)
+        open({str(tmp_path / "second")!r}, "w").write(str(done.returncode) + done.stderr)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batches)
+Trainer.train_step = nested
+"""
+    script = with_fault(tmp_path, fault)
+    result = programs.run(str(script), images, *RUN, "-j", "2", cwd=tmp_path)
+    assert result.status == -signal.SIGKILL
+    second = (tmp_path / "second").read_text()
+    assert second.startswith("2")
+    assert "another process is training in run" in second
+    # Its loader's workers may still live.
+    assert programs.run(TRAIN, images, *RUN, "--epochs", "1", cwd=tmp_path).status == 0
+
+
+NAN_AT = """
+def nan_at(self, batches):
+    if self.step == 5 and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        images, labels = batches[0]
+        batches = [(images * {factor}, labels)]
+    return step(self, batches)
+Trainer.train_step = nan_at
+"""
+
+
+def test_loss_that_is_not_finite_keeps_the_last_good_step(
+    programs: Programs, images: Path, whole: Path, tmp_path: Path
+) -> None:
+    script = with_fault(tmp_path, NAN_AT.format(factor="float('nan')"))
+    result = programs.run(str(script), images, *RUN, cwd=tmp_path)
+    assert result.status == 1
+    samples, last = result.stderr.splitlines()[-2:]
+    assert "not finite at step 6 of epoch 2 on rank 0" in last
+    files = samples.split(": ", 1)[1].split(", ")
+    assert len(files) == 8
+    assert all((images / "train" / file).is_file() for file in files)
+    assert left_by_step(tmp_path / "run") == 5
+    assert not any(
+        math.isnan(value.sum().item()) for value in left_by(tmp_path / "run")["model"].values()
+    )
+    assert programs.run(TRAIN, images, *RUN, cwd=tmp_path).status == 0
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_step_that_is_not_finite_is_skipped_if_asked(
+    programs: Programs, images: Path, tmp_path: Path
+) -> None:
+    script = with_fault(tmp_path, NAN_AT.format(factor="float('inf')"))
+    result = programs.run(str(script), images, *RUN, "--nonfinite", "skip", cwd=tmp_path)
+    assert result.status == 0, result.stderr
+    assert "skipped: the loss or a gradient is not finite at step 6 of epoch 2" in result.stderr
+    state = left_by(tmp_path / "run")
+    assert state["step"] == 12
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert math.isfinite(
+        json.loads((tmp_path / "run" / "summary.json").read_text())["validation"]["loss"]
+    )
