@@ -1,12 +1,36 @@
 """Writing files so that a reader never sees half of one."""
 
 import contextlib
+import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["lock_folder", "replace_file"]
+__all__ = [
+    "WriteError",
+    "lock_folder",
+    "remove_folder",
+    "replace_file",
+    "write_folder",
+    "writing_to",
+]
+
+
+class WriteError(RuntimeError):
+    """A file cannot be written; the message is one line that says where and why."""
+
+
+@contextlib.contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn the system's errors into a `WriteError`."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "the disk is full" if full else error.strerror or str(error)
+        raise WriteError(f"cannot write to {path}: {reason}") from error
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -14,16 +38,53 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(path.name + ".partial")
     try:
         write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(temporary)
         # safetensors writes files that only their owner can read.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+        _sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_folder(path: Path, files: dict[str, bytes]) -> None:
+    """Make a folder of files that appears, complete, in one step; `path` must not exist."""
+    temporary = _hidden(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+            _sync(temporary / name)
+        _sync(temporary)
+        temporary.rename(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it is gone at once, whatever happens in between."""
+    hidden = _hidden(path)
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,8 @@ if [[ $# -eq 0 ]]; then
 fi
 
 # The first host of the job is where the ranks meet.
-host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+host=${hosts%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 stopping=

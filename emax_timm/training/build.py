@@ -53,9 +53,9 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
         UsageError: If the configuration, the data or the weights to start from are refused.
     """
     check_config(config)
-    state = None
+    saved = None
     if config.resume not in ("", "auto"):
-        state = checkpoint.load_state(Path(config.resume) / checkpoint.LAST_STATE, world.device)
+        saved = checkpoint.load_checkpoint(Path(config.resume), world)
     splits = _open_splits(config)
     classes = class_names(splits["train"])
     num_classes = _num_classes(config, classes)
@@ -96,8 +96,8 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
         data_config=data_config,
         classes=classes,
     )
-    if state is not None:
-        trainer.load_state_dict(state)
+    if saved is not None:
+        trainer.restore(saved)
     return trainer
 
 
@@ -259,8 +259,9 @@ def _run_folder(config: TrainConfig, data_config: dict[str, Any], world: World) 
         name += f"-{data_config['input_size'][-1]}"
     folder = Path(config.output) / name
     # A run that ended before its first checkpoint is started anew by --resume auto.
-    begun = checkpoint.LAST_STATE if config.resume == "auto" else checkpoint.CONFIG
-    if world.is_primary and (folder / begun).exists():
+    auto = config.resume == "auto"
+    begun = checkpoint.checkpoints(folder) if auto else (folder / checkpoint.CONFIG).exists()
+    if world.is_primary and begun:
         raise UsageError(
             f"{folder} already holds a run; continue it with --resume {folder}, "
             "or choose another --experiment or --output"

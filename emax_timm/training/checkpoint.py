@@ -2,21 +2,27 @@
 
     config.yaml          the resolved configuration
     model.safetensors    the weights with the best metric (averaged ones if averaging is on)
+    SHA256SUMS           their sha256, as sha256sum writes and checks it
     config.json          timm's description of that model: the folder is a timm `local-dir:` model
-    last.safetensors     the weights after the last epoch
-    last.pt              what else a run needs to go on: optimizer, averaged weights, counters
+    checkpoints/         the newest few, each a folder epoch-0002-step-00002502 with
+        model.safetensors  averaged.safetensors  state.pt  SHA256SUMS
+    last.safetensors     a link to the weights of the newest
     log.csv log.jsonl    a row per epoch
     summary.json         the result
 
-Weights are safetensors; `last.pt` holds tensors and plain containers and is read with torch's
-restricted unpickler. Every file is written under a temporary name and renamed when complete.
+Weights are safetensors; `state.pt` (optimizer, counters, log rows) holds tensors and plain
+containers and is read with torch's restricted unpickler. Every file and every checkpoint is written
+under a temporary name, synced to the disk and renamed when complete.
 """
 
+import hashlib
+import io
 import json
 import pickle
+import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -25,49 +31,198 @@ from timm.models import PretrainedCfg
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from ..files import replace_file
+from ..files import remove_folder, replace_file, write_folder
 from .config import UsageError
+from .distributed import World
 
 __all__ = [
     "BEST",
     "CONFIG",
     "LAST",
-    "LAST_STATE",
     "MODEL_CONFIG",
-    "load_state",
+    "Checkpoint",
+    "checkpoints",
+    "load_checkpoint",
     "load_weights",
     "read_weights",
+    "remove_partial",
+    "save_best",
+    "save_checkpoint",
     "save_model_config",
-    "save_state",
-    "save_weights",
 ]
 
 CONFIG, MODEL_CONFIG = "config.yaml", "config.json"
-BEST, LAST, LAST_STATE = "model.safetensors", "last.safetensors", "last.pt"
+BEST, LAST, SUMS = "model.safetensors", "last.safetensors", "SHA256SUMS"
+CHECKPOINTS = "checkpoints"
+WEIGHTS, AVERAGED, STATE = "model.safetensors", "averaged.safetensors", "state.pt"
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the model's state dict as safetensors."""
-    tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    replace_file(
-        path, lambda file: safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-    )
+class Checkpoint(NamedTuple):
+    """Where a run stands: state dicts of the model and its average, and all else in `state`."""
+
+    model: dict[str, Tensor]
+    averaged: dict[str, Tensor] | None
+    state: dict[str, Any]
+
+
+def save_best(model: nn.Module, folder: Path) -> None:
+    """Write the model's weights as the best of the run in `folder`."""
+    content = _serialized(model.state_dict())
+    new, old = _sha256(content), _sums(folder / SUMS).get(BEST, set())
+    # While the file is replaced, both it and the one before are right.
+    _write_sums(folder, {new, *old})
+    replace_file(folder / BEST, lambda file: file.write_bytes(content))
+    _write_sums(folder, {new})
+
+
+def _write_sums(folder: Path, sums: set[str]) -> None:
+    text = "".join(f"{value}  {BEST}\n" for value in sorted(sums))
+    replace_file(folder / SUMS, lambda file: file.write_text(text))
+
+
+def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> None:
+    """Write a checkpoint of the run in `folder` and remove all but the newest `keep`."""
+    name = f"epoch-{saved.state['epoch']:04}-step-{saved.state['step']:08}"
+    buffer = io.BytesIO()
+    torch.save(saved.state, buffer)
+    files = {WEIGHTS: _serialized(saved.model), STATE: buffer.getvalue()}
+    if saved.averaged is not None:
+        files[AVERAGED] = _serialized(saved.averaged)
+    sums = "".join(f"{_sha256(content)}  {file}\n" for file, content in files.items())
+    path = folder / CHECKPOINTS / name
+    path.parent.mkdir(exist_ok=True)
+    if path.exists() and not _is_whole(path):
+        remove_folder(path)
+    if not path.exists():  # one of the same step is the same
+        write_folder(path, {**files, SUMS: sums.encode()})
+    link = folder / f"{LAST}.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.relative_to(folder) / WEIGHTS)
+    link.replace(folder / LAST)
+    for old in checkpoints(folder)[keep:]:
+        remove_folder(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the newest first."""
+    return sorted((folder / CHECKPOINTS).glob("epoch-*"), reverse=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed process has left half-written in a run's folder."""
+    for path in [*folder.glob("*.partial"), *(folder / CHECKPOINTS).glob("*.partial")]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def load_checkpoint(folder: Path, world: World) -> Checkpoint:
+    """The newest checkpoint of the run in `folder` that is whole; damaged ones are named on stderr.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    damaged: list[str] = []
+    for path in checkpoints(folder):
+        try:
+            found = _read_checkpoint(path, world.device)
+        except UsageError as error:
+            damaged.append(str(error))
+            continue
+        for reason in damaged:
+            world.warn(f"a damaged checkpoint is left out: {reason}")
+        return found
+    if damaged:
+        raise UsageError(f"no checkpoint of {folder} is whole: {damaged[0]}")
+    raise UsageError(f"there is no run to resume: {folder} has no checkpoint")
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _read_checkpoint(path, torch.device("cpu"))
+    except UsageError:
+        return False
+    return True
+
+
+def _read_checkpoint(path: Path, device: torch.device) -> Checkpoint:
+    sums = _sums(path / SUMS)
+    if not {WEIGHTS, STATE} <= sums.keys():
+        raise UsageError(f"{path / SUMS} lacks {WEIGHTS} or {STATE}")
+    averaged = read_weights(path / AVERAGED) if AVERAGED in sums else None
+    return Checkpoint(read_weights(path / WEIGHTS), averaged, _read_state(path / STATE, device))
+
+
+def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """Read a `state.pt`; nothing but plain data can come out of it."""
+    content = _read(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of other kinds, which are refused
+            state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds {type(state).__name__}")
+        return state
+    except Exception as error:
+        # torch's text advises to turn its restricted unpickler off.
+        reason = "it is damaged, or holds more than plain data"
+        reason = reason if isinstance(error, pickle.UnpicklingError) else str(error)
+        raise UsageError(f"{path} is not a complete training state: {reason}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file, of the sha256 that `SHA256SUMS` beside it may tell.
 
     Raises:
-        UsageError: If the file is missing or no complete safetensors file.
+        UsageError: If the file is missing, another, or no complete safetensors file.
     """
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: weights are read from .safetensors files only")
-    if not path.is_file():
-        raise UsageError(f"there is no checkpoint {path}")
+    content = _read(path)
     try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        return safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
         raise UsageError(f"{path} is not a complete safetensors file: {error}") from None
+
+
+def _read(path: Path) -> bytes:
+    """A file's content, of the sha256 that `SHA256SUMS` beside it may tell."""
+    try:
+        file = path.resolve(strict=True)  # the sums are beside the file, not beside a link to it
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"there is no checkpoint {path}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    expected = _sums(file.parent / SUMS).get(file.name)
+    if expected and _sha256(content) not in expected:
+        raise UsageError(f"{path} is damaged: its sha256 is not the one in {file.parent / SUMS}")
+    return content
+
+
+def _sums(path: Path) -> dict[str, set[str]]:
+    """The sha256 values of each file that a `SHA256SUMS` names; none if it does not exist."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
+    sums: dict[str, set[str]] = {}
+    for line in lines:
+        value, _, name = line.partition("  ")
+        sums.setdefault(name, set()).add(value)
+    return sums
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _serialized(tensors: dict[str, Tensor]) -> bytes:
+    whole = {name: value.detach().contiguous() for name, value in tensors.items()}
+    return safetensors.torch.save(whole, metadata={"format": "pt"})
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -100,33 +255,6 @@ def _check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], path: Pat
             f"{path} holds weights of another model: {reason}; "
             "give the --model and --model-kwargs that it was trained with"
         )
-
-
-def save_state(state: dict[str, Any], path: Path) -> None:
-    """Write optimizer and loop state: tensors, numbers, strings and containers of them."""
-    replace_file(path, lambda file: torch.save(state, file))
-
-
-def load_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read a file of `save_state`; nothing but plain data can come out of it.
-
-    Raises:
-        UsageError: If the file is missing or damaged.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles of other kinds, which are refused
-            state = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(state, dict):
-            raise TypeError(f"it holds {type(state).__name__}")
-        return state
-    except FileNotFoundError:
-        raise UsageError(f"there is no run to resume: {path} does not exist") from None
-    except Exception as error:
-        # torch's text advises to turn its restricted unpickler off.
-        reason = "it is damaged, or holds more than plain data"
-        reason = reason if isinstance(error, pickle.UnpicklingError) else str(error)
-        raise UsageError(f"{path} is not a complete training state: {reason}") from None
 
 
 def save_model_config(

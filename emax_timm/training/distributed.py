@@ -1,5 +1,6 @@
 """The processes of a run: one without torchrun, else one per device."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ class World:
     def is_primary(self) -> bool:
         """Whether this process is the one that prints and writes."""
         return self.rank == 0
+
+    def warn(self, message: str) -> None:
+        """Say on stderr, once for all ranks, what the user is to know."""
+        if self.is_primary:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place. A synchronisation point."""

@@ -12,7 +12,6 @@ __all__ = ["NOT_HERE", "TrainConfig", "ValidateConfig"]
 # Flags of timm's scripts that these programs lack, and what to do instead.
 NOT_HERE = {
     "--aot-autograd": "use --torchcompile",
-    "--checkpoint-hist": "the best and the last checkpoint are kept",
     "--drop-connect": "use --drop-path",
     "--fuser": "use --torchcompile",
     "--kd-model-name": "there is no distillation",
@@ -282,6 +281,9 @@ class RunOptions:
         0, "optimizer steps between checkpoints within an epoch; 0 for none"
     )
     recovery_minutes: float = option(0.0, "not in timm: minutes between them; 0 for none")
+    checkpoint_hist: int = option(
+        3, "newest checkpoints to keep, beside the best weights (in timm: 10, of the best)"
+    )
     nonfinite: str = option(
         "stop",
         "not in timm: stop at a loss or gradient that is not finite, or skip the step",

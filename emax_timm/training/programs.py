@@ -10,6 +10,7 @@ from typing import Any
 
 import timm
 
+from ..files import WriteError
 from . import checkpoint
 from .build import build_trainer
 from .checks import check_bounds, check_model
@@ -130,7 +131,7 @@ def _resumed(settings: dict[str, Any]) -> dict[str, Any]:
             raise UsageError("--resume auto needs the name of the run: --experiment NAME")
         output = from_mapping(TrainConfig, settings, "the configuration").output
         path = Path(output, settings["experiment"])
-        if not (path / checkpoint.LAST_STATE).is_file():
+        if not checkpoint.checkpoints(path):
             return settings  # it starts
     else:
         path = Path(settings["resume"])
@@ -207,7 +208,7 @@ def _status_of(program: Callable[[], None], prog: str) -> int:
         # One line, also where the error of a library has several.
         print(f"{prefix}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except NonFiniteError as error:
+    except (NonFiniteError, WriteError) as error:
         print(f"{prefix}: stopped: {error}", file=sys.stderr)
         return 1
     except Stopped as error:

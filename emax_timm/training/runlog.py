@@ -1,15 +1,18 @@
 """What a run says: its progress on the terminal, a row per epoch in its folder."""
 
 import csv
+import io
 import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+
+from ..files import replace_file
 
 __all__ = ["Progress", "RunLog"]
 
@@ -22,38 +25,38 @@ class RunLog:
     Args:
         folder: The run's folder.
         columns: The keys of every row.
+        rows: Those of earlier epochs; whatever else the files hold is dropped.
     """
 
-    def __init__(self, folder: Path, columns: list[str]) -> None:
+    def __init__(self, folder: Path, columns: list[str], rows: Sequence[dict[str, Any]]) -> None:
         self.csv, self.jsonl = folder / "log.csv", folder / "log.jsonl"
         self.columns = columns
+        header = self._csv_line(dict(zip(columns, columns, strict=True)))
+        past = {
+            self.csv: header + "".join(map(self._csv_line, rows)),
+            self.jsonl: "".join(map(_json_line, rows)),
+        }
+        for path, text in past.items():
+            replace_file(path, lambda file, text=text: file.write_bytes(text.encode()))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row; a key that is not a column is an error."""
-        new = not self.csv.exists()
-        with self.csv.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        with self.jsonl.open("a", encoding="utf-8") as file:
-            # JSON has no NaN.
-            finite = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v
-                for k, v in row.items()
-            }
-            file.write(json.dumps(finite) + "\n")
+        for path, line in ((self.csv, self._csv_line(row)), (self.jsonl, _json_line(row))):
+            with path.open("ab") as file:
+                file.write(line.encode())
 
-    def keep(self, epochs: int) -> None:
-        """Drop the rows from epoch `epochs` on, which a resumed run writes again."""
-        if not self.jsonl.exists():
-            return
-        lines = self.jsonl.read_text(encoding="utf-8").splitlines()
-        rows = [row for line in lines if (row := json.loads(line))["epoch"] < epochs]
-        self.csv.unlink(missing_ok=True)
-        self.jsonl.unlink()
-        for row in rows:
-            self.write(row)
+    def _csv_line(self, row: dict[str, Any]) -> str:
+        line = io.StringIO()
+        csv.DictWriter(line, self.columns).writerow(row)
+        return line.getvalue()
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    # JSON has no NaN.
+    finite = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
+    return json.dumps(finite) + "\n"
 
 
 class Progress:

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models import model_parameters
 from timm.scheduler.scheduler import Scheduler
@@ -24,9 +25,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
+from .. import __version__
 from ..attention import set_grouping
-from ..files import lock_folder, replace_file
+from ..files import lock_folder, replace_file, writing_to
 from . import checkpoint
+from .checkpoint import Checkpoint
 from .config import UsageError, to_yaml
 from .data import sample_names, start_epoch
 from .distributed import World
@@ -78,6 +81,7 @@ class Trainer:
     seconds: float = 0.0
     # Of the steps of this epoch, the mean over ranks.
     losses: list[float] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of the log
     stop: Stop = field(default_factory=Stop)
     scaler: torch.amp.GradScaler = field(init=False)
 
@@ -97,7 +101,7 @@ class Trainer:
         with ExitStack() as stack:
             self._run(self._open_folder(stack))
 
-    def _run(self, log: RunLog) -> None:
+    def _run(self, log: RunLog | None) -> None:
         while self.epoch < self.epochs:
             start = time.monotonic()
             loss = self.train_epoch()
@@ -111,8 +115,7 @@ class Trainer:
                 self.scheduler.step(self.epoch, metric)
             seconds = time.monotonic() - start
             self.seconds += seconds
-            if self.world.is_primary:
-                self._log(log, loss, metrics, lr, seconds)
+            self._log(log, loss, metrics, lr, seconds)
             self.losses = []
             self.save(metrics)
         self.finish()
@@ -156,7 +159,7 @@ class Trainer:
                     self._stop_if_asked()
                     self._save_if_due()
         except NonFiniteError:
-            self._save_last()
+            self._save_checkpoint()
             raise
         finally:
             progress.close()
@@ -249,14 +252,14 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         if self.stop.number:
-            self._save_last()
+            self._save_checkpoint()
             raise Stopped(self.stop.number)
 
     def _save_if_due(self) -> None:
         steps, minutes = self.config.recovery_interval, self.config.recovery_minutes
         due = steps and self.step % steps == 0
         if due or (minutes and time.monotonic() - self._saved_at >= 60 * minutes):
-            self._save_last()
+            self._save_checkpoint()
 
     def _interruptible(self, loader: Any, save: bool) -> Iterator[Batch]:
         """The batches of a loader, until a signal; ranks agree on it before each (one all-reduce).
@@ -270,7 +273,7 @@ class Trainer:
             if number:
                 self.stop.number = self.stop.number or int(number)
                 if save:
-                    self._save_last()
+                    self._save_checkpoint()
                 raise Stopped(self.stop.number)
             if (batch := next(batches, None)) is not None:
                 yield batch
@@ -287,51 +290,64 @@ class Trainer:
         if not self.world.is_primary:
             return
         if better:
-            checkpoint.save_weights(self._published(), self.folder / checkpoint.BEST)
-        self._save_last()
+            with writing_to(self.folder):
+                checkpoint.save_best(self._published(), self.folder)
+        self._save_checkpoint()
 
-    def _save_last(self) -> None:
+    def _save_checkpoint(self) -> None:
         self._saved_at = time.monotonic()
-        if not self.world.is_primary:
-            return
-        checkpoint.save_weights(self.model, self.folder / checkpoint.LAST)
-        checkpoint.save_state(self.state_dict(), self.folder / checkpoint.LAST_STATE)
+        if self.world.is_primary:
+            with writing_to(self.folder):
+                keep = self.config.checkpoint_hist
+                checkpoint.save_checkpoint(self.folder, self.checkpoint(), keep)
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs for the run to go on at the next step."""
-        return {
+    def checkpoint(self) -> Checkpoint:
+        """All that `restore` needs for the run to go on at the next step."""
+        averaged = None if self.averaged is None else self.averaged.module.state_dict()
+        state = {
             "epoch": self.epoch,
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
-            "ranks": self.world.size,
             "losses": self.losses,
             "best": self.best and tuple(self.best),
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
-            "model": self.model.state_dict(),
-            "averaged": self.averaged and self.averaged.state_dict(),
+            "rows": self.rows,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "plateau": self._plateau and self._plateau.state_dict(),
+            "environment": self._environment(),
         }
+        return Checkpoint(self.model.state_dict(), averaged, state)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the run that `state` is of stood.
+    def restore(self, saved: Checkpoint) -> None:
+        """Go on where the run that `saved` is of stood.
 
         Raises:
             UsageError: If it is of a run with another model or optimizer, or stands in the middle
                 of an epoch of another length.
         """
+        state = saved.state
         try:
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict(saved.model)
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             if self.averaged is not None:
-                self.averaged.load_state_dict(state["averaged"])
+                if saved.averaged is None:
+                    raise ValueError("it has no averaged weights")
+                self.averaged.module.load_state_dict(saved.averaged)
+            if self._plateau is not None:
+                self._plateau.load_state_dict(state["plateau"])
             self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
             self.best = Metrics(*state["best"]) if state["best"] else None
             self.best_epoch = state["best_epoch"]
-            self.losses = state["losses"]
-            steps, ranks = state["steps_per_epoch"], state["ranks"]
+            self.losses, self.rows = state["losses"], state["rows"]
+            steps, environment = state["steps_per_epoch"], state["environment"]
+            changes = [
+                f"{name} was {environment[name]} and is {value}"
+                for name, value in self._environment().items()
+                if environment[name] != value
+            ]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UsageError(f"the run was made with other options: {error}") from None
         if steps != self.steps_per_epoch:
@@ -342,16 +358,38 @@ class Trainer:
                     "--grad-accum-steps, the same global batch"
                 )
             self.step = self.epoch * self.steps_per_epoch
-        if ranks != self.world.size and self.world.is_primary:
-            print(
-                f"warning: the run had {ranks} ranks and now has {self.world.size}: it goes on, "
-                "but not to the bit as it would have",
-                file=sys.stderr,
-            )
+        in_epoch = self.step - self.epoch * self.steps_per_epoch
+        if changes:
+            self.world.warn(f"not to the bit as it would have gone on: {'; '.join(changes)}")
+        if in_epoch and isinstance(self.train_loader.dataset, IterableDataset):
+            self.world.warn("the data are a stream: the epoch goes on with its first images again")
+        if in_epoch and self.world.size > 1 and self.config.no_ddp_bb and not self.config.sync_bn:
+            self.world.warn("--no-ddp-bb: all ranks go on with the batch norm statistics of rank 0")
         if self.scheduler is not None:
-            if self.epoch:
+            if self.epoch and self._plateau is None:
                 self.scheduler.step(self.epoch)
             self.scheduler.step_update(self.step)
+
+    @property
+    def _plateau(self) -> Any:
+        """The one schedule whose state is not a function of the step."""
+        return getattr(self.scheduler, "lr_scheduler", None)
+
+    def _environment(self) -> dict[str, Any]:
+        """What the bits of a result depend on, apart from the configuration's numbers."""
+        cuda = self.world.device.type == "cuda"
+        device = torch.cuda.get_device_name(self.world.device) if cuda else self.world.device.type
+        return {
+            "the number of ranks": self.world.size,
+            "the device": device,
+            "the number of CPU threads": None if cuda else torch.get_num_threads(),
+            "--torchcompile": self.config.torchcompile,
+            "mixed precision": self.config.amp_dtype if self.config.amp else None,
+            "--channels-last": self.config.channels_last,
+            "torch": str(torch.__version__),
+            "timm": timm.__version__,
+            "emax_timm": __version__,
+        }
 
     def finish(self) -> None:
         """Test the best weights if there is a test split, and print and write the result."""
@@ -373,10 +411,11 @@ class Trainer:
             "test": test and test._asdict(),
             "seconds": round(self.seconds, 1),
         }
-        replace_file(
-            self.folder / "summary.json",
-            lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"),
-        )
+        with writing_to(self.folder):
+            replace_file(
+                self.folder / "summary.json",
+                lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"),
+            )
         parts = [f"{path}  {self.seconds:.0f} s"]
         if self.best is not None:
             parts.append(f"validation (epoch {self.best_epoch}) {self.best}")
@@ -384,44 +423,48 @@ class Trainer:
             parts.append(f"test {test}")
         print("  ".join(parts), flush=True)
 
-    def _open_folder(self, stack: ExitStack) -> RunLog:
+    def _open_folder(self, stack: ExitStack) -> RunLog | None:
+        """Make the run's folder and lock it; the log, on the primary rank."""
+        if not self.world.is_primary:
+            return None
         columns = ["epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5"]
-        log = RunLog(self.folder, [*columns, "seconds"])
-        if self.world.is_primary:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                if not stack.enter_context(lock_folder(self.folder)):
-                    raise UsageError(f"another process is training in {self.folder}")
-                replace_file(
-                    self.folder / checkpoint.CONFIG,
-                    lambda file: file.write_text(to_yaml(self.config)),
-                )
-                checkpoint.save_model_config(
-                    self.model,
-                    self.folder / checkpoint.MODEL_CONFIG,
-                    self.config.model_kwargs,
-                    self.data_config,
-                    self.classes,
-                )
-            except OSError as error:
-                raise UsageError(f"cannot write to {self.folder}: {error.strerror}") from None
-            log.keep(self.epoch)
-        return log
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not stack.enter_context(lock_folder(self.folder)):
+                raise UsageError(f"another process is training in {self.folder}")
+            checkpoint.remove_partial(self.folder)
+            replace_file(
+                self.folder / checkpoint.CONFIG,
+                lambda file: file.write_text(to_yaml(self.config)),
+            )
+            checkpoint.save_model_config(
+                self.model,
+                self.folder / checkpoint.MODEL_CONFIG,
+                self.config.model_kwargs,
+                self.data_config,
+                self.classes,
+            )
+            return RunLog(self.folder, [*columns, "seconds"], self.rows)
+        except OSError as error:
+            raise UsageError(f"cannot write to {self.folder}: {error.strerror}") from None
 
     def _log(
-        self, log: RunLog, loss: float, metrics: Metrics | None, lr: float, seconds: float
+        self, log: RunLog | None, loss: float, metrics: Metrics | None, lr: float, seconds: float
     ) -> None:
         values = metrics._asdict() if metrics is not None else {}
-        log.write(
-            {
-                "epoch": self.epoch - 1,
-                "step": self.step,
-                "lr": lr,
-                "train_loss": loss,
-                **{f"val_{name}": values.get(name) for name in Metrics._fields},
-                "seconds": round(seconds, 3),
-            }
-        )
+        row = {
+            "epoch": self.epoch - 1,
+            "step": self.step,
+            "lr": lr,
+            "train_loss": loss,
+            **{f"val_{name}": values.get(name) for name in Metrics._fields},
+            "seconds": round(seconds, 3),
+        }
+        self.rows.append(row)
+        if log is None:
+            return
+        with writing_to(self.folder):
+            log.write(row)
         validation = f"  validation loss: {metrics.loss:.4f} {metrics}" if metrics else ""
         print(
             f"epoch {self.epoch}/{self.epochs}  loss: {loss:.4f}{validation}  {seconds:.1f} s",

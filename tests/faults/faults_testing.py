@@ -1,11 +1,8 @@
 """What the tests of faults share: a run with every source of randomness, and what it leaves."""
 
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
-import torch
-from training_testing import SMALL, rows_without_seconds, same_tensors
+from training_testing import SMALL, left_by, same_tensors
 
 # 3 epochs of 4 steps, or of 2 on two ranks, with a checkpoint after every step.
 OPTIONS = """
@@ -14,15 +11,6 @@ OPTIONS = """
     --epochs 3 --recovery-interval 1 --output . --experiment run --resume auto
 """
 RUN = [*SMALL, *OPTIONS.split()]
-
-
-def left_by(folder: Path) -> dict[str, Any]:
-    """Weights, averaged weights, optimizer, counters and log rows of a run."""
-    state = torch.load(folder / "last.pt", weights_only=True)
-    del state["seconds"]
-    for name in ("model", "last"):
-        state[f"{name}.safetensors"] = safetensors.torch.load_file(folder / f"{name}.safetensors")
-    return {**state, "log": rows_without_seconds(folder / "log.jsonl")}
 
 
 def assert_same_run(found: Path, expected: Path) -> None:

@@ -210,8 +210,8 @@ def test_export_of_small_images_says_which_it_takes(small: nn.Module, tmp_path: 
 def test_export_of_features_has_an_output_per_stage(tmp_path: Path) -> None:
     path = tmp_path / "features.onnx"
     model = randomised("resnet10t_emax", **SMALL)
-    weights = tmp_path / "w.safetensors"
-    checkpoint.save_weights(model, weights)
+    checkpoint.save_best(model, tmp_path)
+    weights = tmp_path / "model.safetensors"
     options = ["--checkpoint", str(weights), "--features-only", "--output", str(path)]
     assert export([*SMALL_ARGUMENTS, *options]) == 0
     twin = timm.create_model("resnet10t_emax", features_only=True, **SMALL).eval()
@@ -299,7 +299,7 @@ def test_command_exports_the_folder_of_a_run_and_says_nothing_else(
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    checkpoint.save_weights(small, folder / "model.safetensors")
+    checkpoint.save_best(small, folder)
     arguments = {**SMALL, "attn_stages": [3]}
     data_config = {"input_size": SIZE}
     checkpoint.save_model_config(small, folder / "config.json", arguments, data_config, None)

@@ -7,6 +7,7 @@ message must be about the mistake, so the data was not touched before.
 import pickle
 import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from training_testing import (
     Result,
     files_in,
     image_folder,
+    newest_checkpoint,
     only_line,
     run_program,
+    state_of,
 )
 
 SMALL_VALIDATION = ["--model", "resnet10t_emax", "--img-size", "32", "-j", "0"]
@@ -295,6 +298,13 @@ def spoil(path: Path, how: str, canary: Path) -> None:
         path.write_bytes(b"<html></html>" * 9 if how == "page" else content[: cut[how]])
 
 
+def sum_up(folder: Path) -> None:
+    """Make the sums of a folder fit its files."""
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".pt")]
+    sums = [f"{sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (folder / "SHA256SUMS").write_text("".join(sums))
+
+
 SPOILT = ["pickle", "torch file", "old torch file", "cut", "header only", "nothing", "page"]
 
 
@@ -334,8 +344,9 @@ def test_train_refuses_to_start_from_a_pickle(
 def test_train_refuses_to_resume_from_a_spoilt_state(
     refused: Refused, run_copy: Path, tmp_path: Path, how: str
 ) -> None:
-    state, canary = run_copy / "last.pt", tmp_path / "canary"
+    state, canary = newest_checkpoint(run_copy) / "state.pt", tmp_path / "canary"
     spoil(state, how, canary)
+    sum_up(state.parent)  # as whoever plants a file would
     line = refused(TRAIN, "--resume", run_copy, "--epochs", "2")
     assert str(state) in line
     assert not canary.exists()
@@ -347,15 +358,16 @@ def test_train_refuses_to_resume_from_a_spoilt_state(
 def test_train_refuses_to_resume_from_another_kind_of_state(
     refused: Refused, run_copy: Path, content: object
 ) -> None:
-    state = torch.load(run_copy / "last.pt", weights_only=True)
+    folder = newest_checkpoint(run_copy)
     if content is None:
-        del state["best"]
-        content = state
-    torch.save(content, run_copy / "last.pt")
+        content = state_of(run_copy)
+        del content["best"]
+    torch.save(content, folder / "state.pt")
+    sum_up(folder)
     assert "run" in refused(TRAIN, "--resume", run_copy, "--epochs", "2")
 
 
-@pytest.mark.parametrize("name", ["last.pt", "model.pth", "model.bin", "model.safetensors.pt"])
+@pytest.mark.parametrize("name", ["state.pt", "model.pth", "model.bin", "model.safetensors.pt"])
 def test_validate_refuses_files_that_may_be_pickles(
     refused: Refused, run_copy: Path, tmp_path: Path, name: str
 ) -> None:

@@ -52,7 +52,7 @@ def test_quickstart_cut_short_is_validated_to_the_last_digit(tmp_path: Path) -> 
     assert METRICS.findall(validated.last_line) == [found[1]]
     assert float(found[1][0]) > 10.0  # better than chance, so that a mix-up of splits would show
     assert found[0] != found[1]
-    assert files_in(tmp_path) == {f"runs/quickstart/{path.name}" for path in folder.iterdir()}
+    assert files_in(tmp_path) == {f"runs/quickstart/{name}" for name in files_in(folder)}
     config = yaml.safe_load((folder / "config.yaml").read_text())
     given = yaml.safe_load(recipe.read_text()) | {"epochs": 1, "val_fraction": 0.9}
     assert given.items() <= config.items()

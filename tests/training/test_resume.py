@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor
-from training_testing import MakeTrainer, rows_without_seconds, same_tensors
+from training_testing import MakeTrainer, left_by, rows_without_seconds, same_tensors
 
 from emax_timm.training import train
 from emax_timm.training.evaluate import Metrics
@@ -22,25 +21,15 @@ RANDOM: dict[str, Any] = {
 }
 
 
-def final_state(trainer: Trainer) -> dict[str, Any]:
-    """All that a run leaves but for the seconds: last.pt, both weight files, the log."""
-    state = torch.load(trainer.folder / "last.pt", weights_only=True)
-    del state["seconds"]
-    for name in ("model", "last"):
-        state[name + "_file"] = safetensors.torch.load_file(trainer.folder / f"{name}.safetensors")
-    state["log"] = rows_without_seconds(trainer.folder / "log.jsonl")
-    return state
-
-
 def test_run_is_reproducible(trainer_for: MakeTrainer) -> None:
     states = []
     for name, seed in (("first", 3), ("second", 3), ("third", 4)):
         torch.manual_seed(len(states))  # what the process did before must not matter
         trainer = trainer_for(name, seed=seed, **RANDOM)
         trainer.run()
-        states.append(final_state(trainer))
+        states.append(left_by(trainer.folder))
     assert same_tensors(states[0], states[1])
-    for part in ("model", "averaged", "log"):
+    for part in ("model.safetensors", "averaged.safetensors", "log"):
         assert not same_tensors(states[0][part], states[2][part])
 
 
@@ -103,7 +92,7 @@ def test_resumed_run_equals_one_that_never_stopped(trainer_for: MakeTrainer, var
         stopped.run()
     torch.manual_seed(99)
     assert train(["--resume", str(stopped.folder)]) == 0
-    expected, found = final_state(whole), final_state(stopped)
+    expected, found = left_by(whole.folder), left_by(stopped.folder)
     for part, value in expected.items():
         assert same_tensors(value, found[part]), part
     summaries = [json.loads((t.folder / "summary.json").read_text()) for t in (whole, stopped)]
@@ -128,15 +117,15 @@ def test_resumed_run_repeats_an_epoch_that_was_logged_but_not_saved(
         stopped.run()
     assert len(rows_without_seconds(stopped.folder / "log.jsonl")) == 2
     assert train(["--resume", str(stopped.folder)]) == 0
-    assert same_tensors(final_state(whole), final_state(stopped))
+    assert same_tensors(left_by(whole.folder), left_by(stopped.folder))
 
 
 def test_resume_of_a_finished_run_changes_nothing(trainer_for: MakeTrainer) -> None:
     trainer = trainer_for(epochs=1)
     trainer.run()
-    before = final_state(trainer)
+    before = left_by(trainer.folder)
     assert train(["--resume", str(trainer.folder)]) == 0
-    assert same_tensors(before, final_state(trainer))
+    assert same_tensors(before, left_by(trainer.folder))
 
 
 def test_resume_with_more_epochs_follows_their_schedule(trainer_for: MakeTrainer) -> None:

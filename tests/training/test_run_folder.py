@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,20 @@ import yaml
 from safetensors import safe_open
 from timm.data import resolve_model_data_config
 from torch import nn
-from training_testing import SMALL_MODEL, TRAIN, VALIDATE, Programs, files_in
+from training_testing import SMALL_MODEL, TRAIN, VALIDATE, Programs, files_in, state_of
 
 import emax_timm
 from emax_timm.files import replace_file
 from emax_timm.training import TrainConfig, UsageError, train
 from emax_timm.training.build import build_trainer
 from emax_timm.training.checkpoint import (
-    load_state,
+    Checkpoint,
+    checkpoints,
+    load_checkpoint,
     load_weights,
-    save_state,
-    save_weights,
+    read_weights,
+    save_best,
+    save_checkpoint,
 )
 from emax_timm.training.config import from_mapping, read_yaml
 from emax_timm.training.distributed import World
@@ -36,7 +40,7 @@ from emax_timm.training.trainer import Trainer
 CPU = World(torch.device("cpu"))
 FILES = {
     *("config.yaml", "config.json", "log.csv", "log.jsonl", "summary.json"),
-    *("model.safetensors", "last.safetensors", "last.pt", ".lock"),
+    *("model.safetensors", "SHA256SUMS", "last.safetensors", ".lock"),
 }
 
 RunOf = Callable[..., Trainer]
@@ -62,7 +66,11 @@ def run_of(images: Path, tmp_path: Path) -> RunOf:
 
 
 def test_run_folder_holds_its_files_and_nothing_else(run_of: RunOf) -> None:
-    assert files_in(run_of(epochs=2, model_ema=True).folder) == FILES
+    checkpoint = {"model.safetensors", "averaged.safetensors", "state.pt", "SHA256SUMS"}
+    names = [f"epoch-000{epoch}-step-000000{4 * epoch}" for epoch in (3, 4)]
+    expected = {f"checkpoints/{name}/{file}" for name in names for file in checkpoint}
+    folder = run_of(epochs=4, model_ema=True, checkpoint_hist=2).folder
+    assert files_in(folder) == FILES | expected
 
 
 def test_run_folder_has_the_resolved_config(run_of: RunOf, images: Path) -> None:
@@ -120,17 +128,34 @@ def test_run_folder_follows_the_umask(run_of: RunOf, umask: int) -> None:
         assert os.umask(umask) == umask  # reading it must not have changed it
     finally:
         os.umask(before)
-    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
-    assert modes == dict.fromkeys(FILES, 0o666 & ~umask)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
+    folders = {path.name for path in folder.rglob("*") if path.is_dir()}
+    assert len(folders) == 2
+    for name, mode in modes.items():
+        assert mode == (0o777 if name in folders else 0o666) & ~umask, name
 
 
-def test_last_state_is_plain_data(run_of: RunOf) -> None:
+def test_checkpoint_is_plain_data(run_of: RunOf) -> None:
     trainer = run_of(model_ema=True)
-    state = torch.load(trainer.folder / "last.pt", weights_only=True)
+    state = state_of(trainer.folder)
     assert (state["epoch"], state["step"]) == (1, 4)
     with safe_open(trainer.folder / "last.safetensors", "pt") as file:
-        assert set(file.keys()) == set(state["model"])
+        assert set(file.keys()) == set(trainer.model.state_dict())
         assert file.metadata() == {"format": "pt"}
+
+
+def test_sha256sum_confirms_what_a_run_leaves(run_of: RunOf) -> None:
+    folder = run_of(model_ema=True, epochs=2).folder
+    for sums in folder.rglob("SHA256SUMS"):
+        command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+        done = subprocess.run(command, cwd=sums.parent, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        listed = {line.split(": ")[0] for line in done.stdout.splitlines()}
+        beside = {path.name for path in sums.parent.iterdir() if path.suffix in WHOLE}
+        assert listed == beside - {"last.safetensors"}
+
+
+WHOLE = {".safetensors", ".pt"}
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -295,9 +320,9 @@ def test_replace_file_replaces_only_when_complete(tmp_path: Path) -> None:
 
 def test_weights_survive_any_memory_format(tmp_path: Path) -> None:
     model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    save_weights(model, tmp_path / "w.safetensors")
+    save_best(model, tmp_path)
     other = nn.Conv2d(3, 4, 3)
-    load_weights(other, tmp_path / "w.safetensors")
+    load_weights(other, tmp_path / "model.safetensors")
     assert torch.equal(other.weight, model.weight)
 
 
@@ -310,21 +335,71 @@ def test_weights_survive_any_memory_format(tmp_path: Path) -> None:
     ],
 )
 def test_load_weights_names_what_does_not_fit(tmp_path: Path, other: nn.Module, hint: str) -> None:
-    save_weights(nn.Linear(3, 2), tmp_path / "w.safetensors")
+    save_best(nn.Linear(3, 2), tmp_path)
     before = {name: value.clone() for name, value in other.state_dict().items()}
     with pytest.raises(UsageError, match=hint):
-        load_weights(other, tmp_path / "w.safetensors")
+        load_weights(other, tmp_path / "model.safetensors")
     assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
 
 
-def test_state_is_read_back(tmp_path: Path) -> None:
-    state = {"epoch": 3, "best": (1.0, 2.0, 3.0), "model": {"w": torch.ones(2)}, "none": None}
-    save_state(state, tmp_path / "last.pt")
-    found = load_state(tmp_path / "last.pt", torch.device("cpu"))
-    assert torch.equal(found.pop("model")["w"], torch.ones(2))
-    assert found == {"epoch": 3, "best": (1.0, 2.0, 3.0), "none": None}
-    with pytest.raises(UsageError, match=r"other\.pt does not exist"):
-        load_state(tmp_path / "other.pt", torch.device("cpu"))
+def test_checkpoint_is_read_back(tmp_path: Path) -> None:
+    saved = checkpoint_at(2)
+    save_checkpoint(tmp_path, saved, keep=3)
+    found = load_checkpoint(tmp_path, CPU)
+    assert torch.equal(found.model["w"], saved.model["w"])
+    assert (found.averaged, found.state) == (None, saved.state)
+    with pytest.raises(UsageError, match="other has no checkpoint"):
+        load_checkpoint(tmp_path / "other", CPU)
+
+
+def test_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save_checkpoint(tmp_path, checkpoint_at(step), keep=2)
+        assert load_checkpoint(tmp_path, CPU).state["step"] == step
+        assert (tmp_path / "last.safetensors").resolve().parent == checkpoints(tmp_path)[0]
+    kept = [path.name for path in checkpoints(tmp_path)]
+    assert kept == ["epoch-0000-step-00000005", "epoch-0000-step-00000004"]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_checkpoint_of_the_same_step_is_written_if_the_one_there_is_damaged(tmp_path: Path) -> None:
+    for spoil in (lambda path: None, lambda path: path.write_bytes(b"")):
+        save_checkpoint(tmp_path, checkpoint_at(1), keep=1)
+        spoil(checkpoints(tmp_path)[0] / "state.pt")
+        save_checkpoint(tmp_path, checkpoint_at(1), keep=1)
+        assert load_checkpoint(tmp_path, CPU).state["step"] == 1
+
+
+def checkpoint_at(step: int) -> Checkpoint:
+    state = {"epoch": 0, "step": step, "best": (1.0, 2.0, 3.0), "none": None}
+    return Checkpoint({"w": torch.full((2,), float(step))}, None, state)
+
+
+def test_best_weights_have_a_sum_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [nn.Linear(3, 2) for _ in range(3)]
+    save_best(models[0], tmp_path)
+    best, seen = tmp_path / "model.safetensors", []
+    replace = Path.replace
+
+    def spy(self: Path, target: Path) -> Path:
+        for moment in ("before", "after"):
+            result = replace(self, target) if moment == "after" else target
+            tensors = read_weights(
+                tmp_path / "model.safetensors"
+            )  # refused if its sum is not there
+            seen.append(torch.equal(tensors["weight"], models[1].weight))
+        return result
+
+    monkeypatch.setattr(Path, "replace", spy)
+    save_best(models[1], tmp_path)
+    assert seen == [False, False, False, True, True, True]
+    (tmp_path / "model.safetensors").write_bytes(
+        b"0" + (tmp_path / "model.safetensors").read_bytes()[1:]
+    )
+    with pytest.raises(UsageError, match="is damaged: its sha256"):
+        read_weights(tmp_path / "model.safetensors")
 
 
 def test_package_of_the_tests_is_the_checkout() -> None:

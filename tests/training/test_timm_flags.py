@@ -59,6 +59,7 @@ TIMM_DEFAULTS: dict[str, Any] = {
     **{"mixup_switch_prob": 0.5, "mixup_mode": "batch", "mixup_off_epoch": 0, "smoothing": 0.1},
     **{"train_interpolation": "random", "drop": 0.0, "model_ema_decay": 0.9998},
     **{"log_interval": 50, "val_interval": 1, "workers": 4, "eval_metric": "top1"},
+    **{"recovery_interval": 0, "checkpoint_hist": 10},
 }
 
 OPTIONS = {field.name: field for field in dataclasses.fields(TrainConfig)}

@@ -166,10 +166,40 @@ def files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+def newest_checkpoint(folder: Path) -> Path:
+    """The folder of a run's newest checkpoint."""
+    return max((folder / "checkpoints").glob("epoch-*"))
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """The training state in a run's newest checkpoint."""
+    import torch
+
+    return torch.load(newest_checkpoint(folder) / "state.pt", weights_only=True)
+
+
+def left_by(folder: Path) -> dict[str, Any]:
+    """All that a run leaves but for its seconds: weights, averages, state, best, log."""
+    import safetensors.torch
+
+    newest = newest_checkpoint(folder)
+    state = state_of(folder)
+    del state["seconds"], state["environment"]
+    state["rows"] = [without_seconds(row) for row in state["rows"]]
+    files = {path.name: path for path in newest.glob("*.safetensors")}
+    files["best"] = folder / "model.safetensors"
+    weights = {name: safetensors.torch.load_file(path) for name, path in files.items()}
+    return {**state, **weights, "log": rows_without_seconds(folder / "log.jsonl")}
+
+
+def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a log, but for the one column that differs from run to run."""
+    return {key: value for key, value in row.items() if key != "seconds"}
+
+
 def rows_without_seconds(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log.jsonl, but for the one column that differs from run to run."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    """The rows of a log.jsonl."""
+    return [without_seconds(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def same_tensors(first: Any, second: Any) -> bool:
