@@ -40,6 +40,7 @@ from .data import (
     training_loader,
 )
 from .distributed import World
+from .evaluate import half_precision
 from .options import TrainConfig
 from .trainer import Trainer
 
@@ -229,6 +230,8 @@ def _resolve(
     norm = {name: value for name, value in norm.items() if value is not None}
     return dataclasses.replace(
         config,
+        amp=world.device.type == "cuda" if config.amp is None else config.amp,
+        amp_dtype=config.amp_dtype or half_precision(world.device),
         # Where whoever loads the weights finds them.
         model_kwargs={**config.model_kwargs, **norm},
         bn_momentum=None,
@@ -280,11 +283,11 @@ def _wrap(config: TrainConfig, model: nn.Module, world: World) -> nn.Module:
         )
     if world.size == 1:
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=None if world.device.type == "cpu" else [world.device],
-        broadcast_buffers=not config.no_ddp_bb,
-    )
+    devices = None if world.device.type == "cpu" else [world.device]
+    network = DistributedDataParallel(model, device_ids=devices)
+    if config.no_ddp_bb:  # not as an argument, whose name changes with torch 2.14
+        network.broadcast_buffers = False
+    return network
 
 
 def _training_loss(config: TrainConfig) -> nn.Module:

@@ -31,6 +31,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "checkpoint_hist": (1, float("inf")),
     "recovery_interval": (0, float("inf")),
     "recovery_minutes": (0, float("inf")),
+    "dist_timeout": (1, float("inf")),
+    "loss_spike": (0, float("inf")),
     "num_classes": (1, float("inf")),
     "img_size": (1, float("inf")),
     "in_chans": (1, float("inf")),

@@ -1,18 +1,25 @@
 """The processes of a run: one without torchrun, else one per device."""
 
+import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from timm.utils.distributed import init_distributed_device_so
+from timm.utils.distributed import is_distributed_env, world_info_from_env
+from torch.distributed.rendezvous import rendezvous
 
 from .config import UsageError
 
-__all__ = ["World", "open_world"]
+__all__ = ["RankError", "World", "open_world"]
+
+
+class RankError(RuntimeError):
+    """Another rank of the run does not answer."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +60,55 @@ class World:
 
 
 @contextmanager
-def open_world(device: str = "") -> Iterator[World]:
+def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
     """Join the other processes (torchrun's or Slurm's variables tell of them) and leave at the end.
 
     Args:
         device: Its type; empty for cuda if there is one, else cpu.
+        timeout: Seconds after which a rank that waits for the others gives up.
 
     Raises:
         UsageError: If the device is not there.
+        RankError: If another rank has ended or hangs. (NCCL ends the process itself instead.)
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        if torch.device(device).type == "meta":
+        if torch.device(kind).type == "meta":
             raise RuntimeError("nothing is computed on it")
     except RuntimeError:
-        raise UsageError(f"unknown device {device}; try cpu or cuda") from None
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {device}: no CUDA device is available; try --device cpu")
+        raise UsageError(f"unknown device {kind}; try cpu or cuda") from None
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {kind}: no CUDA device is available; try --device cpu")
+    if not is_distributed_env():
+        yield World(torch.device(kind))
+        return
+    local_rank, rank, size = world_info_from_env()
+    if kind == "cuda":
+        kind = f"cuda:{local_rank}"
+        torch.cuda.set_device(kind)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    limit = timedelta(seconds=timeout)
+    shared, _, _ = next(rendezvous("env://", rank, size, timeout=limit))
+    # torchrun keeps the store when it restarts the ranks, with the addresses of those that died.
+    store = dist.PrefixStore(f"emax_timm/{attempt}", shared)
+    backend = dist.get_default_backend_for_device(kind)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
-        place: Any = init_distributed_device_so(device)
-        yield World(torch.device(place["device"]), place["global_rank"], place["world_size"])
+        yield World(torch.device(kind), rank, size)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        silent = ", ".join(map(str, _silent_ranks(store, rank, size))) or "unknown"
+        raise RankError(f"rank {silent} has ended or hangs: {str(error).splitlines()[0]}") from None
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
+
+
+def _silent_ranks(store: dist.Store, rank: int, size: int, wait: float = 5.0) -> list[int]:
+    """The ranks that do not say within `wait` seconds that they, too, have waited in vain."""
+    try:
+        store.set(f"waited/{rank}", "")
+        time.sleep(wait)
+        return [number for number in range(size) if not store.check([f"waited/{number}"])]
+    except RuntimeError:  # the store has ended with the process that held it
+        return []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .distributed import World
 
-__all__ = ["Metrics", "autocast", "evaluate"]
+__all__ = ["Metrics", "autocast", "evaluate", "half_precision"]
 
 
 class Metrics(NamedTuple):
@@ -29,6 +29,13 @@ def autocast(world: World, amp: bool, amp_dtype: str) -> AbstractContextManager:
     if not amp:
         return nullcontext()
     return torch.autocast(world.device.type, dtype=getattr(torch, amp_dtype))
+
+
+def half_precision(device: torch.device) -> str:
+    """The dtype of mixed precision on a device: bfloat16, which needs no scaling, if it has it."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "float16"
+    return "bfloat16"
 
 
 @torch.inference_mode()

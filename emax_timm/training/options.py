@@ -87,9 +87,18 @@ class DeviceOptions:
     """Device."""
 
     device: str = option("", "cpu, cuda, … (unlike timm, default: cuda if there is one, else cpu)")
-    amp: bool = option(False, "automatic mixed precision")
-    amp_dtype: str = option("float16", "its dtype", choices=("float16", "bfloat16"))
+    amp: bool | None = option(
+        None, "automatic mixed precision (unlike timm, on where a GPU trains unless --no-amp)"
+    )
+    amp_dtype: str = option(
+        "",
+        "its dtype (unlike timm, bfloat16 wherever the device has it)",
+        choices=("", "float16", "bfloat16"),
+    )
     channels_last: bool = option(False, "channels_last memory layout")
+    dist_timeout: float = option(
+        600.0, "not in timm: seconds after which a rank that waits for the others gives up"
+    )
 
 
 @dataclass
@@ -288,6 +297,16 @@ class RunOptions:
         "stop",
         "not in timm: stop at a loss or gradient that is not finite, or skip the step",
         choices=("stop", "skip"),
+    )
+    loss_spike: float = option(
+        0.0,
+        "not in timm: a loss above this many times the median of the last 100 steps is a spike; "
+        "0 for no such check",
+    )
+    on_spike: str = option(
+        "warn",
+        "not in timm: what happens at one; each policy names the samples",
+        choices=("warn", "skip", "stop"),
     )
     seed: int = option(42, "seed of everything random")
     validation_batch_size: int | None = option(None, "(default: --batch-size)", "-vb")

@@ -24,12 +24,12 @@ from .data import (
     open_split,
     same_classes,
 )
-from .distributed import World, open_world
-from .evaluate import Metrics, evaluate
+from .distributed import RankError, World, open_world
+from .evaluate import Metrics, evaluate, half_precision
 from .options import TrainConfig, ValidateConfig
 from .runlog import Progress
 from .signals import Stopped, catch_signals
-from .trainer import NonFiniteError
+from .trainer import BadStepError
 
 __all__ = ["train", "validate"]
 
@@ -42,7 +42,7 @@ def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
         if settings.get("resume"):
             settings = _resumed(settings)
         config = from_mapping(TrainConfig, settings, "the configuration")
-        with open_world(config.device) as world:
+        with open_world(config.device, config.dist_timeout) as world:
             trainer = build_trainer(config, world)
             with catch_signals() as trainer.stop:
                 trainer.run()
@@ -55,8 +55,8 @@ def validate(argv: Sequence[str] | None = None, prog: str = "validate.py") -> in
 
     def program() -> None:
         settings = parse_settings(ValidateConfig, argv, prog)
-        device = from_mapping(ValidateConfig, settings, "the command line").device
-        with open_world(device) as world:
+        given = from_mapping(ValidateConfig, settings, "the command line")
+        with open_world(given.device, given.dist_timeout) as world:
             metrics = validate_with(settings, world)
             if world.is_primary:
                 print(metrics)
@@ -119,9 +119,8 @@ def validate_with(settings: dict[str, Any], world: World) -> Metrics:
     model.to(world.device)
     loader = evaluation_loader(config, dataset, data_config, config.batch_size or 256, world)
     progress = Progress("validation", len(loader), interval=50, enabled=world.is_primary)
-    return evaluate(
-        model, progress.track(loader), world, config.amp, config.amp_dtype, config.channels_last
-    )
+    amp, amp_dtype = bool(config.amp), config.amp_dtype or half_precision(world.device)
+    return evaluate(model, progress.track(loader), world, amp, amp_dtype, config.channels_last)
 
 
 def _resumed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +207,7 @@ def _status_of(program: Callable[[], None], prog: str) -> int:
         # One line, also where the error of a library has several.
         print(f"{prefix}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (NonFiniteError, WriteError) as error:
+    except (BadStepError, RankError, WriteError) as error:
         print(f"{prefix}: stopped: {error}", file=sys.stderr)
         return 1
     except Stopped as error:

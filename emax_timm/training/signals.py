@@ -1,6 +1,9 @@
 """SIGTERM and SIGINT ask a run to stop at the end of its step."""
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,12 +40,24 @@ def catch_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    _die_with_torchrun()
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # A further one is not to spoil the exit status of a process that ends as it was asked.
+            signal.signal(number, signal.SIG_IGN if stop.number else handler)
+
+
+def _die_with_torchrun() -> None:
+    """Have the system send SIGTERM when torchrun ends, which may not have had the time to.
+
+    It does not, for one, after a second SIGTERM of its own.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+        ctypes.CDLL(None).prctl(set_death_signal, int(signal.SIGTERM))
 
 
 def ignore_signals(worker: int) -> None:

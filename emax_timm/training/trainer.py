@@ -3,8 +3,10 @@
 import json
 import math
 import signal
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -39,13 +41,13 @@ from .runlog import Progress, RunLog
 from .sampling import seed_step
 from .signals import Stop, Stopped
 
-__all__ = ["NonFiniteError", "Trainer", "grouping_course"]
+__all__ = ["BadStepError", "Trainer", "grouping_course"]
 
 Batch = tuple[Tensor, Tensor]
 
 
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient is not finite; the weights are those of the last good step."""
+class BadStepError(RuntimeError):
+    """A step was not to be made; the weights are those of the last good one."""
 
 
 @dataclass
@@ -81,12 +83,14 @@ class Trainer:
     seconds: float = 0.0
     # Of the steps of this epoch, the mean over ranks.
     losses: list[float] = field(default_factory=list)
+    # Of the last steps, across epochs; a spike is one against their median.
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=100))
     rows: list[dict[str, Any]] = field(default_factory=list)  # of the log
     stop: Stop = field(default_factory=Stop)
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
-        half = self.config.amp and self.config.amp_dtype == "float16"
+        half = bool(self.config.amp) and self.config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
         self._saved_at = time.monotonic()
 
@@ -94,7 +98,7 @@ class Trainer:
         """Train from where the run stands to its end, then test the best weights.
 
         Raises:
-            NonFiniteError: If the loss or a gradient is not finite; a checkpoint of the last good
+            BadStepError: If the loss or a gradient is not finite; a checkpoint of the last good
                 step has been written.
             Stopped: If a signal has asked for it; a checkpoint has been written.
         """
@@ -124,7 +128,7 @@ class Trainer:
         """Train to the end of the epoch, from its start or its middle; returns the mean loss.
 
         Raises:
-            NonFiniteError: On every rank, if the loss or a gradient of any is not finite.
+            BadStepError: On every rank, if the loss or a gradient of any is not finite.
             Stopped: On every rank, if any has had a signal.
         """
         first = self.step - self.epoch * self.steps_per_epoch
@@ -158,7 +162,7 @@ class Trainer:
                     # The last step's checkpoint is that of the epoch.
                     self._stop_if_asked()
                     self._save_if_due()
-        except NonFiniteError:
+        except BadStepError:
             self._save_checkpoint()
             raise
         finally:
@@ -168,8 +172,8 @@ class Trainer:
         """One optimizer step on the mean loss of `batches`, which is returned.
 
         Raises:
-            NonFiniteError: On every rank, before the step, if the loss or a gradient of any is not
-                finite; with `--nonfinite skip` the step is left out instead.
+            BadStepError: On every rank, before the step, if the loss or a gradient of any is not
+                finite, or if the loss is a spike, and the policy for that is to stop.
         """
         seed_step(self.config.seed, self.step, self.world.rank)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
@@ -184,18 +188,21 @@ class Trainer:
                 self.scaler.scale(part).backward()
             loss += part.detach()
         mean, bad = self._agree(loss)
-        if bad:
+        policy = self._policy(mean, bad)
+        if policy in ("skip", "stop"):
             for buffer, before in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(before)  # the forward pass has moved the batch norms' statistics
-            self._report_nonfinite(bad)
-        else:
+        if policy != "step":
+            self._report(policy, bad, self.world.rank in bad or self._is_spike(loss.item()))
+        if policy != "skip":
             self._clip()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.losses.append(mean)
+            self.recent.append(mean)
         self.optimizer.zero_grad()
         self.step += 1
-        if self.averaged is not None and not bad:
+        if self.averaged is not None and policy != "skip":
             self.averaged.update(self.model, step=self.step)
             self._set_grouping(self.averaged.module)  # a schedule is not to be averaged
         if self.scheduler is not None:
@@ -207,39 +214,56 @@ class Trainer:
 
         The one synchronisation point of a step; ranks also tell each other of signals here.
         """
-        finite = loss.isfinite()
+        flag = 2 * ~loss.isfinite()
         if not self.scaler.is_enabled():  # it looks for infinite gradients itself, and skips them
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            finite = finite & torch.nn.utils.get_total_norm(gradients).isfinite()
+            flag = flag + ~torch.nn.utils.get_total_norm(gradients).isfinite()
         values = torch.zeros(2 + self.world.size, dtype=torch.float64, device=self.world.device)
         values[0] = loss
         values[1] = self.stop.number
-        values[2 + self.world.rank] = ~finite
-        total, signals, *bad = self.world.sum(values).tolist()
+        values[2 + self.world.rank] = flag
+        total, signals, *flags = self.world.sum(values).tolist()
         if signals:
             self.stop.number = self.stop.number or signal.SIGTERM
-        return total / self.world.size, [rank for rank, flag in enumerate(bad) if flag]
+        # A gradient is that of all ranks, so a rank whose loss is not finite spoils it for all.
+        worst = max(flags)
+        return total / self.world.size, [r for r, flag in enumerate(flags) if flag == worst > 0]
 
-    def _report_nonfinite(self, ranks: list[int]) -> None:
+    def _policy(self, mean: float, bad: list[int]) -> str:
+        """What becomes of a step, on every rank the same: step, warn (and step), skip or stop."""
+        if bad:
+            return self.config.nonfinite
+        return self.config.on_spike if self._is_spike(mean) else "step"
+
+    def _is_spike(self, loss: float) -> bool:
+        if not self.config.loss_spike or len(self.recent) < 10:
+            return False
+        return loss > self.config.loss_spike * statistics.median(self.recent)
+
+    def _report(self, policy: str, bad: list[int], named: bool) -> None:
+        """Say what is wrong with a step and, where `named`, in which samples; raise if to stop."""
         within = self.step - self.epoch * self.steps_per_epoch
-        names = []
-        for number in range(self.config.grad_accum_steps):
-            batch = within * self.config.grad_accum_steps + number
-            if batch < len(self.train_loader):
-                names += sample_names(self.train_loader, batch)
-        where = f"at step {self.step + 1} of epoch {self.epoch + 1} on rank {_list(ranks)}"
-        if self.world.rank in ranks:
-            print(f"samples {where}: {_list(names)}", file=sys.stderr, flush=True)
-        if self.config.nonfinite == "skip":
-            if self.world.is_primary:
-                message = f"skipped: the loss or a gradient is not finite {where}"
-                print(message, file=sys.stderr, flush=True)
-            return
-        self.optimizer.zero_grad()
-        raise NonFiniteError(
-            f"the loss or a gradient is not finite {where}; "
-            "lower --lr, clip with --clip-grad, or leave such steps out with --nonfinite skip"
-        )
+        where = f"at step {self.step + 1} of epoch {self.epoch + 1}"
+        problem, hint = f"the loss is a spike {where}", "lower --lr, or choose another --on-spike"
+        if bad:
+            problem = f"the loss or a gradient is not finite {where} on rank {_list(bad)}"
+            hint = (
+                "lower --lr, clip with --clip-grad, or leave such steps out with --nonfinite skip"
+            )
+        if named:
+            first = within * self.config.grad_accum_steps
+            last = min(first + self.config.grad_accum_steps, len(self.train_loader))
+            names = [
+                name
+                for batch in range(first, last)
+                for name in sample_names(self.train_loader, batch)
+            ]
+            text = f"samples {where} on rank {self.world.rank}: {_list(names)}"
+            print(text, file=sys.stderr, flush=True)
+        if policy == "stop":
+            self.optimizer.zero_grad()
+            raise BadStepError(f"{problem}; {hint}")
+        self.world.warn(f"{problem}{': the step is left out' if policy == 'skip' else ''}")
 
     def _share_statistics(self) -> None:
         """Give the ranks the same batch norm statistics, as validation and checkpoints need."""
@@ -309,6 +333,7 @@ class Trainer:
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
             "losses": self.losses,
+            "recent": list(self.recent),
             "best": self.best and tuple(self.best),
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
@@ -342,6 +367,7 @@ class Trainer:
             self.best = Metrics(*state["best"]) if state["best"] else None
             self.best_epoch = state["best_epoch"]
             self.losses, self.rows = state["losses"], state["rows"]
+            self.recent.extend(state["recent"])
             steps, environment = state["steps_per_epoch"], state["environment"]
             changes = [
                 f"{name} was {environment[name]} and is {value}"
@@ -484,7 +510,7 @@ class Trainer:
             images, labels = self.mixup(images, labels)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with autocast(self.world, self.config.amp, self.config.amp_dtype):
+        with autocast(self.world, bool(self.config.amp), self.config.amp_dtype):
             return self.criterion(self.network(images), labels)
 
     def _clip(self) -> None:
@@ -507,7 +533,7 @@ class Trainer:
             model,
             progress.track(batches),
             self.world,
-            config.amp,
+            bool(config.amp),
             config.amp_dtype,
             config.channels_last,
         )

@@ -1,5 +1,6 @@
 """What the tests of faults share: a run with every source of randomness, and what it leaves."""
 
+import shutil
 from pathlib import Path
 
 from training_testing import SMALL, left_by, same_tensors
@@ -11,6 +12,27 @@ OPTIONS = """
     --epochs 3 --recovery-interval 1 --output . --experiment run --resume auto
 """
 RUN = [*SMALL, *OPTIONS.split()]
+
+# A batch of the last rank is multiplied at step 6.
+NAN_AT = """
+def nan_at(self, batches):
+    if self.step == 5 and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        images, labels = batches[0]
+        batches = [(images * {factor}, labels)]
+    return step(self, batches)
+Trainer.train_step = nan_at
+"""
+
+
+def keep_only(folder: Path, step: int) -> None:
+    """Let a run stand where it stood after a step, as if it had been killed then."""
+    (kept,) = (folder / "checkpoints").glob(f"epoch-*-step-{step:08}")
+    for path in (folder / "checkpoints").iterdir():
+        if path != kept:
+            shutil.rmtree(path)
+    link = folder / "last.safetensors"
+    link.unlink()
+    link.symlink_to(kept.relative_to(folder) / "model.safetensors")
 
 
 def assert_same_run(found: Path, expected: Path) -> None:

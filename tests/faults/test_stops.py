@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from faults_testing import RUN, assert_same_run, with_fault
+from faults_testing import NAN_AT, RUN, assert_same_run, with_fault
 from training_testing import TRAIN, Programs, left_by, state_of
 
 SIGNAL_AT = """
@@ -128,16 +128,6 @@ Trainer.train_step = nested
     assert programs.run(TRAIN, images, *RUN, "--epochs", "1", cwd=tmp_path).status == 0
 
 
-NAN_AT = """
-def nan_at(self, batches):
-    if self.step == 5 and rank == int(os.environ.get("WORLD_SIZE", 1)) - 1:
-        images, labels = batches[0]
-        batches = [(images * {factor}, labels)]
-    return step(self, batches)
-Trainer.train_step = nan_at
-"""
-
-
 def test_loss_that_is_not_finite_keeps_the_last_good_step(
     programs: Programs, images: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -164,7 +154,10 @@ def test_step_that_is_not_finite_is_skipped_if_asked(
     script = with_fault(tmp_path, NAN_AT.format(factor="float('inf')"))
     result = programs.run(str(script), images, *RUN, "--nonfinite", "skip", cwd=tmp_path)
     assert result.status == 0, result.stderr
-    assert "skipped: the loss or a gradient is not finite at step 6 of epoch 2" in result.stderr
+    warning = (
+        "the loss or a gradient is not finite at step 6 of epoch 2 on rank 0: the step is left"
+    )
+    assert warning in result.stderr
     state = left_by(tmp_path / "run")
     assert state["step"] == 12
     assert all(value.isfinite().all() for value in state["model.safetensors"].values())

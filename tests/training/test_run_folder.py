@@ -386,20 +386,16 @@ def test_best_weights_have_a_sum_at_every_moment(
     def spy(self: Path, target: Path) -> Path:
         for moment in ("before", "after"):
             result = replace(self, target) if moment == "after" else target
-            tensors = read_weights(
-                tmp_path / "model.safetensors"
-            )  # refused if its sum is not there
+            tensors = read_weights(best)  # refused if its sum is not there
             seen.append(torch.equal(tensors["weight"], models[1].weight))
         return result
 
     monkeypatch.setattr(Path, "replace", spy)
     save_best(models[1], tmp_path)
     assert seen == [False, False, False, True, True, True]
-    (tmp_path / "model.safetensors").write_bytes(
-        b"0" + (tmp_path / "model.safetensors").read_bytes()[1:]
-    )
+    best.write_bytes(b"0" + best.read_bytes()[1:])
     with pytest.raises(UsageError, match="is damaged: its sha256"):
-        read_weights(tmp_path / "model.safetensors")
+        read_weights(best)
 
 
 def test_package_of_the_tests_is_the_checkout() -> None:

@@ -17,7 +17,7 @@ from emax_timm import EMAX
 from emax_timm.training import train
 from emax_timm.training.distributed import World
 from emax_timm.training.evaluate import Metrics, evaluate
-from emax_timm.training.trainer import NonFiniteError, Trainer, grouping_course
+from emax_timm.training.trainer import BadStepError, Trainer, grouping_course
 
 CPU = World(torch.device("cpu"))
 
@@ -220,7 +220,7 @@ def test_train_step_stops_before_a_step_that_is_not_finite(
     before = parameters(trainer.model)
     averaged, state = weights(trainer.averaged), copy.deepcopy(trainer.optimizer.state_dict())
     # The third part of an accumulated step spoils the whole of it.
-    with pytest.raises(NonFiniteError, match="not finite at step 2 of epoch 1"):
+    with pytest.raises(BadStepError, match="not finite at step 2 of epoch 1"):
         trainer.train_step([batch(8), batch(8), batch(8)])
     assert trainer.step == 1
     assert same_tensors(before, parameters(trainer.model))
@@ -243,7 +243,7 @@ def test_run_that_fails_later_keeps_the_epochs_before(trainer_for: MakeTrainer) 
     whole.run()
     failing = trainer_for("failing", epochs=2)
     failing.criterion = Failing(failing.criterion, 6, math.nan)
-    with pytest.raises(NonFiniteError, match="step 6 of epoch 2"):
+    with pytest.raises(BadStepError, match="step 6 of epoch 2"):
         failing.run()
     rows = [rows_without_seconds(t.folder / "log.jsonl") for t in (whole, failing)]
     assert rows[1] == rows[0][:1]

@@ -64,9 +64,9 @@ def run_program(*command: str | Path, cwd: Path, timeout: float = 250) -> Result
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def run_on_two_ranks(*command: str | Path, cwd: Path) -> Result:
-    """Run a script under torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def run_on_two_ranks(*command: str | Path, cwd: Path, options: Sequence[str] = ()) -> Result:
+    """Run a script under torchrun, which may have more options."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
     return run_program(*launcher, *command, cwd=cwd)
 
 
