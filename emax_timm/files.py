@@ -11,7 +11,8 @@ from pathlib import Path
 __all__ = [
     "WriteError",
     "lock_folder",
-    "remove_folder",
+    "remove",
+    "remove_partial",
     "replace_file",
     "write_folder",
     "writing_to",
@@ -53,7 +54,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def write_folder(path: Path, files: dict[str, bytes]) -> None:
     """Make a folder of files that appears, complete, in one step; `path` must not exist."""
     temporary = _hidden(path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    _delete(temporary)
     try:
         temporary.mkdir()
         for name, content in files.items():
@@ -63,15 +64,29 @@ def write_folder(path: Path, files: dict[str, bytes]) -> None:
         temporary.rename(path)
         _sync(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _delete(temporary)
 
 
-def remove_folder(path: Path) -> None:
-    """Remove a folder so that it is gone at once, whatever happens in between."""
+def remove(path: Path) -> None:
+    """Remove a file or folder so that it is gone at once, whatever happens in between."""
     hidden = _hidden(path)
-    shutil.rmtree(hidden, ignore_errors=True)
+    _delete(hidden)
     path.rename(hidden)
-    shutil.rmtree(hidden)
+    _delete(hidden)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a process that was killed has left of these functions' work in a folder."""
+    for path in folder.glob("*.partial"):
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _hidden(path: Path) -> Path:

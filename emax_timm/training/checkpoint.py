@@ -19,7 +19,6 @@ import hashlib
 import io
 import json
 import pickle
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from timm.models import PretrainedCfg
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from ..files import remove_folder, replace_file, write_folder
+from ..files import remove, replace_file, write_folder
 from .config import UsageError
 from .distributed import World
 
@@ -45,7 +44,6 @@ __all__ = [
     "load_checkpoint",
     "load_weights",
     "read_weights",
-    "remove_partial",
     "save_best",
     "save_checkpoint",
     "save_model_config",
@@ -92,7 +90,7 @@ def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> None:
     path = folder / CHECKPOINTS / name
     path.parent.mkdir(exist_ok=True)
     if path.exists() and not _is_whole(path):
-        remove_folder(path)
+        remove(path)
     if not path.exists():  # one of the same step is the same
         write_folder(path, {**files, SUMS: sums.encode()})
     link = folder / f"{LAST}.partial"
@@ -100,21 +98,12 @@ def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> None:
     link.symlink_to(path.relative_to(folder) / WEIGHTS)
     link.replace(folder / LAST)
     for old in checkpoints(folder)[keep:]:
-        remove_folder(old)
+        remove(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The folders of a run's checkpoints, the newest first."""
     return sorted((folder / CHECKPOINTS).glob("epoch-*"), reverse=True)
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove what a killed process has left half-written in a run's folder."""
-    for path in [*folder.glob("*.partial"), *(folder / CHECKPOINTS).glob("*.partial")]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def load_checkpoint(folder: Path, world: World) -> Checkpoint:
@@ -226,10 +215,11 @@ def _serialized(tensors: dict[str, Tensor]) -> bytes:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a file of `save_weights` into the model; every key must fit.
+    """Load a safetensors file into the model; every key must fit.
 
     Raises:
-        UsageError: If the file cannot be read, or is of another architecture.
+        UsageError: If the file cannot be read, is of another architecture, or holds values that are
+            not finite.
     """
     tensors = read_weights(path)
     _check_keys(model.state_dict(), tensors, path)
@@ -255,6 +245,9 @@ def _check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], path: Pat
             f"{path} holds weights of another model: {reason}; "
             "give the --model and --model-kwargs that it was trained with"
         )
+    for name, value in found.items():
+        if not value.isfinite().all():
+            raise UsageError(f"{path}: {name} holds values that are not finite")
 
 
 def save_model_config(

@@ -29,7 +29,7 @@ from torch.utils.data import IterableDataset
 
 from .. import __version__
 from ..attention import set_grouping
-from ..files import lock_folder, replace_file, writing_to
+from ..files import lock_folder, remove_partial, replace_file, writing_to
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .config import UsageError, to_yaml
@@ -458,7 +458,8 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not stack.enter_context(lock_folder(self.folder)):
                 raise UsageError(f"another process is training in {self.folder}")
-            checkpoint.remove_partial(self.folder)
+            for folder in (self.folder, self.folder / checkpoint.CHECKPOINTS):
+                remove_partial(folder)
             replace_file(
                 self.folder / checkpoint.CONFIG,
                 lambda file: file.write_text(to_yaml(self.config)),

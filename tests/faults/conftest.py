@@ -1,27 +1,12 @@
 """Fixtures of the tests of faults."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from faults_testing import RUN
-from training_testing import TRAIN, Programs, image_folder, run_on_two_ranks
+from training_testing import TRAIN, Programs, run_on_two_ranks
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 32 training and 10 validation images of two classes; not to be written to."""
-    return image_folder(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture(scope="session")
-def programs() -> Iterator[Programs]:
-    """Runs train.py in processes of their own."""
-    programs = Programs()
-    yield programs
-    programs.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,12 @@
 """A run that is stopped or killed, and goes on, ends as one that never stopped: rows 3, 5, 24."""
 
-import json
-import math
 import random
 import signal
 from pathlib import Path
 
 import pytest
-from faults_testing import NAN_AT, RUN, assert_same_run, with_fault
-from training_testing import TRAIN, Programs, left_by, state_of
+from faults_testing import RUN, assert_same_run, with_fault
+from training_testing import TRAIN, Programs, state_of
 
 SIGNAL_AT = """
 def signal_at(self, batches):
@@ -126,41 +124,3 @@ Trainer.train_step = nested
     assert "another process is training in run" in second
     # Its loader's workers may still live.
     assert programs.run(TRAIN, images, *RUN, "--epochs", "1", cwd=tmp_path).status == 0
-
-
-def test_loss_that_is_not_finite_keeps_the_last_good_step(
-    programs: Programs, images: Path, whole: Path, tmp_path: Path
-) -> None:
-    script = with_fault(tmp_path, NAN_AT.format(factor="float('nan')"))
-    result = programs.run(str(script), images, *RUN, cwd=tmp_path)
-    assert result.status == 1
-    samples, last = result.stderr.splitlines()[-2:]
-    assert "not finite at step 6 of epoch 2 on rank 0" in last
-    files = samples.split(": ", 1)[1].split(", ")
-    assert len(files) == 8
-    assert all((images / "train" / file).is_file() for file in files)
-    assert state_of(tmp_path / "run")["step"] == 5
-    assert not any(
-        math.isnan(value.sum().item())
-        for value in left_by(tmp_path / "run")["model.safetensors"].values()
-    )
-    assert programs.run(TRAIN, images, *RUN, cwd=tmp_path).status == 0
-    assert_same_run(tmp_path / "run", whole)
-
-
-def test_step_that_is_not_finite_is_skipped_if_asked(
-    programs: Programs, images: Path, tmp_path: Path
-) -> None:
-    script = with_fault(tmp_path, NAN_AT.format(factor="float('inf')"))
-    result = programs.run(str(script), images, *RUN, "--nonfinite", "skip", cwd=tmp_path)
-    assert result.status == 0, result.stderr
-    warning = (
-        "the loss or a gradient is not finite at step 6 of epoch 2 on rank 0: the step is left"
-    )
-    assert warning in result.stderr
-    state = left_by(tmp_path / "run")
-    assert state["step"] == 12
-    assert all(value.isfinite().all() for value in state["model.safetensors"].values())
-    assert math.isfinite(
-        json.loads((tmp_path / "run" / "summary.json").read_text())["validation"]["loss"]
-    )

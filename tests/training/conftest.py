@@ -6,26 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from training_testing import MakeTrainer, Programs, image_folder
+from training_testing import MakeTrainer
 
 from emax_timm.training import TrainConfig
 from emax_timm.training.build import build_trainer
 from emax_timm.training.distributed import World
 from emax_timm.training.trainer import Trainer
-
-
-@pytest.fixture(scope="session")
-def programs() -> Iterator[Programs]:
-    """Runs train.py and validate.py in processes of their own."""
-    programs = Programs()
-    yield programs
-    programs.close()
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 32 training and 10 validation images of two classes; not to be written to."""
-    return image_folder(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
