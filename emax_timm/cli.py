@@ -11,6 +11,7 @@ from .hub.export import export
 from .models import weights as model_weights
 from .training import train, validate
 from .training.config import nearest
+from .training.curves import curves
 
 
 def weights(argv: Sequence[str] | None = None, prog: str = "emax weights") -> int:
@@ -47,6 +48,7 @@ def weights(argv: Sequence[str] | None = None, prog: str = "emax weights") -> in
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "train": (train, "train an image classifier"),
     "validate": (validate, "validate one"),
+    "curves": (curves, "draw the curves of a training run"),
     "plan": (plan, "work out what a training run will need"),
     "list": (list_models, "list the models, with their size and cost"),
     "export": (export, "export one with torch.export or to ONNX"),

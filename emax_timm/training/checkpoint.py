@@ -8,7 +8,11 @@
         model.safetensors  averaged.safetensors  state.pt  SHA256SUMS
     last.safetensors     a link to the weights of the newest
     log.csv log.jsonl    a row per epoch
+    layers.jsonl         statistics of the EMAX layers, a row per epoch
+    curves.png           all of these, drawn at the end
     summary.json         the result
+    run_id               the run's name to --log-to's services
+    tensorboard/ wandb/  what these keep here
 
 Weights are safetensors; `state.pt` (optimizer, counters, log rows) holds tensors and plain
 containers and is read with torch's restricted unpickler. Every file and every checkpoint is written

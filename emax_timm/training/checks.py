@@ -16,6 +16,7 @@ from . import checkpoint
 from .config import UsageError, nearest
 from .data import mixup_options
 from .options import TrainConfig
+from .trackers import check_packages
 
 __all__ = ["check_bounds", "check_config", "check_model", "model_arguments"]
 
@@ -58,6 +59,7 @@ def check_config(config: TrainConfig) -> None:
         UsageError: With what is wrong and what would be right.
     """
     check_bounds(config)
+    check_packages(config.log_to)
     names = [str(name) for name in list_optimizers()]
     if config.opt.lower().removeprefix("lookahead_") not in names:
         raise UsageError(

@@ -104,12 +104,14 @@ def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> 
         length = options[name].metadata.get("nargs")
         if isinstance(length, int) and values[name] is not None and len(values[name]) != length:
             raise UsageError(f"{source}: {name} takes {length} values, not {value!r}")
-        choices = options[name].metadata.get("choices")
-        if choices and values[name] is not None and values[name] not in choices:
-            raise UsageError(
-                f"{source}: {name} has no choice {value}; the nearest of "
-                f"{', '.join(filter(None, choices))} is {nearest(str(value), choices)}"
-            )
+        choices = options[name].metadata.get("choices", ())
+        chosen = values[name] if isinstance(values[name], list) else [values[name]]
+        for item in chosen:
+            if choices and item is not None and item not in choices:
+                raise UsageError(
+                    f"{source}: {name} has no choice {item}; the nearest of "
+                    f"{', '.join(filter(None, choices))} is {nearest(str(item), choices)}"
+                )
     return kind(**values)
 
 
@@ -210,7 +212,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     name, kind, meta = field.name, _without_none(hint), dict(field.metadata)
     default = field.default_factory() if callable(field.default_factory) else field.default
     text = meta.pop("help").replace("%", "%%")
-    if default not in (None, "", {}, False):
+    if default not in (None, "", [], {}, False):
         text += f" (default: {default})"
     if meta.pop("positional", False):
         group.add_argument(name, nargs="?", metavar=meta.pop("metavar", "DIR"), help=text)

@@ -17,7 +17,7 @@ NOT_HERE = {
     "--kd-model-name": "there is no distillation",
     "--local-rank": "start with torchrun, which needs no flag",
     "--local_rank": "start with torchrun, which needs no flag",
-    "--log-wandb": "the run folder holds log.csv and log.jsonl",
+    "--log-wandb": "use --log-to wandb",
     "--model-dtype": "use --amp",
     "--model-ema-force-cpu": "the average lives where the model does",
     "--naflex-loader": "these are convolutional networks",
@@ -27,6 +27,9 @@ NOT_HERE = {
     "--torchscript": "use --torchcompile",
     "--train-img-sizes": "there is one image size",
     "--use-ema": "the checkpoint of the best holds the averaged weights if there are any",
+    "--wandb-project": "set WANDB_PROJECT",
+    "--wandb-resume-id": "use --resume, which goes on with the run at wandb too",
+    "--wandb-tags": "set WANDB_TAGS",
 }
 
 FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -313,6 +316,12 @@ class RunOptions:
     val_interval: int = option(1, "epochs between validations")
     eval_metric: str = option("top1", "metric of the best", choices=("top1", "top5", "loss"))
     log_interval: int = option(50, "optimizer steps between log lines")
+    log_to: list[str] = option(
+        [],
+        "not in timm: trackers to log to as well, each a package to install",
+        nargs="*",
+        choices=("tensorboard", "trackio", "wandb"),
+    )
 
 
 @dataclass

@@ -3,15 +3,15 @@
 import json
 import math
 import signal
-import statistics
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import timm
@@ -33,6 +33,7 @@ from ..files import lock_folder, remove_partial, replace_file, writing_to
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .config import UsageError, to_yaml
+from .curves import draw_at_end
 from .data import sample_names, start_epoch
 from .distributed import World
 from .evaluate import Metrics, autocast, evaluate
@@ -40,6 +41,8 @@ from .options import TrainConfig
 from .runlog import Progress, RunLog
 from .sampling import seed_step
 from .signals import Stop, Stopped
+from .statistics import first_images, has_emax, layer_statistics
+from .trackers import open_trackers
 
 __all__ = ["BadStepError", "Trainer", "grouping_course"]
 
@@ -85,9 +88,13 @@ class Trainer:
     losses: list[float] = field(default_factory=list)
     # Of the last steps, across epochs; a spike is one against their median.
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=100))
-    rows: list[dict[str, Any]] = field(default_factory=list)  # of the log
+    # Of the log, an epoch each.
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
     stop: Stop = field(default_factory=Stop)
     scaler: torch.amp.GradScaler = field(init=False)
+    # The same in every epoch: what the layers' statistics are taken of.
+    _images: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         half = bool(self.config.amp) and self.config.amp_dtype == "float16"
@@ -238,7 +245,7 @@ class Trainer:
     def _is_spike(self, loss: float) -> bool:
         if not self.config.loss_spike or len(self.recent) < 10:
             return False
-        return loss > self.config.loss_spike * statistics.median(self.recent)
+        return loss > self.config.loss_spike * median(self.recent)
 
     def _report(self, policy: str, bad: list[int], named: bool) -> None:
         """Say what is wrong with a step and, where `named`, in which samples; raise if to stop."""
@@ -338,6 +345,7 @@ class Trainer:
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
             "rows": self.rows,
+            "layers": self.layers,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "plateau": self._plateau and self._plateau.state_dict(),
@@ -368,6 +376,7 @@ class Trainer:
             self.best_epoch = state["best_epoch"]
             self.losses, self.rows = state["losses"], state["rows"]
             self.recent.extend(state["recent"])
+            self.layers = state["layers"]
             steps, environment = state["steps_per_epoch"], state["environment"]
             changes = [
                 f"{name} was {environment[name]} and is {value}"
@@ -442,6 +451,7 @@ class Trainer:
                 self.folder / "summary.json",
                 lambda file: file.write_text(json.dumps(summary, indent=2) + "\n"),
             )
+        draw_at_end(self.folder)
         parts = [f"{path}  {self.seconds:.0f} s"]
         if self.best is not None:
             parts.append(f"validation (epoch {self.best_epoch}) {self.best}")
@@ -471,7 +481,9 @@ class Trainer:
                 self.data_config,
                 self.classes,
             )
-            return RunLog(self.folder, [*columns, "seconds"], self.rows)
+            track = open_trackers(self.config.log_to, self.folder, asdict(self.config), self.epoch)
+            track = stack.enter_context(track)
+            return RunLog(self.folder, [*columns, "seconds"], self.rows, self.layers, track)
         except OSError as error:
             raise UsageError(f"cannot write to {self.folder}: {error.strerror}") from None
 
@@ -490,13 +502,29 @@ class Trainer:
         self.rows.append(row)
         if log is None:
             return
+        layers = self._layer_statistics()
+        if layers:
+            self.layers.append({"epoch": self.epoch - 1, **layers})
         with writing_to(self.folder):
-            log.write(row)
+            log.write(row, self.layers[-1] if layers else {})
         validation = f"  validation loss: {metrics.loss:.4f} {metrics}" if metrics else ""
         print(
             f"epoch {self.epoch}/{self.epochs}  loss: {loss:.4f}{validation}  {seconds:.1f} s",
             flush=True,
         )
+
+    def _layer_statistics(self) -> dict[str, dict[str, Any]]:
+        """Of the weights that are validated, on rank 0's first validation images."""
+        model = self._published()
+        if self.val_loader is None or not has_emax(model):
+            return {}
+        if self._images is None:
+            images = first_images(self.val_loader).to(self.world.device)
+            if self.config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            self._images = images
+        with autocast(self.world, bool(self.config.amp), self.config.amp_dtype):
+            return layer_statistics(model, self._images)
 
     def _set_grouping(self, model: nn.Module) -> None:
         progress = self.step / (self.epochs * self.steps_per_epoch)

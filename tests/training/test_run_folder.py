@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import math
 import os
 import stat
 import subprocess
@@ -35,12 +36,13 @@ from emax_timm.training.checkpoint import (
 from emax_timm.training.config import from_mapping, read_yaml
 from emax_timm.training.distributed import World
 from emax_timm.training.programs import validate_with
+from emax_timm.training.runlog import RunLog, read_rows
 from emax_timm.training.trainer import Trainer
 
 CPU = World(torch.device("cpu"))
 FILES = {
-    *("config.yaml", "config.json", "log.csv", "log.jsonl", "summary.json"),
-    *("model.safetensors", "SHA256SUMS", "last.safetensors", ".lock"),
+    *("config.yaml", "config.json", "log.csv", "log.jsonl", "layers.jsonl", "summary.json"),
+    *("model.safetensors", "SHA256SUMS", "last.safetensors", "curves.png", ".lock"),
 }
 
 RunOf = Callable[..., Trainer]
@@ -96,6 +98,32 @@ def test_run_folder_has_the_same_rows_in_both_logs(run_of: RunOf) -> None:
     for row, line in zip(rows, table, strict=True):
         values = [None if line[column] == "" else float(line[column]) for column in columns]
         assert values == [row[column] for column in columns]
+
+
+def test_log_of_a_resumed_run_has_the_rows_before_it(tmp_path: Path) -> None:
+    rows = [{"epoch": epoch, "loss": epoch / 2} for epoch in range(3)]
+    values = {"gamma": math.nan, "group_counts": [1], "histogram": [1]}
+    layers = [{"epoch": epoch, "layer": values} for epoch in range(3)]
+
+    def open_log(epochs: int) -> RunLog:
+        past = rows[:epochs], layers[:epochs]
+        return RunLog(tmp_path, ["epoch", "loss"], *past, track=lambda *_: None)
+
+    log = open_log(0)
+    for row, layer in zip(rows, layers, strict=True):
+        log.write(row, layer)
+    names = ("log.csv", "log.jsonl", "layers.jsonl")
+    whole = [(tmp_path / name).read_bytes() for name in names]
+    assert b"NaN" not in whole[2]
+    for name in names:
+        with (tmp_path / name).open("a") as file:
+            file.write('{"epoch": 3, "lo')  # killed while it wrote
+    assert read_rows(tmp_path / "log.jsonl") == rows
+    log = open_log(2)
+    with (tmp_path / "log.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["epoch", "loss"], ["0", "0.0"], ["1", "0.5"]]
+    log.write(rows[2], layers[2])
+    assert whole == [(tmp_path / name).read_bytes() for name in names]
 
 
 def test_run_folder_has_a_summary(run_of: RunOf) -> None:

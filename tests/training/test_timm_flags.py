@@ -70,7 +70,7 @@ def test_options_that_timm_lacks_are_few() -> None:
     added -= {"crop_mode"}  # of timm's validate.py
     assert added == {
         *("val_fraction", "test_split", "grouping_warmup", "grouping_temperature"),
-        *("recovery_minutes", "nonfinite", "loss_spike", "on_spike", "dist_timeout"),
+        *("recovery_minutes", "nonfinite", "loss_spike", "on_spike", "dist_timeout", "log_to"),
     }
 
 

@@ -189,7 +189,9 @@ def left_by(folder: Path) -> dict[str, Any]:
     files = {path.name: path for path in newest.glob("*.safetensors")}
     files["best"] = folder / "model.safetensors"
     weights = {name: safetensors.torch.load_file(path) for name, path in files.items()}
-    return {**state, **weights, "log": rows_without_seconds(folder / "log.jsonl")}
+    layers = (folder / "layers.jsonl").read_text()
+    log = rows_without_seconds(folder / "log.jsonl")
+    return {**state, **weights, "log": log, "layers of the log": layers}
 
 
 def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
