@@ -315,7 +315,7 @@ def sample_names(loader: Any, batch: int) -> list[str]:
     """Files (or indices, where there are none) of a batch of the epoch that a loader is in."""
     if not isinstance(loader.batch_sampler, KeyedBatches):
         return []
-    return [_name(loader.dataset.dataset, key.index) for key in loader.batch_sampler.batch(batch)]
+    return [_name(loader.dataset.dataset, key.image) for key in loader.batch_sampler.batch(batch)]
 
 
 def _name(dataset: Any, index: int) -> str:

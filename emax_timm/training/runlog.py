@@ -7,6 +7,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +17,7 @@ from tqdm import tqdm
 from ..files import replace_file
 from .statistics import scalars
 
-__all__ = ["LAYERS", "LOG", "Progress", "RunLog", "read_rows"]
+__all__ = ["LAYERS", "LOG", "Progress", "RunLog", "Timing", "read_rows"]
 
 LOG, LAYERS = "log.jsonl", "layers.jsonl"
 
@@ -101,6 +103,56 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass
+class Timing:
+    """Where an epoch's training time goes, on this rank.
+
+    Attributes:
+        images: Trained on, over all ranks.
+        wait: Seconds until batches were there.
+        compute: Seconds of the steps. A step ends with work still under way on a GPU, but it waits
+            for that of the step before when the ranks agree, so that over many steps none is lost.
+    """
+
+    images: int = 0
+    wait: float = 0.0
+    compute: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of training, without validation and checkpoints."""
+        return self.wait + self.compute
+
+    @property
+    def images_per_second(self) -> float:
+        """Over all ranks."""
+        return self.images / (self.seconds or math.inf)
+
+    @property
+    def data_wait(self) -> float:
+        """The fraction of the seconds that was spent waiting."""
+        return self.wait / (self.seconds or math.inf)
+
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches, each of them waited for."""
+        iterator, end = iter(batches), object()
+        while True:
+            start = time.monotonic()
+            batch: Any = next(iterator, end)
+            self.wait += time.monotonic() - start
+            if batch is end:
+                return
+            yield batch
+
+    @contextmanager
+    def computing(self, images: int) -> Iterator[None]:
+        """A step on so many images of all ranks."""
+        start = time.monotonic()
+        yield
+        self.compute += time.monotonic() - start
+        self.images += images
 
 
 class Progress:

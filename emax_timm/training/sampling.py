@@ -6,7 +6,9 @@ the order of an epoch with (seed, epoch), a step with (seed, step, rank). So a r
 on the number of workers, and one that goes on in the middle of an epoch needs no generator's state.
 """
 
+import hashlib
 import random
+import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 
 __all__ = ["Key", "KeyedBatches", "KeyedDataset", "KeyedErasing", "seed_step"]
 
-# What a generator is seeded for. All keys have one length: numpy pads short ones with zeros.
+# What a generator is seeded for.
 _ORDER, _SAMPLE, _BATCH, _ERASING, _STEP = range(5)
 
 
@@ -25,7 +27,7 @@ class Key(NamedTuple):
     """A sample of a run; `view` counts the repetitions of an image within an epoch."""
 
     epoch: int
-    index: int
+    image: int
     view: int = 0
 
 
@@ -73,16 +75,14 @@ class KeyedBatches(Sampler[list[Key]]):
         """The samples of a batch of the current epoch."""
         return self._batch(self._order(), number)
 
-    def _order(self) -> Tensor:
+    def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(_state(self.seed, _ORDER, self.epoch))
-        return torch.randperm(self.length, generator=generator)
+        return torch.randperm(self.length, generator=generator).tolist()
 
-    def _batch(self, order: Tensor, number: int) -> list[Key]:
+    def _batch(self, order: list[int], number: int) -> list[Key]:
         whole = self.batch_size * self.size
         slots = range(number * whole + self.rank, (number + 1) * whole, self.size)
-        return [
-            Key(self.epoch, int(order[slot // self.repeats]), slot % self.repeats) for slot in slots
-        ]
+        return [Key(self.epoch, order[slot // self.repeats], slot % self.repeats) for slot in slots]
 
 
 class KeyedDataset(Dataset):
@@ -101,7 +101,7 @@ class KeyedDataset(Dataset):
 
     def __getitem__(self, key: Key) -> Any:
         _seed_cpu(self.seed, _SAMPLE, *key)
-        return self.dataset[key.index]
+        return self.dataset[key.image]
 
     def __getitems__(self, keys: list[Key]) -> list[Any]:
         samples = [self[key] for key in keys]
@@ -131,19 +131,20 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     _seed_all(seed, _STEP, step, rank)
 
 
-def _state(seed: int, purpose: int, *key: int) -> int:
-    """64 bits for a key of up to three numbers."""
-    padded = (seed, purpose, *key, *[0] * (3 - len(key)))
-    return int(np.random.SeedSequence(padded).generate_state(1, np.uint64)[0])
+def _state(*key: int) -> int:
+    """64 bits for a key of integers, each of 64 bits at most."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
-def _seed_cpu(seed: int, purpose: int, *key: int) -> None:
-    state = _state(seed, purpose, *key)
+def _seed_cpu(*key: int) -> int:
+    # Some microseconds, which every sample costs.
+    state = _state(*key)
     random.seed(state)
-    np.random.seed([state & 0xFFFFFFFF, state >> 32])
+    np.random.seed(state & 0xFFFFFFFF)
     torch.default_generator.manual_seed(state)
+    return state
 
 
-def _seed_all(seed: int, purpose: int, *key: int) -> None:
-    _seed_cpu(seed, purpose, *key)
-    torch.manual_seed(_state(seed, purpose, *key))
+def _seed_all(*key: int) -> None:
+    torch.manual_seed(_seed_cpu(*key))

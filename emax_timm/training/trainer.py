@@ -38,7 +38,7 @@ from .data import sample_names, start_epoch
 from .distributed import World
 from .evaluate import Metrics, autocast, evaluate
 from .options import TrainConfig
-from .runlog import Progress, RunLog
+from .runlog import Progress, RunLog, Timing
 from .sampling import seed_step
 from .signals import Stop, Stopped
 from .statistics import first_images, has_emax, layer_statistics
@@ -91,6 +91,7 @@ class Trainer:
     # Of the log, an epoch each.
     rows: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    timing: Timing = field(default_factory=Timing)
     stop: Stop = field(default_factory=Stop)
     scaler: torch.amp.GradScaler = field(init=False)
     # The same in every epoch: what the layers' statistics are taken of.
@@ -100,6 +101,12 @@ class Trainer:
         half = bool(self.config.amp) and self.config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
         self._saved_at = time.monotonic()
+        # What a forward pass changes, and where it is kept until the gradients are known to be
+        # finite; copied by dtype, in a kernel or two instead of one for each buffer.
+        groups: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in self.model.buffers():
+            groups.setdefault(buffer.dtype, []).append(buffer)
+        self._buffers = [(own, [buffer.clone() for buffer in own]) for own in groups.values()]
 
     def run(self) -> None:
         """Train from where the run stands to its end, then test the best weights.
@@ -114,7 +121,7 @@ class Trainer:
 
     def _run(self, log: RunLog | None) -> None:
         while self.epoch < self.epochs:
-            start = time.monotonic()
+            start = time.monotonic() - self.timing.seconds  # of an earlier process
             loss = self.train_epoch()
             due = (self.epoch + 1) % self.config.val_interval == 0
             due = due or self.epoch + 1 == self.epochs
@@ -127,7 +134,7 @@ class Trainer:
             seconds = time.monotonic() - start
             self.seconds += seconds
             self._log(log, loss, metrics, lr, seconds)
-            self.losses = []
+            self.losses, self.timing = [], Timing()
             self.save(metrics)
         self.finish()
 
@@ -162,9 +169,16 @@ class Trainer:
             done=first,
         )
         try:
-            for batches in _groups(self.train_loader, self.config.grad_accum_steps):
-                loss = self.train_step(batches)
-                progress.step(loss=loss, lr=self.optimizer.param_groups[0]["lr"])
+            groups = _groups(self.train_loader, self.config.grad_accum_steps)
+            for batches in self.timing.waiting(groups):
+                images = sum(len(labels) for _, labels in batches)
+                with self.timing.computing(images * self.world.size):
+                    loss = self.train_step(batches)
+                speed = {
+                    "images/s": self.timing.images_per_second,
+                    "data wait %": 100 * self.timing.data_wait,
+                }
+                progress.step(loss=loss, lr=self.optimizer.param_groups[0]["lr"], **speed)
                 if self.step < (self.epoch + 1) * self.steps_per_epoch:
                     # The last step's checkpoint is that of the epoch.
                     self._stop_if_asked()
@@ -183,7 +197,8 @@ class Trainer:
                 finite, or if the loss is a spike, and the policy for that is to stop.
         """
         seed_step(self.config.seed, self.step, self.world.rank)
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        for own, kept in self._buffers:
+            torch._foreach_copy_(kept, own)
         self._set_grouping(self.model)
         loss = torch.zeros((), device=self.world.device)
         for index, (images, labels) in enumerate(batches):
@@ -194,15 +209,16 @@ class Trainer:
                 part = self._loss(images, labels) / len(batches)
                 self.scaler.scale(part).backward()
             loss += part.detach()
-        mean, bad = self._agree(loss)
+        norm = self._gradient_norm()
+        mean, bad = self._agree(loss, norm)
         policy = self._policy(mean, bad)
         if policy in ("skip", "stop"):
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)  # the forward pass has moved the batch norms' statistics
+            for own, kept in self._buffers:
+                torch._foreach_copy_(own, kept)
         if policy != "step":
             self._report(policy, bad, self.world.rank in bad or self._is_spike(loss.item()))
         if policy != "skip":
-            self._clip()
+            self._clip(norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.losses.append(mean)
@@ -216,20 +232,29 @@ class Trainer:
             self.scheduler.step_update(self.step)
         return mean
 
-    def _agree(self, loss: Tensor) -> tuple[float, list[int]]:
+    def _gradient_norm(self) -> Tensor | None:
+        """The norm of all gradients; None of scaled ones, as their scaler looks for infinite ones
+        itself, and skips them.
+        """
+        if self.scaler.is_enabled():
+            return None
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _agree(self, loss: Tensor, norm: Tensor | None) -> tuple[float, list[int]]:
         """The mean loss over the ranks, and those ranks whose loss or gradients are not finite.
 
-        The one synchronisation point of a step; ranks also tell each other of signals here.
+        The one synchronisation point of a step; ranks also tell each other of signals here. (With
+        float16 torch's scaler has its own: it reads whether it has to skip the step.)
         """
         flag = 2 * ~loss.isfinite()
-        if not self.scaler.is_enabled():  # it looks for infinite gradients itself, and skips them
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            flag = flag + ~torch.nn.utils.get_total_norm(gradients).isfinite()
+        if norm is not None:
+            flag = flag + ~norm.isfinite()
         values = torch.zeros(2 + self.world.size, dtype=torch.float64, device=self.world.device)
         values[0] = loss
         values[1] = self.stop.number
         values[2 + self.world.rank] = flag
-        total, signals, *flags = self.world.sum(values).tolist()
+        total, signals, *flags = self.world.sum(values).tolist()  # the host waits for the device
         if signals:
             self.stop.number = self.stop.number or signal.SIGTERM
         # A gradient is that of all ranks, so a rank whose loss is not finite spoils it for all.
@@ -341,6 +366,7 @@ class Trainer:
             "steps_per_epoch": self.steps_per_epoch,
             "losses": self.losses,
             "recent": list(self.recent),
+            "timing": asdict(self.timing),
             "best": self.best and tuple(self.best),
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
@@ -375,6 +401,7 @@ class Trainer:
             self.best = Metrics(*state["best"]) if state["best"] else None
             self.best_epoch = state["best_epoch"]
             self.losses, self.rows = state["losses"], state["rows"]
+            self.timing = Timing(**state["timing"])
             self.recent.extend(state["recent"])
             self.layers = state["layers"]
             steps, environment = state["steps_per_epoch"], state["environment"]
@@ -463,7 +490,10 @@ class Trainer:
         """Make the run's folder and lock it; the log, on the primary rank."""
         if not self.world.is_primary:
             return None
-        columns = ["epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5"]
+        columns = [
+            *("epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5"),
+            *("seconds", "images_per_second", "data_wait"),
+        ]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not stack.enter_context(lock_folder(self.folder)):
@@ -483,7 +513,7 @@ class Trainer:
             )
             track = open_trackers(self.config.log_to, self.folder, asdict(self.config), self.epoch)
             track = stack.enter_context(track)
-            return RunLog(self.folder, [*columns, "seconds"], self.rows, self.layers, track)
+            return RunLog(self.folder, columns, self.rows, self.layers, track)
         except OSError as error:
             raise UsageError(f"cannot write to {self.folder}: {error.strerror}") from None
 
@@ -498,6 +528,8 @@ class Trainer:
             "train_loss": loss,
             **{f"val_{name}": values.get(name) for name in Metrics._fields},
             "seconds": round(seconds, 3),
+            "images_per_second": round(self.timing.images_per_second, 1),
+            "data_wait": round(self.timing.data_wait, 3),
         }
         self.rows.append(row)
         if log is None:
@@ -534,7 +566,9 @@ class Trainer:
         set_grouping(model, warmup=warmup, temperature=temperature)
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        images, labels = images.to(self.world.device), labels.to(self.world.device)
+        # Without the prefetcher they are still on the host.
+        images = images.to(self.world.device, non_blocking=True)
+        labels = labels.to(self.world.device, non_blocking=True)
         if self.mixup is not None:
             images, labels = self.mixup(images, labels)
         if self.config.channels_last:
@@ -542,8 +576,12 @@ class Trainer:
         with autocast(self.world, bool(self.config.amp), self.config.amp_dtype):
             return self.criterion(self.network(images), labels)
 
-    def _clip(self) -> None:
+    def _clip(self, norm: Tensor | None) -> None:
         if self.config.clip_grad is None:
+            return
+        if norm is not None and self.config.clip_mode == "norm":
+            parameters = self.model.parameters()
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
             return
         self.scaler.unscale_(self.optimizer)
         without_head = self.config.clip_mode == "agc"

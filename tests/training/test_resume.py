@@ -1,7 +1,9 @@
 """Runs are reproducible, and a run that stopped goes on as if it had not."""
 
 import json
+import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from training_testing import MakeTrainer, left_by, rows_without_seconds, same_te
 
 from emax_timm.training import train
 from emax_timm.training.evaluate import Metrics
+from emax_timm.training.signals import Stopped
 from emax_timm.training.trainer import Trainer
 
 # Every source of randomness that a run can have.
@@ -118,6 +121,30 @@ def test_resumed_run_repeats_an_epoch_that_was_logged_but_not_saved(
     assert len(rows_without_seconds(stopped.folder / "log.jsonl")) == 2
     assert train(["--resume", str(stopped.folder)]) == 0
     assert same_tensors(left_by(whole.folder), left_by(stopped.folder))
+
+
+def test_resume_in_the_middle_of_an_epoch_counts_the_time_before(trainer_for: MakeTrainer) -> None:
+    stopped = trainer_for(epochs=1)
+    step = stopped.train_step
+
+    def step_and_stop(batches: list[Any]) -> float:
+        stopped.stop.number = signal.SIGTERM * (stopped.step == 2)
+        return step(batches)
+
+    stopped.train_step = step_and_stop  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        stopped.run()
+    assert stopped.timing.images == 3 * 8
+    state = torch.load(stopped.folder / "last.pt", weights_only=True)
+    assert state["timing"] == asdict(stopped.timing)
+    state["timing"]["compute"] += 1000
+    torch.save(state, stopped.folder / "last.pt")
+    assert train(["--resume", str(stopped.folder)]) == 0
+    row = json.loads((stopped.folder / "log.jsonl").read_text())
+    assert 1000 < row["seconds"] < 1100
+    assert row["images_per_second"] == pytest.approx(4 * 8 / 1000, abs=0.05)  # to a decimal
+    assert row["data_wait"] < 0.1
+    assert json.loads((stopped.folder / "summary.json").read_text())["seconds"] > 1000
 
 
 def test_resume_of_a_finished_run_changes_nothing(trainer_for: MakeTrainer) -> None:

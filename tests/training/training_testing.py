@@ -184,7 +184,7 @@ def left_by(folder: Path) -> dict[str, Any]:
 
     newest = newest_checkpoint(folder)
     state = state_of(folder)
-    del state["seconds"], state["environment"]
+    del state["seconds"], state["timing"], state["environment"]
     state["rows"] = [without_seconds(row) for row in state["rows"]]
     files = {path.name: path for path in newest.glob("*.safetensors")}
     files["best"] = folder / "model.safetensors"
@@ -195,12 +195,13 @@ def left_by(folder: Path) -> dict[str, Any]:
 
 
 def without_seconds(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a log, but for the one column that differs from run to run."""
-    return {key: value for key, value in row.items() if key != "seconds"}
+    """A row of a log, but for the columns that differ from run to run."""
+    times = ("seconds", "images_per_second", "data_wait")
+    return {key: value for key, value in row.items() if key not in times}
 
 
 def rows_without_seconds(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log.jsonl."""
+    """The rows of a log.jsonl, likewise."""
     return [without_seconds(json.loads(line)) for line in path.read_text().splitlines()]
 
 

@@ -1,0 +1,290 @@
+"""`python -m emax_timm.benchmark.train_speed`: does our training loop cost more than timm's?
+
+Our `Trainer`, and a plain loop as in timm's train.py over timm's same parts, train the same model
+on the same images with the same augmentation, an epoch each in turn. Neither validates nor writes
+checkpoints. Under torchrun both train on all its ranks.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import FastCollateMixup, create_loader
+from timm.loss import SoftTargetCrossEntropy
+from timm.models import model_parameters
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..training.build import build_trainer
+from ..training.config import UsageError
+from ..training.data import image_mode, mixup_options, open_split
+from ..training.distributed import World, open_world
+from ..training.evaluate import autocast
+from ..training.options import TrainConfig
+from ..training.runlog import Timing
+from ..training.trainer import Trainer
+
+__all__ = ["Epoch", "compare", "our_epochs", "report", "timms_epochs", "train_speed"]
+
+# What a recipe asks of the loop and of the loader.
+RECIPE: dict[str, Any] = {
+    **{"mixup": 0.2, "cutmix": 1.0, "aa": "rand-m7-mstd0.5-inc1", "reprob": 0.25},
+    **{"model_ema": True, "clip_grad": 5.0, "opt": "lamb", "lr": 0.001, "weight_decay": 0.02},
+    **{"sched_on_updates": True, "warmup_epochs": 0, "amp_dtype": "bfloat16", "val_split": ""},
+}
+NAMES = ("ours", "timm's parts in a plain loop")
+
+
+class Epoch(NamedTuple):
+    """An epoch's training, on this rank.
+
+    Args:
+        seconds: From before the first batch is asked for until the device is done.
+        cpu: Seconds that this process has computed for, on all its threads; other processes,
+            which slow it down, do not count, but nor do the loader's workers.
+        timing: Their split into data wait and compute.
+    """
+
+    seconds: float
+    cpu: float
+    steps: int
+    timing: Timing
+
+
+def train_speed(argv: Sequence[str] | None = None) -> int:
+    """Print the comparison that the command line asks for; returns the exit status."""
+    prog = "python -m emax_timm.benchmark.train_speed"
+    options = _parser(prog).parse_args(argv)
+    config = _config(options)
+    try:
+        with open_world(options.device) as world:
+            found = compare(config, world)
+            if world.is_primary:
+                print(report(found))
+                if options.json is not None:
+                    options.json.write_text(json.dumps(found, indent=2) + "\n")
+    except (OSError, UsageError) as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def compare(config: TrainConfig, world: World) -> dict[str, Any]:
+    """Medians over all epochs but each loop's first, and the ratios ours / timm's of its pairs."""
+    trainer = build_trainer(config, world)
+    loops = our_epochs(trainer), timms_epochs(trainer.config, world)
+    pairs: list[Any] = []
+    for number in range(config.epochs):
+        # Who goes first changes, so that a machine that slows down is nobody's advantage.
+        order = (0, 1) if number % 2 else (1, 0)
+        epochs = {which: next(loops[which]) for which in order}
+        pairs.append((epochs[0], epochs[1]))
+    ratios = [(a.seconds / a.steps) / (b.seconds / b.steps) for a, b in pairs[1:]]
+    cpu_ratios = [(a.cpu / a.steps) / (b.cpu / b.steps) for a, b in pairs[1:]]
+    return {
+        "model": config.model,
+        "device": str(world.device),
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "workers": config.workers,
+        "batch_size": config.batch_size,
+        "epochs": len(ratios),
+        "loops": {name: _medians(epochs[1:]) for name, *epochs in zip(NAMES, *pairs, strict=True)},
+        "ratios": ratios,
+        "cpu_ratios": cpu_ratios,
+    }
+
+
+def our_epochs(trainer: Trainer) -> Iterator[Epoch]:
+    """Train an epoch at a time with our trainer."""
+    while trainer.epoch < trainer.epochs:
+        first, start = trainer.step, _now()
+        trainer.train_epoch()
+        _synchronise(trainer.world)
+        yield Epoch(*_since(start), trainer.step - first, trainer.timing)
+        trainer.epoch += 1
+        if trainer.scheduler is not None:
+            trainer.scheduler.step(trainer.epoch)
+        trainer.losses, trainer.timing = [], Timing()
+
+
+def timms_epochs(config: TrainConfig, world: World) -> Iterator[Epoch]:
+    """Train an epoch at a time as timm's train.py does.
+
+    Args:
+        config: That of the trainer, in which all that it derived is written down.
+        world: The processes.
+    """
+    model: Any = timm.create_model(config.model, num_classes=config.num_classes)
+    model.to(world.device)
+    averaged = ModelEmaV3(model, decay=config.model_ema_decay)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(config))
+    criterion = SoftTargetCrossEntropy()
+    loader: Any = _timms_loader(config, world)
+    schedule: dict[str, Any] = scheduler_kwargs(config)
+    scheduler: Any = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=len(loader))[0]
+    network: nn.Module = model
+    if world.size > 1:
+        places = None if world.device.type == "cpu" else [world.device]
+        network = DistributedDataParallel(model, device_ids=places)
+    step = 0
+    for epoch in range(config.epochs):
+        first, timing, start = step, Timing(), _now()
+        if world.size > 1:
+            loader.sampler.set_epoch(epoch)
+        network.train()
+        for images, labels in timing.waiting(loader):
+            with timing.computing(len(labels) * world.size):
+                with autocast(world, bool(config.amp), config.amp_dtype):
+                    loss = criterion(network(images), labels)
+                loss.backward()
+                dispatch_clip_grad(model_parameters(model), config.clip_grad)  # type: ignore
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                averaged.update(model, step=step)
+                scheduler.step_update(step)
+            if world.is_primary and (step - first) % config.log_interval == 0:
+                print(f"timm's  step {step}  loss: {loss.item():.4g}", file=sys.stderr)
+        if world.size > 1:
+            distribute_bn(model, world.size, reduce=True)
+        _synchronise(world)
+        yield Epoch(*_since(start), step - first, timing)
+        scheduler.step(epoch + 1)
+
+
+def _timms_loader(config: TrainConfig, world: World) -> Any:
+    dataset = open_split(
+        config,
+        config.train_split,
+        input_img_mode=image_mode(config),
+        training=True,
+        batch_size=config.batch_size,
+    )
+    arguments: dict[str, Any] = {
+        "input_size": config.input_size,
+        "batch_size": config.batch_size,
+        "is_training": True,
+        "re_prob": config.reprob,
+        "re_mode": config.remode,
+        "re_count": config.recount,
+        "scale": config.scale,
+        "ratio": config.ratio,
+        "hflip": config.hflip,
+        "color_jitter": config.color_jitter,
+        "auto_augment": config.aa,
+        "interpolation": config.train_interpolation,
+        "mean": config.mean,
+        "std": config.std,
+        "num_workers": config.workers,
+        "distributed": world.size > 1,
+        "pin_memory": config.pin_mem,
+        "device": world.device,
+    }
+    mixup: dict[str, Any] = {**mixup_options(config), "num_classes": config.num_classes}
+    return create_loader(dataset, **arguments, collate_fn=FastCollateMixup(**mixup))
+
+
+def _now() -> tuple[float, float]:
+    return time.monotonic(), time.process_time()
+
+
+def _since(start: tuple[float, float]) -> tuple[float, float]:
+    wall, cpu = _now()
+    return wall - start[0], cpu - start[1]
+
+
+def _synchronise(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+
+
+def _medians(epochs: Sequence[Epoch]) -> dict[str, float]:
+    """Of the measured epochs; steps and images are those of all of them."""
+    return {
+        "seconds_per_step": median(epoch.seconds / epoch.steps for epoch in epochs),
+        "data_wait_per_step": median(epoch.timing.wait / epoch.steps for epoch in epochs),
+        "compute_per_step": median(epoch.timing.compute / epoch.steps for epoch in epochs),
+        "cpu_per_step": median(epoch.cpu / epoch.steps for epoch in epochs),
+        "images_per_second": median(epoch.timing.images / epoch.seconds for epoch in epochs),
+        "steps": sum(epoch.steps for epoch in epochs),
+        "images": sum(epoch.timing.images for epoch in epochs),
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    """What `compare` has found: medians as a Markdown table, ratios with the least and greatest."""
+    columns = ("ms/step", "data wait", "compute", "CPU ms", "images/s", "steps", "images")
+    lines = [["loop", *columns], ["---", *["---:"] * len(columns)]]
+    for name, row in found["loops"].items():
+        values = list(row.values())
+        milliseconds = [f"{1000 * value:.1f}" for value in values[:4]]
+        lines.append([name, *milliseconds, *(f"{value:.0f}" for value in values[4:])])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for cells in lines:
+        cells[:] = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+    settings = ("model", "device", "ranks", "threads", "workers", "batch_size", "epochs")
+    return "\n".join(
+        [
+            *(f"| {' | '.join(cells)} |" for cells in lines),
+            "",
+            f"Time per step, ours / timm's: {_spread(found['ratios'])}",
+            f"CPU time per step, ours / timm's: {_spread(found['cpu_ratios'])}",
+            ", ".join(f"{name}: {found[name]}" for name in settings),
+        ]
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def _config(options: argparse.Namespace) -> TrainConfig:
+    data: dict[str, Any] = {"dataset": "sample/fashion_mnist", "train_split": "train.tar"}
+    if options.data_dir is not None:
+        data = {"data_dir": str(options.data_dir)}
+    return TrainConfig(
+        **RECIPE,
+        **data,
+        model=options.model,
+        img_size=options.img_size,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        pin_mem=torch.cuda.is_available(),
+        amp=options.amp,
+        device=options.device,
+        epochs=1 + options.epochs,
+    )
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog,
+        description="Compare the speed of our training loop with that of timm's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", default="resnet10t_emax", help="name of a timm model")
+    parser.add_argument("--img-size", type=int, default=32, metavar="N", help="side in pixels")
+    parser.add_argument("--batch-size", "-b", type=int, default=64, metavar="N", help="per rank")
+    parser.add_argument("--workers", "-j", type=int, default=0, metavar="N", help="of the loaders")
+    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="measured, after one")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
+    parser.add_argument("--device", default="", help="cpu, cuda, … as for train.py")
+    parser.add_argument("--data-dir", type=Path, help="with train/ of classes, not the sample")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(train_speed())
