@@ -39,6 +39,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "in_chans": (1, float("inf")),
     "seed": (0, 2**32 - 1),
     "val_fraction": (0, 1),
+    "max_broken_fraction": (0, 1),
     "lr": (0, float("inf")),
     "weight_decay": (0, float("inf")),
     "clip_grad": (0, float("inf")),

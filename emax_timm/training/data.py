@@ -3,7 +3,7 @@
 import gzip
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from timm.data import (
     AugMixDataset,
     FastCollateMixup,
+    ImageDataset,
     create_dataset,
     create_loader,
     resolve_data_config,
@@ -21,12 +22,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .config import UsageError, nearest
 from .distributed import World
+from .images import ImageFiles
 from .options import DataOptions, InputOptions, TrainConfig
 from .sampling import KeyedBatches, KeyedDataset, KeyedErasing
 from .signals import ignore_signals
 
 __all__ = [
     "Subset",
+    "broken_images",
     "class_names",
     "data_config_of",
     "evaluation_loader",
@@ -132,7 +135,9 @@ def open_split(
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"cannot read split {split!r} of {name or root}: {text}") from None
-    return dataset
+    if isinstance(dataset, ImageDataset):
+        return ImageFiles(dataset.reader, arguments["input_img_mode"], options.exif_orientation)
+    return dataset  # torchvision's, or a stream: these decode images in their own ways
 
 
 def _sample(name: str) -> Path:
@@ -316,6 +321,14 @@ def sample_names(loader: Any, batch: int) -> list[str]:
     if not isinstance(loader.batch_sampler, KeyedBatches):
         return []
     return [_name(loader.dataset.dataset, key.image) for key in loader.batch_sampler.batch(batch)]
+
+
+def broken_images(loader: Any, batches: Iterable[int]) -> int:
+    """Broken images in batches, already loaded, of the epoch that a training loader is in."""
+    sampler = loader.batch_sampler
+    if not isinstance(sampler, KeyedBatches):
+        return 0
+    return sum(loader.dataset.count_broken(sampler.batch(number)) for number in batches)
 
 
 def _name(dataset: Any, index: int) -> str:

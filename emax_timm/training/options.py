@@ -62,6 +62,9 @@ class DataOptions:
         "PIL mode that images are converted to (RGB, or L for one channel)",
         choices=("RGB", "L", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"),
     )
+    exif_orientation: bool = option(
+        False, "not in timm, which ignores it: turn images upright as their EXIF orientation says"
+    )
     input_key: str | None = option(None, "key of the images in hfds, wds and tfds data")
     target_key: str | None = option(None, "key of the labels in hfds, wds and tfds data")
     workers: int = option(4, "processes that load images; 0 loads in the main process", "-j")
@@ -117,6 +120,12 @@ class TrainDataOptions:
     )
     test_split: str = option(
         "", "not in timm: split that the best weights are tested on, once, at the end"
+    )
+    max_broken_fraction: float = option(
+        0.01,
+        "not in timm: stop if more than this fraction of an epoch's images cannot be read; up to "
+        "it they are named, and replaced by others (folders, tars and hfds data; in validation a "
+        "broken image is always an error)",
     )
     train_num_samples: int | None = option(None, "images of an iterable training split")
     val_num_samples: int | None = option(None, "images of an iterable validation split")

@@ -26,6 +26,7 @@ from .data import (
 )
 from .distributed import RankError, World, open_world
 from .evaluate import Metrics, evaluate, half_precision
+from .images import BrokenImageError
 from .options import TrainConfig, ValidateConfig
 from .runlog import Progress
 from .signals import Stopped, catch_signals
@@ -207,6 +208,9 @@ def _status_of(program: Callable[[], None], prog: str) -> int:
         # One line, also where the error of a library has several.
         print(f"{prefix}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenImageError as error:
+        print(f"{prefix}: error: {error}", file=sys.stderr)
+        return 1
     except (BadStepError, RankError, WriteError) as error:
         print(f"{prefix}: stopped: {error}", file=sys.stderr)
         return 1

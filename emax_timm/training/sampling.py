@@ -9,6 +9,7 @@ on the number of workers, and one that goes on in the middle of an epoch needs n
 import hashlib
 import random
 import struct
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,10 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from .images import BrokenImageError
+
 __all__ = ["Key", "KeyedBatches", "KeyedDataset", "KeyedErasing", "seed_step"]
 
 # What a generator is seeded for.
 _ORDER, _SAMPLE, _BATCH, _ERASING, _STEP = range(5)
+
+# Images tried for one place in a batch before the data as a whole are given up.
+ATTEMPTS = 100
 
 
 class Key(NamedTuple):
@@ -57,6 +63,7 @@ class KeyedBatches(Sampler[list[Key]]):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.size, self.repeats = rank, size, repeats
         self.epoch = self.first = 0
+        self._ordered: tuple[int, Tensor] | None = None
 
     def start(self, epoch: int, first: int = 0) -> None:
         """Let the next iteration begin at batch `first` of `epoch`."""
@@ -75,14 +82,18 @@ class KeyedBatches(Sampler[list[Key]]):
         """The samples of a batch of the current epoch."""
         return self._batch(self._order(), number)
 
-    def _order(self) -> list[int]:
-        generator = torch.Generator().manual_seed(_state(self.seed, _ORDER, self.epoch))
-        return torch.randperm(self.length, generator=generator).tolist()
+    def _order(self) -> Tensor:
+        if self._ordered is None or self._ordered[0] != self.epoch:
+            generator = torch.Generator().manual_seed(_state(self.seed, _ORDER, self.epoch))
+            self._ordered = self.epoch, torch.randperm(self.length, generator=generator)
+        return self._ordered[1]
 
-    def _batch(self, order: list[int], number: int) -> list[Key]:
+    def _batch(self, order: Tensor, number: int) -> list[Key]:
         whole = self.batch_size * self.size
-        slots = range(number * whole + self.rank, (number + 1) * whole, self.size)
-        return [Key(self.epoch, order[slot // self.repeats], slot % self.repeats) for slot in slots]
+        slots = torch.arange(number * whole + self.rank, (number + 1) * whole, self.size)
+        images = order[slots // self.repeats].tolist()
+        views = (slots % self.repeats).tolist()
+        return [Key(self.epoch, *pair) for pair in zip(images, views, strict=True)]
 
 
 class KeyedDataset(Dataset):
@@ -91,17 +102,36 @@ class KeyedDataset(Dataset):
     It runs in the loader's workers, or in the main process if there are none, and leaves the
     generators of Python, numpy and torch's CPU seeded for the batch, which is what collating
     draws from.
+
+    In the place of an image that cannot be read comes another, drawn for the key. `broken` tells
+    all processes of it: per image, one plus the last epoch in which it could not be read, else 0.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
+        # Workers write the same values whichever comes first, so there is nothing to lock.
+        self.broken = torch.zeros(len(dataset), dtype=torch.int32).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: Key) -> Any:
         _seed_cpu(self.seed, _SAMPLE, *key)
-        return self.dataset[key.image]
+        index = key.image
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return self.dataset[index]
+            except BrokenImageError as error:
+                if not self.broken[index]:
+                    print(f"skipped {error}", file=sys.stderr, flush=True)
+                self.broken[index] = key.epoch + 1
+            index = random.randrange(len(self))
+        return self.dataset[index]
+
+    def count_broken(self, keys: list[Key]) -> int:
+        """How many samples of a batch that was loaded stand in for a broken image."""
+        last = self.broken[[key.image for key in keys]]
+        return int((last == keys[0].epoch + 1).sum())
 
     def __getitems__(self, keys: list[Key]) -> list[Any]:
         samples = [self[key] for key in keys]

@@ -34,9 +34,10 @@ from . import checkpoint
 from .checkpoint import Checkpoint
 from .config import UsageError, to_yaml
 from .curves import draw_at_end
-from .data import sample_names, start_epoch
+from .data import broken_images, sample_names, start_epoch
 from .distributed import World
 from .evaluate import Metrics, autocast, evaluate
+from .images import BrokenImageError
 from .options import TrainConfig
 from .runlog import Progress, RunLog, Timing
 from .sampling import seed_step
@@ -92,6 +93,8 @@ class Trainer:
     rows: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     timing: Timing = field(default_factory=Timing)
+    # Of the steps of this epoch, over all ranks: samples whose image could not be read.
+    broken: int = 0
     stop: Stop = field(default_factory=Stop)
     scaler: torch.amp.GradScaler = field(init=False)
     # The same in every epoch: what the layers' statistics are taken of.
@@ -114,10 +117,17 @@ class Trainer:
         Raises:
             BadStepError: If the loss or a gradient is not finite; a checkpoint of the last good
                 step has been written.
+            BrokenImageError: If an image for validation cannot be read, or too many for training;
+                a checkpoint of the last step has been written, if it was the first rank's image.
             Stopped: If a signal has asked for it; a checkpoint has been written.
         """
         with ExitStack() as stack:
-            self._run(self._open_folder(stack))
+            log = self._open_folder(stack)
+            try:
+                self._run(log)
+            except (BadStepError, BrokenImageError):
+                self._save_checkpoint()
+                raise
 
     def _run(self, log: RunLog | None) -> None:
         while self.epoch < self.epochs:
@@ -134,7 +144,7 @@ class Trainer:
             seconds = time.monotonic() - start
             self.seconds += seconds
             self._log(log, loss, metrics, lr, seconds)
-            self.losses, self.timing = [], Timing()
+            self.losses, self.broken, self.timing = [], 0, Timing()
             self.save(metrics)
         self.finish()
 
@@ -143,6 +153,7 @@ class Trainer:
 
         Raises:
             BadStepError: On every rank, if the loss or a gradient of any is not finite.
+            BrokenImageError: On every rank, if more images are broken than may be.
             Stopped: On every rank, if any has had a signal.
         """
         first = self.step - self.epoch * self.steps_per_epoch
@@ -183,9 +194,6 @@ class Trainer:
                     # The last step's checkpoint is that of the epoch.
                     self._stop_if_asked()
                     self._save_if_due()
-        except BadStepError:
-            self._save_checkpoint()
-            raise
         finally:
             progress.close()
 
@@ -195,6 +203,8 @@ class Trainer:
         Raises:
             BadStepError: On every rank, before the step, if the loss or a gradient of any is not
                 finite, or if the loss is a spike, and the policy for that is to stop.
+            BrokenImageError: On every rank, before the step, if it makes the broken images of the
+                epoch more than may be.
         """
         seed_step(self.config.seed, self.step, self.world.rank)
         for own, kept in self._buffers:
@@ -210,11 +220,15 @@ class Trainer:
                 self.scaler.scale(part).backward()
             loss += part.detach()
         norm = self._gradient_norm()
-        mean, bad = self._agree(loss, norm)
+        mean, broken, bad = self._agree(loss, norm)
         policy = self._policy(mean, bad)
-        if policy in ("skip", "stop"):
+        too_many = self._too_many(self.broken + broken)
+        if policy in ("skip", "stop") or too_many:
             for own, kept in self._buffers:
                 torch._foreach_copy_(own, kept)
+        if too_many:
+            self.optimizer.zero_grad()
+            raise BrokenImageError(too_many)
         if policy != "step":
             self._report(policy, bad, self.world.rank in bad or self._is_spike(loss.item()))
         if policy != "skip":
@@ -225,6 +239,7 @@ class Trainer:
             self.recent.append(mean)
         self.optimizer.zero_grad()
         self.step += 1
+        self.broken += broken
         if self.averaged is not None and policy != "skip":
             self.averaged.update(self.model, step=self.step)
             self._set_grouping(self.averaged.module)  # a schedule is not to be averaged
@@ -241,25 +256,46 @@ class Trainer:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
-    def _agree(self, loss: Tensor, norm: Tensor | None) -> tuple[float, list[int]]:
-        """The mean loss over the ranks, and those ranks whose loss or gradients are not finite.
+    def _agree(self, loss: Tensor, norm: Tensor | None) -> tuple[float, int, list[int]]:
+        """What the ranks' parts in the step come to.
 
-        The one synchronisation point of a step; ranks also tell each other of signals here. (With
-        float16 torch's scaler has its own: it reads whether it has to skip the step.)
+        The mean loss, the number of broken images, and the ranks whose loss or gradients are not
+        finite. The one synchronisation point of a step; ranks also tell each other of signals here.
+        (With float16 torch's scaler has its own: it reads whether it has to skip the step.)
         """
         flag = 2 * ~loss.isfinite()
         if norm is not None:
             flag = flag + ~norm.isfinite()
-        values = torch.zeros(2 + self.world.size, dtype=torch.float64, device=self.world.device)
+        values = torch.zeros(3 + self.world.size, dtype=torch.float64, device=self.world.device)
         values[0] = loss
         values[1] = self.stop.number
-        values[2 + self.world.rank] = flag
-        total, signals, *flags = self.world.sum(values).tolist()  # the host waits for the device
+        values[2] = broken_images(self.train_loader, self._batches_of_step())
+        values[3 + self.world.rank] = flag
+        total, signals, broken, *flags = self.world.sum(
+            values
+        ).tolist()  # the host waits for the device
         if signals:
             self.stop.number = self.stop.number or signal.SIGTERM
         # A gradient is that of all ranks, so a rank whose loss is not finite spoils it for all.
         worst = max(flags)
-        return total / self.world.size, [r for r, flag in enumerate(flags) if flag == worst > 0]
+        bad = [rank for rank, flag in enumerate(flags) if flag == worst > 0]
+        return total / self.world.size, int(broken), bad
+
+    def _batches_of_step(self) -> range:
+        """Numbers of the step's batches in the epoch."""
+        size = self.config.grad_accum_steps
+        first = (self.step - self.epoch * self.steps_per_epoch) * size
+        return range(first, min(first + size, len(self.train_loader)))
+
+    def _too_many(self, broken: int) -> str:
+        """What is wrong if the epoch has so many broken images, empty if that may be."""
+        fraction = self.config.max_broken_fraction
+        if not broken or broken <= fraction * len(self.train_loader.dataset):
+            return ""
+        return (
+            f"{broken} of {len(self.train_loader.dataset)} training images are broken by step "
+            f"{self.step + 1} of epoch {self.epoch + 1}, more than --max-broken-fraction {fraction}"
+        )
 
     def _policy(self, mean: float, bad: list[int]) -> str:
         """What becomes of a step, on every rank the same: step, warn (and step), skip or stop."""
@@ -274,7 +310,6 @@ class Trainer:
 
     def _report(self, policy: str, bad: list[int], named: bool) -> None:
         """Say what is wrong with a step and, where `named`, in which samples; raise if to stop."""
-        within = self.step - self.epoch * self.steps_per_epoch
         where = f"at step {self.step + 1} of epoch {self.epoch + 1}"
         problem, hint = f"the loss is a spike {where}", "lower --lr, or choose another --on-spike"
         if bad:
@@ -283,13 +318,8 @@ class Trainer:
                 "lower --lr, clip with --clip-grad, or leave such steps out with --nonfinite skip"
             )
         if named:
-            first = within * self.config.grad_accum_steps
-            last = min(first + self.config.grad_accum_steps, len(self.train_loader))
-            names = [
-                name
-                for batch in range(first, last)
-                for name in sample_names(self.train_loader, batch)
-            ]
+            batches = self._batches_of_step()
+            names = [name for batch in batches for name in sample_names(self.train_loader, batch)]
             text = f"samples {where} on rank {self.world.rank}: {_list(names)}"
             print(text, file=sys.stderr, flush=True)
         if policy == "stop":
@@ -367,6 +397,7 @@ class Trainer:
             "losses": self.losses,
             "recent": list(self.recent),
             "timing": asdict(self.timing),
+            "broken": self.broken,
             "best": self.best and tuple(self.best),
             "best_epoch": self.best_epoch,
             "seconds": self.seconds,
@@ -401,7 +432,7 @@ class Trainer:
             self.best = Metrics(*state["best"]) if state["best"] else None
             self.best_epoch = state["best_epoch"]
             self.losses, self.rows = state["losses"], state["rows"]
-            self.timing = Timing(**state["timing"])
+            self.broken, self.timing = state["broken"], Timing(**state["timing"])
             self.recent.extend(state["recent"])
             self.layers = state["layers"]
             steps, environment = state["steps_per_epoch"], state["environment"]
@@ -491,7 +522,7 @@ class Trainer:
         if not self.world.is_primary:
             return None
         columns = [
-            *("epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5"),
+            *("epoch", "step", "lr", "train_loss", "broken", "val_loss", "val_top1", "val_top5"),
             *("seconds", "images_per_second", "data_wait"),
         ]
         try:
@@ -526,6 +557,7 @@ class Trainer:
             "step": self.step,
             "lr": lr,
             "train_loss": loss,
+            "broken": self.broken,
             **{f"val_{name}": values.get(name) for name in Metrics._fields},
             "seconds": round(seconds, 3),
             "images_per_second": round(self.timing.images_per_second, 1),
@@ -539,11 +571,12 @@ class Trainer:
             self.layers.append({"epoch": self.epoch - 1, **layers})
         with writing_to(self.folder):
             log.write(row, self.layers[-1] if layers else {})
-        validation = f"  validation loss: {metrics.loss:.4f} {metrics}" if metrics else ""
-        print(
-            f"epoch {self.epoch}/{self.epochs}  loss: {loss:.4f}{validation}  {seconds:.1f} s",
-            flush=True,
-        )
+        parts = [f"epoch {self.epoch}/{self.epochs}", f"loss: {loss:.4f}"]
+        if self.broken:
+            parts.append(f"broken images: {self.broken}")
+        if metrics:
+            parts.append(f"validation loss: {metrics.loss:.4f} {metrics}")
+        print("  ".join([*parts, f"{seconds:.1f} s"]), flush=True)
 
     def _layer_statistics(self) -> dict[str, dict[str, Any]]:
         """Of the weights that are validated, on rank 0's first validation images."""

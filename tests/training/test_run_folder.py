@@ -92,7 +92,7 @@ def test_run_folder_has_the_same_rows_in_both_logs(run_of: RunOf) -> None:
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     with (folder / "log.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    columns = ["epoch", "step", "lr", "train_loss", "val_loss", "val_top1", "val_top5"]
+    columns = ["epoch", "step", "lr", "train_loss", "broken", "val_loss", "val_top1", "val_top5"]
     columns += ["seconds", "images_per_second", "data_wait"]
     assert [list(row) for row in (*rows, *table)] == [columns] * 6
     assert [row["val_top1"] is None for row in rows] == [True, False, False]

@@ -71,6 +71,7 @@ def test_options_that_timm_lacks_are_few() -> None:
     assert added == {
         *("val_fraction", "test_split", "grouping_warmup", "grouping_temperature"),
         *("recovery_minutes", "nonfinite", "loss_spike", "on_spike", "dist_timeout", "log_to"),
+        *("exif_orientation", "max_broken_fraction"),
     }
 
 
