@@ -63,7 +63,7 @@ class KeyedBatches(Sampler[list[Key]]):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.size, self.repeats = rank, size, repeats
         self.epoch = self.first = 0
-        self._ordered: tuple[int, Tensor] | None = None
+        self._ordered: tuple[int, np.ndarray] | None = None
 
     def start(self, epoch: int, first: int = 0) -> None:
         """Let the next iteration begin at batch `first` of `epoch`."""
@@ -82,15 +82,15 @@ class KeyedBatches(Sampler[list[Key]]):
         """The samples of a batch of the current epoch."""
         return self._batch(self._order(), number)
 
-    def _order(self) -> Tensor:
+    def _order(self) -> np.ndarray:
         if self._ordered is None or self._ordered[0] != self.epoch:
             generator = torch.Generator().manual_seed(_state(self.seed, _ORDER, self.epoch))
-            self._ordered = self.epoch, torch.randperm(self.length, generator=generator)
+            self._ordered = self.epoch, torch.randperm(self.length, generator=generator).numpy()
         return self._ordered[1]
 
-    def _batch(self, order: Tensor, number: int) -> list[Key]:
+    def _batch(self, order: np.ndarray, number: int) -> list[Key]:
         whole = self.batch_size * self.size
-        slots = torch.arange(number * whole + self.rank, (number + 1) * whole, self.size)
+        slots = np.arange(number * whole + self.rank, (number + 1) * whole, self.size)
         images = order[slots // self.repeats].tolist()
         views = (slots % self.repeats).tolist()
         return [Key(self.epoch, *pair) for pair in zip(images, views, strict=True)]
@@ -130,7 +130,7 @@ class KeyedDataset(Dataset):
 
     def count_broken(self, keys: list[Key]) -> int:
         """How many samples of a batch that was loaded stand in for a broken image."""
-        last = self.broken[[key.image for key in keys]]
+        last = self.broken.numpy()[[key.image for key in keys]]
         return int((last == keys[0].epoch + 1).sum())
 
     def __getitems__(self, keys: list[Key]) -> list[Any]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 import sys
 import time
 from collections import deque
@@ -96,6 +95,8 @@ class Trainer:
     # Of the steps of this epoch, over all ranks: samples whose image could not be read.
     broken: int = 0
     stop: Stop = field(default_factory=Stop)
+    # The signal that the ranks have agreed on; another may have come to one of them since.
+    stopping: int = 0
     scaler: torch.amp.GradScaler = field(init=False)
     # The same in every epoch: what the layers' statistics are taken of.
     _images: Tensor | None = field(init=False, default=None)
@@ -266,20 +267,20 @@ class Trainer:
         flag = 2 * ~loss.isfinite()
         if norm is not None:
             flag = flag + ~norm.isfinite()
-        values = torch.zeros(3 + self.world.size, dtype=torch.float64, device=self.world.device)
+        size = self.world.size
+        values = torch.zeros(2 + 2 * size, dtype=torch.float64, device=self.world.device)
         values[0] = loss
-        values[1] = self.stop.number
-        values[2] = broken_images(self.train_loader, self._batches_of_step())
-        values[3 + self.world.rank] = flag
-        total, signals, broken, *flags = self.world.sum(
-            values
-        ).tolist()  # the host waits for the device
-        if signals:
-            self.stop.number = self.stop.number or signal.SIGTERM
+        values[1] = broken_images(self.train_loader, self._batches_of_step())
+        values[2 + self.world.rank] = flag
+        values[2 + size + self.world.rank] = self.stop.number
+        # Here the host waits for the device.
+        total, broken, *of_ranks = self.world.sum(values).tolist()
+        flags, signals = of_ranks[:size], of_ranks[size:]
+        self.stopping = int(max(signals))
         # A gradient is that of all ranks, so a rank whose loss is not finite spoils it for all.
         worst = max(flags)
         bad = [rank for rank, flag in enumerate(flags) if flag == worst > 0]
-        return total / self.world.size, int(broken), bad
+        return total / size, int(broken), bad
 
     def _batches_of_step(self) -> range:
         """Numbers of the step's batches in the epoch."""
@@ -337,9 +338,9 @@ class Trainer:
             distribute_bn(self.averaged, self.world.size, reduce=False)
 
     def _stop_if_asked(self) -> None:
-        if self.stop.number:
+        if self.stopping:
             self._save_checkpoint()
-            raise Stopped(self.stop.number)
+            raise Stopped(self.stopping)
 
     def _save_if_due(self) -> None:
         steps, minutes = self.config.recovery_interval, self.config.recovery_minutes
@@ -357,10 +358,9 @@ class Trainer:
         for _ in range(rounds):
             number = self.world.max(torch.tensor(self.stop.number, device=self.world.device))
             if number:
-                self.stop.number = self.stop.number or int(number)
                 if save:
                     self._save_checkpoint()
-                raise Stopped(self.stop.number)
+                raise Stopped(int(number))
             if (batch := next(batches, None)) is not None:
                 yield batch
 

@@ -7,7 +7,6 @@ message must be about the mistake, so the data was not touched before.
 import pickle
 import shutil
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from training_testing import (
     only_line,
     run_program,
     state_of,
+    sum_up,
 )
 
 SMALL_VALIDATION = ["--model", "resnet10t_emax", "--img-size", "32", "-j", "0"]
@@ -296,13 +296,6 @@ def spoil(path: Path, how: str, canary: Path) -> None:
     else:
         cut = {"cut": len(content) // 2, "header only": 9, "nothing": 0}
         path.write_bytes(b"<html></html>" * 9 if how == "page" else content[: cut[how]])
-
-
-def sum_up(folder: Path) -> None:
-    """Make the sums of a folder fit its files."""
-    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".pt")]
-    sums = [f"{sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
-    (folder / "SHA256SUMS").write_text("".join(sums))
 
 
 SPOILT = ["pickle", "torch file", "old torch file", "cut", "header only", "nothing", "page"]

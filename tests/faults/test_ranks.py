@@ -129,6 +129,25 @@ def test_signal_to_torchrun_stops_all_ranks_and_the_run_goes_on(
     assert_same_run(tmp_path / "run", whole_on_two_ranks)
 
 
+AFTER_AGREEING = """
+agree = Trainer._agree
+def after_agreeing(self, *args):
+    agreed = agree(self, *args)
+    if self.step == 2 and rank == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return agreed
+Trainer._agree = after_agreeing
+"""
+
+
+@SLOW
+def test_signal_to_one_rank_stops_all_at_the_same_step(images: Path, tmp_path: Path) -> None:
+    script = with_fault(tmp_path, AFTER_AGREEING + STATUS)
+    result = run_on_two_ranks(script, images, *RUN, cwd=tmp_path)
+    assert [(tmp_path / f"status{rank}").read_text() for rank in (0, 1)] == ["143"] * 2
+    assert state_of(tmp_path / "run")["step"] == 4, result.stderr
+
+
 DIES = """
 def dies(self, batches):
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and (rank, self.step) == (1, 3):

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from training_testing import MakeTrainer, left_by, rows_without_seconds, same_tensors
+from training_testing import (
+    MakeTrainer,
+    left_by,
+    newest_checkpoint,
+    rows_without_seconds,
+    same_tensors,
+    state_of,
+    sum_up,
+)
 
 from emax_timm.training import train
 from emax_timm.training.evaluate import Metrics
@@ -135,10 +143,12 @@ def test_resume_in_the_middle_of_an_epoch_counts_the_time_before(trainer_for: Ma
     with pytest.raises(Stopped):
         stopped.run()
     assert stopped.timing.images == 3 * 8
-    state = torch.load(stopped.folder / "last.pt", weights_only=True)
+    state = state_of(stopped.folder)
     assert state["timing"] == asdict(stopped.timing)
     state["timing"]["compute"] += 1000
-    torch.save(state, stopped.folder / "last.pt")
+    newest = newest_checkpoint(stopped.folder)
+    torch.save(state, newest / "state.pt")
+    sum_up(newest)
     assert train(["--resume", str(stopped.folder)]) == 0
     row = json.loads((stopped.folder / "log.jsonl").read_text())
     assert 1000 < row["seconds"] < 1100

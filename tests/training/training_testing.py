@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,6 +177,13 @@ def state_of(folder: Path) -> dict[str, Any]:
     import torch
 
     return torch.load(newest_checkpoint(folder) / "state.pt", weights_only=True)
+
+
+def sum_up(folder: Path) -> None:
+    """Make the sums of a folder fit its files."""
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".pt")]
+    sums = [f"{sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (folder / "SHA256SUMS").write_text("".join(sums))
 
 
 def left_by(folder: Path) -> dict[str, Any]:
