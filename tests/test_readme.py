@@ -1,5 +1,6 @@
 """What the README shows works as it stands there."""
 
+import dataclasses
 import os
 import re
 import shlex
@@ -14,7 +15,9 @@ from timm_suite import ALL
 
 from emax_timm.attention import ATTENTIONS
 from emax_timm.benchmark import markdown, measure, model_names
-from emax_timm.training import train
+from emax_timm.benchmark.plan import plan
+from emax_timm.training import TrainConfig, train
+from emax_timm.training.config import from_mapping, parse_settings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -81,7 +84,8 @@ def is_known(name: str) -> bool:
 def test_names_of_models_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     text = re.sub(r"https?://[^\s)]+", "", text)
-    assert not {name for name in names_in(text) if not is_known(name)}
+    options = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert not {name for name in names_in(text) - options if not is_known(name)}
     for target in re.findall(r"\]\(((?!http)[^)#]+)\)", text):
         assert (page.parent / target).exists(), target
 
@@ -112,6 +116,34 @@ def programs() -> list[str]:
     """The command lines of the README, but for the two that set everything up."""
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     return [line for line in lines if line and "venv" not in line]
+
+
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "line", [line for block in blocks("bash", TRAINING) for line in block.splitlines()]
+)
+def test_command_of_the_page_on_training_is_understood(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)
+    if words[:2] == ["emax", "plan"]:
+        assert plan(words[2:]) == 0
+    else:
+        flags = words[words.index("train.py") + 1 :]
+        from_mapping(TrainConfig, parse_settings(TrainConfig, flags, "train.py"), "the page")
+
+
+def test_page_on_training_names_a_test_for_each_fault() -> None:
+    rows = re.findall(r"^\| (\d+) \|.*\| ([^|]*) \|$", TRAINING, flags=re.MULTILINE)
+    assert [int(number) for number, _ in rows] == [*range(1, 18), *range(21, 27)]
+    for _, tests in rows:
+        names = re.findall(r"`([\w/]+\.py)`", tests)
+        assert names
+        for name in names:
+            assert (ROOT / name).exists() or (ROOT / "tests" / "faults" / name).exists(), name
 
 
 def test_readme_set_up_commands_are_two() -> None:

@@ -11,6 +11,7 @@ import random
 import struct
 import sys
 from collections.abc import Iterator
+from multiprocessing.sharedctypes import RawArray
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,7 +111,7 @@ class KeyedDataset(Dataset):
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
         # Workers write the same values whichever comes first, so there is nothing to lock.
-        self.broken = torch.zeros(len(dataset), dtype=torch.int32).share_memory_()
+        self.broken = RawArray("i", len(dataset))
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -130,8 +131,7 @@ class KeyedDataset(Dataset):
 
     def count_broken(self, keys: list[Key]) -> int:
         """How many samples of a batch that was loaded stand in for a broken image."""
-        last = self.broken.numpy()[[key.image for key in keys]]
-        return int((last == keys[0].epoch + 1).sum())
+        return sum(self.broken[key.image] == key.epoch + 1 for key in keys)
 
     def __getitems__(self, keys: list[Key]) -> list[Any]:
         samples = [self[key] for key in keys]
