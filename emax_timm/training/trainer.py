@@ -159,8 +159,12 @@ class Trainer:
         """
         first = self.step - self.epoch * self.steps_per_epoch
         if first < self.steps_per_epoch:
+            seed_step(
+                self.config.seed, self.step, self.world.rank
+            )  # a stream's workers draw from it
             start_epoch(self.train_loader, self.epoch, first * self.config.grad_accum_steps)
             self._train_steps(first)
+            self.step = (self.epoch + 1) * self.steps_per_epoch  # a stream may have had fewer
             self._share_statistics()
         self._stop_if_asked()
         return sum(self.losses) / max(1, len(self.losses))
@@ -181,7 +185,9 @@ class Trainer:
             done=first,
         )
         try:
+            # A stream begins anew when it goes on, and would have too many.
             groups = _groups(self.train_loader, self.config.grad_accum_steps)
+            groups = islice(groups, self.steps_per_epoch - first)
             for batches in self.timing.waiting(groups):
                 images = sum(len(labels) for _, labels in batches)
                 with self.timing.computing(images * self.world.size):

@@ -1,5 +1,6 @@
 """Two ranks under torchrun: rows 4, 6 to 9, 21 and 22 of the faults in docs/training.md."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -257,3 +258,12 @@ def test_images_that_do_not_divide_are_counted_once_each(
     assert together.last_line == alone.last_line
     ninths = {f"top1: {100 * right / 9:.3f}" for right in range(10)}
     assert alone.last_line.split(" top5")[0] in ninths
+
+
+def test_accuracy_of_two_ranks_is_that_of_validate_on_one(
+    programs: Programs, whole_on_two_ranks: Path, tmp_path: Path
+) -> None:
+    found = json.loads((whole_on_two_ranks / "summary.json").read_text())["validation"]
+    weights = whole_on_two_ranks / "model.safetensors"
+    alone = programs.run(VALIDATE, "--checkpoint", weights, cwd=tmp_path)
+    assert alone.last_line == f"top1: {found['top1']:.3f} top5: {found['top5']:.3f}"

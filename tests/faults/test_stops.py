@@ -1,11 +1,12 @@
 """A run that is stopped or killed, and goes on, ends as one that never stopped: rows 3, 5, 24."""
 
 import random
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
-from faults_testing import RUN, assert_same_run, with_fault
+from faults_testing import RUN, assert_same_run, keep_only, with_fault
 from training_testing import TRAIN, Programs, state_of
 
 SIGNAL_AT = """
@@ -77,6 +78,21 @@ def test_signal_stops_at_the_step_and_the_run_goes_on(
     assert not (tmp_path / "run" / "summary.json").exists()
     assert programs.run(TRAIN, *argv, cwd=tmp_path).status == 0
     assert_same_run(tmp_path / "run", whole)
+
+
+def test_run_that_goes_on_elsewhere_warns_of_what_is_not_to_the_bit(
+    programs: Programs, images: Path, whole: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
+    keep_only(folder, 10)
+    change = ["--channels-last", "--torchcompile", "eager"]
+    result = programs.run(TRAIN, images, *RUN, *change, cwd=tmp_path)
+    assert result.status == 0, result.stderr
+    (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert warning == (
+        "warning: not to the bit as it would have gone on: "
+        "--torchcompile was None and is eager; --channels-last was False and is True"
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from training_testing import image_folder
 
 from emax_timm.training import TrainConfig
+from emax_timm.training.build import _resolve
 from emax_timm.training.data import evaluation_loader, open_split
 from emax_timm.training.distributed import World, open_world
-from emax_timm.training.evaluate import Metrics, evaluate
+from emax_timm.training.evaluate import Metrics, evaluate, half_precision
 
 CPU = World(torch.device("cpu"))
 
@@ -142,3 +143,21 @@ def test_evaluate_on_two_ranks_counts_each_image_once(tmp_path: Path) -> None:
     assert ranks[0][3:] == expected[3:]
     assert ranks[0][2] == pytest.approx(expected[2], rel=1e-6)
     assert 0 < expected[3] < 100
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("supported", [True, False])
+def test_mixed_precision_is_on_where_a_gpu_trains(
+    monkeypatch: pytest.MonkeyPatch, device: str, supported: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
+    world = World(torch.device(device))
+    expected = "float16" if device == "cuda" and not supported else "bfloat16"
+    assert half_precision(world.device) == expected
+    input_ = {"input_size": (3, 32, 32), "mean": (0.5,), "std": (0.5,)}
+    input_ |= {"interpolation": "bicubic", "crop_pct": 1.0}
+    for asked, amp in ((None, device == "cuda"), (False, False), (True, True)):
+        config = _resolve(TrainConfig(amp=asked), input_, 10, world)
+        assert (config.amp, config.amp_dtype) == (amp, expected)
+    config = _resolve(TrainConfig(amp_dtype="float16"), input_, 10, world)
+    assert config.amp_dtype == "float16"
