@@ -85,13 +85,12 @@ def test_run_that_goes_on_elsewhere_warns_of_what_is_not_to_the_bit(
 ) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
     keep_only(folder, 10)
-    change = ["--channels-last", "--torchcompile", "eager"]
-    result = programs.run(TRAIN, images, *RUN, *change, cwd=tmp_path)
+    result = programs.run(TRAIN, images, *RUN, "--amp", "--channels-last", cwd=tmp_path)
     assert result.status == 0, result.stderr
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert warning == (
         "warning: not to the bit as it would have gone on: "
-        "--torchcompile was None and is eager; --channels-last was False and is True"
+        "mixed precision was None and is bfloat16; --channels-last was False and is True"
     )
 
 
