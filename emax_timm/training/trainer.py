@@ -412,6 +412,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "plateau": self._plateau and self._plateau.state_dict(),
+            "lr_without_noise": getattr(self.scheduler, "restore_lr", None),  # plateau's too
             "environment": self._environment(),
         }
         return Checkpoint(self.model.state_dict(), averaged, state)
@@ -434,6 +435,7 @@ class Trainer:
                 self.averaged.module.load_state_dict(saved.averaged)
             if self._plateau is not None:
                 self._plateau.load_state_dict(state["plateau"])
+                self.scheduler.restore_lr = state["lr_without_noise"]  # type: ignore
             self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
             self.best = Metrics(*state["best"]) if state["best"] else None
             self.best_epoch = state["best_epoch"]

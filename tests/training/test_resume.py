@@ -78,9 +78,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float16": {"amp": True, "amp_dtype": "float16", "clip_grad": 1.0},
     "noise": {"lr_noise": [0.2, 0.9], "mixup": 0.5, "mixup_off_epoch": 2, "model_ema_warmup": True},
     "worker": {**RANDOM, "workers": 1},
+    # So slow that the accuracy stays what it is: the third epoch is the first with a lower rate.
+    "plateau": {
+        **{"sched": "plateau", "patience_epochs": 1, "lr": 1e-5, "warmup_epochs": 0},
+        **{"lr_noise": [0.4, 1.0]},
+    },
 }
 
 
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
 @pytest.mark.parametrize(
     "variant",
     [pytest.param(name, marks=pytest.mark.slow if name == "float16" else ()) for name in VARIANTS],
