@@ -111,6 +111,7 @@ class Trainer:
         for buffer in self.model.buffers():
             groups.setdefault(buffer.dtype, []).append(buffer)
         self._buffers = [(own, [buffer.clone() for buffer in own]) for own in groups.values()]
+        self._has_buckets = False
 
     def run(self) -> None:
         """Train from where the run stands to its end, then test the best weights.
@@ -213,9 +214,11 @@ class Trainer:
             BrokenImageError: On every rank, before the step, if it makes the broken images of the
                 epoch more than may be.
         """
-        seed_step(self.config.seed, self.step, self.world.rank)
         for own, kept in self._buffers:
             torch._foreach_copy_(kept, own)
+        if isinstance(self.network, DistributedDataParallel) and not self._has_buckets:
+            self._make_buckets(*batches[0])
+        seed_step(self.config.seed, self.step, self.world.rank)
         self._set_grouping(self.model)
         loss = torch.zeros((), device=self.world.device)
         for index, (images, labels) in enumerate(batches):
@@ -231,8 +234,7 @@ class Trainer:
         policy = self._policy(mean, bad)
         too_many = self._too_many(self.broken + broken)
         if policy in ("skip", "stop") or too_many:
-            for own, kept in self._buffers:
-                torch._foreach_copy_(own, kept)
+            self._restore_buffers()
         if too_many:
             self.optimizer.zero_grad()
             raise BrokenImageError(too_many)
@@ -253,6 +255,22 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step_update(self.step)
         return mean
+
+    def _make_buckets(self, images: Tensor, labels: Tensor) -> None:
+        """Run a step in vain, for the first one of a process sums gradients in another order.
+
+        DistributedDataParallel sorts its buckets by what the first backward pass does. The place in
+        a bucket decides the order of the sum over more than two ranks, and so its last bits.
+        """
+        self._loss(images, labels).backward()
+        self.optimizer.zero_grad()
+        self._restore_buffers()
+        self._has_buckets = True
+
+    def _restore_buffers(self) -> None:
+        """Undo what the step's forward passes did to the batch norms' statistics."""
+        for own, kept in self._buffers:
+            torch._foreach_copy_(own, kept)
 
     def _gradient_norm(self) -> Tensor | None:
         """The norm of all gradients; None of scaled ones, as their scaler looks for infinite ones

@@ -149,6 +149,22 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(images: Path, tmp_path: P
     assert state_of(tmp_path / "run")["step"] == 4, result.stderr
 
 
+@SLOW
+def test_run_on_four_ranks_goes_on_to_the_bit(images: Path, tmp_path: Path) -> None:
+    # More than two can be added up in several orders.
+    options = [*RUN, "-b", "4", "--model-kwargs", "channels=[64,64,64,64]"]
+    launch = {"options": ["--nproc-per-node", "4"]}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    assert run_on_two_ranks(ROOT / TRAIN, images, *options, cwd=whole, **launch).status == 0
+    script = with_fault(stopped, AFTER_AGREEING)
+    assert run_on_two_ranks(script, images, *options, cwd=stopped, **launch).status != 0
+    keep_only(stopped / "run", 3)
+    assert run_on_two_ranks(ROOT / TRAIN, images, *options, cwd=stopped, **launch).status == 0
+    assert_same_run(stopped / "run", whole / "run")
+
+
 DIES = """
 def dies(self, batches):
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and (rank, self.step) == (1, 3):
