@@ -160,9 +160,8 @@ class Trainer:
         """
         first = self.step - self.epoch * self.steps_per_epoch
         if first < self.steps_per_epoch:
-            seed_step(
-                self.config.seed, self.step, self.world.rank
-            )  # a stream's workers draw from it
+            # A stream's workers draw their seeds from the generator that this seeds.
+            seed_step(self.config.seed, self.step, self.world.rank)
             start_epoch(self.train_loader, self.epoch, first * self.config.grad_accum_steps)
             self._train_steps(first)
             self.step = (self.epoch + 1) * self.steps_per_epoch  # a stream may have had fewer
@@ -262,7 +261,7 @@ class Trainer:
         DistributedDataParallel sorts its buckets by what the first backward pass does. The place in
         a bucket decides the order of the sum over more than two ranks, and so its last bits.
         """
-        self._loss(images, labels).backward()
+        self._loss(images.clone(), labels).backward()  # mixup works in place
         self.optimizer.zero_grad()
         self._restore_buffers()
         self._has_buckets = True
