@@ -1,6 +1,8 @@
 """SIGTERM and SIGINT ask a run to stop at the end of its step."""
 
+import atexit
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
@@ -41,6 +43,7 @@ def catch_signals() -> Iterator[Stop]:
         yield stop
         return
     _die_with_torchrun()
+    atexit.register(_end_workers)
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield stop
@@ -58,6 +61,17 @@ def _die_with_torchrun() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
         ctypes.CDLL(None).prctl(set_death_signal, int(signal.SIGTERM))
+
+
+def _end_workers() -> None:
+    """Kill workers that are left when the interpreter ends, as an error's traceback leaves them.
+
+    multiprocessing would send them SIGTERM, which they ignore, and wait for them for ever.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises errors of dead workers
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def ignore_signals(worker: int) -> None:

@@ -126,9 +126,10 @@ def open_trackers(
     try:
         yield log_to_all
     finally:
-        error = sys.exc_info()  # a tracker may show that the run was cut short
         for name in logs:
-            attempt(name, managers[name].__exit__, *error)
+            # A tracker may show that the run was cut short. A name for the error would be a cycle
+            # that holds its traceback and so the loader and its workers.
+            attempt(name, managers[name].__exit__, *sys.exc_info())
 
 
 def _run_id(folder: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from faults_testing import RUN, assert_same_run, keep_only, with_fault
-from training_testing import TRAIN, Programs, state_of
+from training_testing import TRAIN, Programs, run_program, state_of
 
 SIGNAL_AT = """
 def signal_at(self, batches):
@@ -34,6 +34,14 @@ def signal_in(folder, saved, keep):
     save(folder, saved, keep)
 checkpoint.save_checkpoint = signal_in
 """
+
+
+def test_error_ends_a_run_with_workers(images: Path, tmp_path: Path) -> None:
+    # Its traceback holds the loader, so that it is the end of the interpreter that ends them.
+    script = with_fault(tmp_path, "Trainer.train_step = lambda self, batches: 1 / 0")
+    result = run_program(script, images, *RUN, "-j", "2", cwd=tmp_path, timeout=120)
+    assert result.status == 1
+    assert result.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -4,6 +4,7 @@ Run as a script this file is the server behind `Programs`: it imports torch and 
 a process per program, which spares the seconds that every start of Python would cost.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -126,6 +127,7 @@ def serve() -> None:
             with contextlib.suppress(OSError):
                 sys.stdout.flush()
                 sys.stderr.flush()
+            atexit._run_exitfuncs()  # as the interpreter does; multiprocessing ends workers there
             os._exit(status)
         if kill_after is not None:
             time.sleep(kill_after)
