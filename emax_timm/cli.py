@@ -1,49 +1,17 @@
 """The `emax` command."""
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from .benchmark.model_table import list_models
 from .benchmark.plan import plan
 from .hub.export import export
-from .models import weights as model_weights
+from .hub.predict import predict
+from .hub.publish import publish
+from .hub.weights import weights
 from .training import train, validate
 from .training.config import nearest
 from .training.curves import curves
-
-
-def weights(argv: Sequence[str] | None = None, prog: str = "emax weights") -> int:
-    """Run `emax weights pin`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog=prog, description="The index of the package's weights.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    pin = commands.add_parser(
-        "pin",
-        help="fill in what the index does not know",
-        description="Ask the Hugging Face Hub for the commit and the sha256 of every file of "
-        "weights for which the index has null. What is pinned stays.",
-    )
-    pin.add_argument(
-        "--index",
-        type=Path,
-        default=model_weights.INDEX_FILE,
-        metavar="FILE",
-        help="an index file; the package's own unless given",
-    )
-    arguments = parser.parse_args(argv)
-    try:
-        problems = model_weights.pin(arguments.index)
-    except (OSError, ValueError) as error:
-        print(f"{prog} pin: error: {error}", file=sys.stderr)
-        return 2
-    for problem in problems:
-        print(f"{prog} pin: {problem}", file=sys.stderr)
-    entries = model_weights.read_index(arguments.index)
-    pinned = sum(entry.sha256 is not None for entry in entries)
-    print(f"{pinned} of {len(entries)} files are pinned in {arguments.index}")
-    return 1 if problems else 0
-
 
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "train": (train, "train an image classifier"),
@@ -52,7 +20,9 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "plan": (plan, "work out what a training run will need"),
     "list": (list_models, "list the models, with their size and cost"),
     "export": (export, "export one with torch.export or to ONNX"),
-    "weights": (weights, "pin the published weights"),
+    "predict": (predict, "classify images"),
+    "publish": (publish, "publish the weights of a run on the Hugging Face Hub"),
+    "weights": (weights, "verify published weights, or pin them"),
 }
 
 

@@ -1,22 +1,29 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and their sha256 sums."""
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 __all__ = [
+    "SUMS",
     "WriteError",
     "lock_folder",
+    "read_sums",
     "remove",
     "remove_partial",
     "replace_file",
+    "sha256_of",
     "write_folder",
     "writing_to",
 ]
+
+
+SUMS = "SHA256SUMS"
 
 
 class WriteError(RuntimeError):
@@ -116,3 +123,35 @@ def lock_folder(folder: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def sha256_of(content: bytes | Path) -> str:
+    """The sha256 of bytes or of a file, in hex."""
+    digest = hashlib.sha256()
+    if isinstance(content, bytes):
+        digest.update(content)
+    else:
+        with content.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read_sums(folder: Path) -> dict[str, set[str]]:
+    """The sha256 values of each file that a folder's `SHA256SUMS` names; none if it has none.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    path = folder / SUMS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    sums: dict[str, set[str]] = {}
+    for line in lines:
+        value, _, name = line.partition("  ")
+        sums.setdefault(name, set()).add(value)
+    return sums

@@ -1,10 +1,13 @@
-"""Fixtures of the tests that train."""
+"""Fixtures of the tests that train, and of those that publish what was trained."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from training_testing import Programs, image_folder
+from hub_server import Hub, serve
+from hub_testing import REPO, Published, emax
+from training_testing import TRAIN, Programs, image_folder
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +22,32 @@ def programs() -> Iterator[Programs]:
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 32 training and 10 validation images of two classes; not to be written to."""
     return image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def trained(programs: Programs, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of train.py; not to be written to."""
+    options = "--model test_resnet_emax --img-size 32 -b 8 -j 0 --warmup-epochs 0 --epochs 3"
+    options += " --opt adamw --lr 0.003 --output . --experiment run"
+    folder = tmp_path_factory.mktemp("trained")
+    result = programs.run(TRAIN, images, *options.split(), cwd=folder)
+    assert result.status == 0, result.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def published(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
+    """The run, published by `emax publish`."""
+    folder = tmp_path_factory.mktemp("published")
+    run = Path(shutil.copytree(trained, folder / "run"))
+    with serve(Hub(token="hf_rightright")) as hub:
+        options = ("--repo", REPO, "--push", "-j", "0")
+        done = emax("publish", run, *options, hub=hub, home=folder, HF_TOKEN="hf_rightright")
+        assert done.returncode == 0, done.stderr
+        yield Published(run, hub, folder, done.stdout)

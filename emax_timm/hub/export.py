@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 from timm.models._features import FeatureGetterNet
 
 from ..training import checkpoint
 from ..training.checks import check_model
 from ..training.config import UsageError, from_mapping, parse_settings
+from ..training.models import create_model
 from ..training.options import option
 from .exporter import FORMATS, check_target, export_model
 from .verify import ExportError
@@ -92,17 +92,10 @@ def _build(config: ExportConfig) -> tuple[Any, tuple[int, int, int], bool]:
         arguments["num_classes"] = config.num_classes
     check_model(name, arguments)
     weights = Path(config.checkpoint) if config.checkpoint else None
-    scheme, _, folder = name.partition(":")
-    if scheme == "local-dir" and weights is None:
-        # Not through timm, which would take a pickle where there are no safetensors.
-        weights = Path(folder) / checkpoint.BEST
     if weights is not None:
         checkpoint.read_weights(weights)
     pretrained = weights is None and (config.pretrained or ":" in name)
-    try:
-        model: Any = timm.create_model(name, pretrained=pretrained, **arguments)
-    except Exception as error:  # whatever stands in the way of its weights
-        raise UsageError(f"model {name}: {str(error) or type(error).__name__}") from None
+    model = create_model(name, pretrained, **arguments)
     if weights is not None:
         checkpoint.load_weights(model, weights)
     channels, *sides = model.pretrained_cfg["input_size"]

@@ -36,6 +36,12 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "convnextv2_atto": _v2((2, 2, 6, 2), 40, conv_mlp=True),
     "convnextv2_nano": _v2((2, 2, 8, 2), 80, conv_mlp=True),
     "convnextv2_tiny": _v2((3, 3, 9, 3), 96),
+    "test_convnext": {
+        "depths": (1, 2, 4, 2),
+        "dims": (24, 32, 48, 64),
+        "norm_eps": 1e-5,
+        "act_layer": "gelu_tanh",
+    },
 }
 COMPARED = ("convnext_atto", "convnext_tiny")
 

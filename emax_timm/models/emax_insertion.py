@@ -9,7 +9,6 @@ from typing import Any
 import timm
 import torch
 from timm.models import (
-    build_model_with_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
     resolve_pretrained_cfg,
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 
 from ..attention import create_attention
 from .placement import chosen_stages, place_after_stages, place_in_blocks, stage_names
-from .registry import register, without_weights
-from .weights import warm_start
+from .registry import build_model, register, without_weights
+from .weights import locate
 
 __all__ = ["insert_attention"]
 
@@ -174,6 +173,7 @@ def with_attention(
     overlay = dict(pretrained_cfg_overlay or {})
     own = resolve_pretrained_cfg("with_attention", pretrained_cfg, overlay)
     base_weights = pretrained and not own.has_weights
+    base_cfg = None
     if not own.has_weights:
         base_cfg = get_pretrained_cfg(base_model)
         if base_cfg is None:
@@ -183,8 +183,16 @@ def with_attention(
     feature_cfg: dict[str, Any] = {"out_indices": ()}
 
     def build(**model_kwargs: Any) -> nn.Module:
+        base_overlay = {}
+        if base_weights and base_cfg is not None and not base_cfg.hf_hub_filename:
+            located = locate(base_cfg, cache_dir)  # not through timm, which would take a pickle
+            base_overlay = {"file": str(located.path)} if located else {}
         model: Any = timm.create_model(
-            base_model, pretrained=base_weights, cache_dir=cache_dir, **model_kwargs
+            base_model,
+            pretrained=base_weights,
+            pretrained_cfg_overlay=base_overlay,
+            cache_dir=cache_dir,
+            **model_kwargs,
         )
         # Known only now, and read by timm after this.
         getter = hasattr(model, "forward_intermediates")
@@ -193,13 +201,12 @@ def with_attention(
             feature_cfg["out_indices"] = tuple(range(len(model.feature_info)))
         return insert_attention(model, attention, stages, where, attn_kwargs)
 
-    return build_model_with_cfg(
+    return build_model(
         build,
         "with_attention",
         pretrained and not base_weights,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=warm_start,
         feature_cfg=feature_cfg,
         cache_dir=cache_dir,
         **kwargs,

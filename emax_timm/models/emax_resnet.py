@@ -38,6 +38,14 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "base_width": 4,
     },
     "wide_resnet50_2": {"block": Bottleneck, "layers": (3, 4, 6, 3), "base_width": 128},
+    "test_resnet": {
+        "block": [BasicBlock, BasicBlock, Bottleneck, BasicBlock],
+        "layers": (1, 1, 1, 1),
+        "channels": (32, 48, 48, 96),
+        "stem_width": 16,
+        "stem_type": "deep",
+        "avg_down": True,
+    },
 }
 COMPARED = ("resnet18", "resnet50")
 

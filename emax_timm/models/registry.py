@@ -46,7 +46,9 @@ def system_names(backbone: str, compared: Sequence[str]) -> dict[str, str]:
 
 
 def family_cfgs(backbones: Sequence[str], compared: Sequence[str]) -> dict[str, Any]:
-    """timm's default configs of a family: those of the plain twins, with our weights.
+    """timm's default configs of a family: those of the plain twins, with the weights of the index.
+
+    A model's first tag is timm's default: its own trained weights, else a warm start.
 
     Args:
         backbones: Names in timm of the plain twins.
@@ -55,10 +57,14 @@ def family_cfgs(backbones: Sequence[str], compared: Sequence[str]) -> dict[str, 
     cfgs: dict[str, PretrainedCfg] = {}
     for backbone in backbones:
         for name in system_names(backbone, compared):
+            tagged = {}
+            for entry in weights.INDEX:
+                if entry.model == name:
+                    tagged[f"{name}.{entry.tag}"] = _own_cfg(entry, backbone)
             for entry in weights.INDEX:
                 twin = get_pretrained_cfg(f"{entry.model}.{entry.tag}")
                 if entry.model == backbone and twin is not None:
-                    cfgs[f"{name}.{entry.tag}_warm"] = dataclasses.replace(
+                    tagged[f"{name}.{entry.tag}_warm"] = dataclasses.replace(
                         twin,
                         architecture=name,
                         url="",
@@ -66,10 +72,23 @@ def family_cfgs(backbones: Sequence[str], compared: Sequence[str]) -> dict[str, 
                         hf_hub_filename=entry.file,
                         license=entry.license,
                     )
-            if not any(key.startswith(f"{name}.") for key in cfgs):
-                twin = get_pretrained_cfg(backbone) or PretrainedCfg()
-                cfgs[name] = without_weights(twin, architecture=name)
+            twin = get_pretrained_cfg(backbone) or PretrainedCfg()
+            cfgs |= tagged or {name: without_weights(twin, architecture=name)}
     return generate_default_cfgs(cfgs)  # pyright: ignore[reportArgumentType]
+
+
+def _own_cfg(entry: weights.WeightsEntry, backbone: str) -> PretrainedCfg:
+    """The config of weights that were trained with the package."""
+    twin = get_pretrained_cfg(backbone) or PretrainedCfg()
+    shipped = entry.repo is None
+    return dataclasses.replace(
+        without_weights(twin, architecture=entry.model),
+        file=str(entry.path) if shipped else None,
+        hf_hub_id=entry.repo,
+        hf_hub_filename=None if shipped else entry.file,
+        license=entry.license,
+        **(entry.cfg or {}),
+    )
 
 
 def without_weights(cfg: PretrainedCfg, architecture: str) -> PretrainedCfg:
@@ -131,7 +150,7 @@ def entry_point(
 
 
 def build_model(
-    model_class: type[nn.Module],
+    model_class: Callable[..., nn.Module],
     variant: str,
     pretrained: bool,
     pretrained_cfg: Any = None,
@@ -146,20 +165,11 @@ def build_model(
         RuntimeError: If the weights cannot be had, are not those of the index, or do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
-    if pretrained:
-        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-        entry = weights.find(cfg)
-        if entry is not None:
-            # timm loads the file, so that it adapts the stem and the head.
-            overlay["file"] = str(weights.fetch(entry, cache_dir))
-            _logger.warning(
-                "%s.%s: the weights of %s with its attention closed (residual_gate 0), so it "
-                "computes what the plain model computes until it is trained; %s",
-                variant,
-                cfg.tag,
-                entry.repo,
-                "verified" if entry.sha256 else "unverified: no sha256 of them is pinned",
-            )
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay) if pretrained else None
+    located = None if cfg is None else weights.locate(cfg, cache_dir)
+    if located is not None:
+        # timm loads the file, so that it adapts the stem and the head.
+        overlay |= {"file": str(located.path), "source": None, "state_dict": None}
 
     def filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         if pretrained_filter_fn is not None:
@@ -176,6 +186,21 @@ def build_model(
         cache_dir=cache_dir,
         **kwargs,
     )
-    if pretrained and "file" in overlay and overlay != pretrained_cfg_overlay:
-        model.pretrained_cfg.pop("file", None)  # a path on this machine is no part of the model
+    if cfg is not None and located is not None:
+        # A path on this machine is no part of the model.
+        model.pretrained_cfg.pop("file", None)
+        if cfg.source:
+            model.pretrained_cfg["source"] = cfg.source
+        _logger.log(*_origin(f"{variant}.{cfg.tag}" if cfg.tag else variant, located))
     return model
+
+
+def _origin(name: str, located: weights.Located) -> tuple[int, str]:
+    """A line for the log on where a model's weights are from."""
+    checked = "verified" if located.verified else "unverified: no sha256 of them is pinned"
+    if located.entry is None or located.entry.cfg is not None:
+        return logging.INFO, f"{name}: the weights of {located.source}; {checked}"
+    return logging.WARNING, (
+        f"{name}: the weights of {located.source} with its attention closed (residual_gate 0), so "
+        f"it computes what the plain model computes until it is trained; {checked}"
+    )

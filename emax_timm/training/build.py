@@ -41,6 +41,7 @@ from .data import (
 )
 from .distributed import World
 from .evaluate import half_precision
+from .models import create_model
 from .options import TrainConfig
 from .trainer import Trainer
 
@@ -103,17 +104,13 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
 
 
 def _create_model(config: TrainConfig, num_classes: int) -> Any:
-    arguments = model_arguments(config, num_classes)
+    arguments, overlay = model_arguments(config, num_classes), {}
     if config.pretrained_path:
         weights = checkpoint.read_weights(Path(config.pretrained_path))
         # num_classes of -1 makes timm adapt the head.
-        arguments["pretrained_cfg_overlay"] = {"state_dict": weights, "num_classes": -1}
-    try:
-        model: Any = timm.create_model(
-            config.model, pretrained=config.pretrained or bool(config.pretrained_path), **arguments
-        )
-    except Exception as error:  # whatever stands in the way of its weights
-        raise UsageError(f"model {config.model}: {str(error) or type(error).__name__}") from None
+        overlay = {"state_dict": weights, "num_classes": -1}
+    pretrained = config.pretrained or bool(overlay)
+    model = create_model(config.model, pretrained, overlay, **arguments)
     if config.initial_checkpoint:
         checkpoint.load_weights(model, Path(config.initial_checkpoint))
     head = model.get_classifier()

@@ -19,7 +19,6 @@ containers and is read with torch's restricted unpickler. Every file and every c
 under a temporary name, synced to the disk and renamed when complete.
 """
 
-import hashlib
 import io
 import json
 import pickle
@@ -34,7 +33,7 @@ from timm.models import PretrainedCfg
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from ..files import remove, replace_file, write_folder
+from ..files import SUMS, read_sums, remove, replace_file, sha256_of, write_folder
 from .config import UsageError
 from .distributed import World
 
@@ -54,7 +53,7 @@ __all__ = [
 ]
 
 CONFIG, MODEL_CONFIG = "config.yaml", "config.json"
-BEST, LAST, SUMS = "model.safetensors", "last.safetensors", "SHA256SUMS"
+BEST, LAST = "model.safetensors", "last.safetensors"
 CHECKPOINTS = "checkpoints"
 WEIGHTS, AVERAGED, STATE = "model.safetensors", "averaged.safetensors", "state.pt"
 
@@ -70,7 +69,7 @@ class Checkpoint(NamedTuple):
 def save_best(model: nn.Module, folder: Path) -> None:
     """Write the model's weights as the best of the run in `folder`."""
     content = _serialized(model.state_dict())
-    new, old = _sha256(content), _sums(folder / SUMS).get(BEST, set())
+    new, old = sha256_of(content), _sums(folder).get(BEST, set())
     # While the file is replaced, both it and the one before are right.
     _write_sums(folder, {new, *old})
     replace_file(folder / BEST, lambda file: file.write_bytes(content))
@@ -90,7 +89,7 @@ def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> None:
     files = {WEIGHTS: _serialized(saved.model), STATE: buffer.getvalue()}
     if saved.averaged is not None:
         files[AVERAGED] = _serialized(saved.averaged)
-    sums = "".join(f"{_sha256(content)}  {file}\n" for file, content in files.items())
+    sums = "".join(f"{sha256_of(content)}  {file}\n" for file, content in files.items())
     path = folder / CHECKPOINTS / name
     path.parent.mkdir(exist_ok=True)
     if path.exists() and not _is_whole(path):
@@ -140,7 +139,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _read_checkpoint(path: Path, device: torch.device) -> Checkpoint:
-    sums = _sums(path / SUMS)
+    sums = _sums(path)
     if not {WEIGHTS, STATE} <= sums.keys():
         raise UsageError(f"{path / SUMS} lacks {WEIGHTS} or {STATE}")
     averaged = read_weights(path / AVERAGED) if AVERAGED in sums else None
@@ -188,29 +187,17 @@ def _read(path: Path) -> bytes:
         raise UsageError(f"there is no checkpoint {path}") from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    expected = _sums(file.parent / SUMS).get(file.name)
-    if expected and _sha256(content) not in expected:
+    expected = _sums(file.parent).get(file.name)
+    if expected and sha256_of(content) not in expected:
         raise UsageError(f"{path} is damaged: its sha256 is not the one in {file.parent / SUMS}")
     return content
 
 
-def _sums(path: Path) -> dict[str, set[str]]:
-    """The sha256 values of each file that a `SHA256SUMS` names; none if it does not exist."""
+def _sums(folder: Path) -> dict[str, set[str]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}") from None
-    sums: dict[str, set[str]] = {}
-    for line in lines:
-        value, _, name = line.partition("  ")
-        sums.setdefault(name, set()).add(value)
-    return sums
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+        return read_sums(folder)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _serialized(tensors: dict[str, Tensor]) -> bytes:

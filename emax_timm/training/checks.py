@@ -50,6 +50,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "drop": (0, 1),
     "reprob": (0, 1),
     "model_ema_decay": (0, 1),
+    "top": (1, float("inf")),
 }
 
 

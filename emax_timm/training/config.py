@@ -215,7 +215,9 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     if default not in (None, "", [], {}, False):
         text += f" (default: {default})"
     if meta.pop("positional", False):
-        group.add_argument(name, nargs="?", metavar=meta.pop("metavar", "DIR"), help=text)
+        several = typing.get_origin(kind) is list
+        metavar = meta.pop("metavar", "DIR")
+        group.add_argument(name, nargs="*" if several else "?", metavar=metavar, help=text)
         return
     flags = [*meta.pop("flags", ()), "--" + name.replace("_", "-")]
     options: dict[str, Any] = {"dest": name, "help": text}

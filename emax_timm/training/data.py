@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .config import UsageError, nearest
 from .distributed import World
-from .images import ImageFiles
+from .images import ConvertedImages, ImageFiles
 from .options import DataOptions, InputOptions, TrainConfig
 from .sampling import KeyedBatches, KeyedDataset, KeyedErasing
 from .signals import ignore_signals
@@ -137,7 +137,9 @@ def open_split(
         raise UsageError(f"cannot read split {split!r} of {name or root}: {text}") from None
     if isinstance(dataset, ImageDataset):
         return ImageFiles(dataset.reader, arguments["input_img_mode"], options.exif_orientation)
-    return dataset  # torchvision's, or a stream: these decode images in their own ways
+    if kind == "torch":  # decodes images in its own way
+        return ConvertedImages(dataset, arguments["input_img_mode"])
+    return dataset  # a stream, which does so too
 
 
 def _sample(name: str) -> Path:
@@ -178,7 +180,7 @@ def _unpack_debian_fashion_mnist(root: Path) -> None:
 
 def class_names(dataset: Any) -> list[str] | None:
     """The classes in label order, None where the data set does not tell."""
-    while isinstance(dataset, (Subset, AugMixDataset)):
+    while isinstance(dataset, (Subset, AugMixDataset, ConvertedImages)):
         dataset = dataset.dataset
     reader = getattr(dataset, "reader", dataset)
     for attribute in ("class_to_idx", "class_name_to_idx"):
@@ -332,7 +334,7 @@ def broken_images(loader: Any, batches: Iterable[int]) -> int:
 
 
 def _name(dataset: Any, index: int) -> str:
-    while isinstance(dataset, (Subset, AugMixDataset)):
+    while isinstance(dataset, (Subset, AugMixDataset, ConvertedImages)):
         if isinstance(dataset, Subset):
             index = dataset.indices[index]
         dataset = dataset.dataset

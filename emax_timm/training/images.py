@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-__all__ = ["BrokenImageError", "ImageFiles", "open_image"]
+__all__ = ["BrokenImageError", "ConvertedImages", "ImageFiles", "open_image"]
 
 # Twice Pillow's own limit for a warning, where Pillow refuses too unless it was told otherwise.
 MAX_PIXELS = 2 * (1024**3 // 4 // 3)
@@ -176,3 +176,24 @@ class ImageFiles(Dataset):
         except Exception:  # a reader that keeps the name with the image
             name = None
         return name.replace("\n", " ") if name else f"sample {index}"
+
+
+class ConvertedImages(Dataset):
+    """A data set of torchvision's with its images in the mode that the model takes.
+
+    Args:
+        dataset: Gives (PIL image, label); its own transform is left unset.
+        mode: PIL mode of the images.
+    """
+
+    def __init__(self, dataset: Any, mode: str) -> None:
+        self.dataset, self.mode = dataset, mode
+        self.transform: Any = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        image, target = self.dataset[index]
+        image = image.convert(self.mode)
+        return (image if self.transform is None else self.transform(image)), target

@@ -4,11 +4,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
-
-import timm
 
 from ..files import WriteError
 from . import checkpoint
@@ -27,12 +25,13 @@ from .data import (
 from .distributed import RankError, World, open_world
 from .evaluate import Metrics, evaluate, half_precision
 from .images import BrokenImageError
+from .models import create_model
 from .options import TrainConfig, ValidateConfig
 from .runlog import Progress
 from .signals import Stopped, catch_signals
 from .trainer import BadStepError
 
-__all__ = ["train", "validate"]
+__all__ = ["read_run", "train", "validate", "validate_with"]
 
 
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
@@ -65,13 +64,14 @@ def validate(argv: Sequence[str] | None = None, prog: str = "validate.py") -> in
     return _status_of(program, prog)
 
 
-def validate_with(settings: dict[str, Any], world: World) -> Metrics:
+def validate_with(settings: dict[str, Any], world: World, tested: bool = True) -> Metrics:
     """Metrics of a model or of a run's checkpoint.
 
     Args:
         settings: Options of `ValidateConfig` that were given; a run's configuration beside the
             checkpoint fills in the others.
         world: The ranks that share the images.
+        tested: Take the run's test split, if it has one, and not what it was validated on.
 
     Raises:
         UsageError: If the settings, the data or the checkpoint are refused.
@@ -82,7 +82,9 @@ def validate_with(settings: dict[str, Any], world: World) -> Metrics:
         if not Path(checkpoint_file).is_file():
             raise UsageError(f"there is no checkpoint {checkpoint_file}")
         if (folder / checkpoint.CONFIG).is_file():
-            run = from_mapping(TrainConfig, _run_settings(folder), str(folder / checkpoint.CONFIG))
+            run = read_run(folder)
+            if not tested:
+                run = replace(run, test_split="")
             settings = layered(_settings_of(run), settings)
         elif "model" not in settings:
             raise UsageError(
@@ -106,12 +108,8 @@ def validate_with(settings: dict[str, Any], world: World) -> Metrics:
     dataset = _open_data(config, run)
     if config.num_classes is not None:
         _check_classes(config, dataset, config.num_classes)
-    try:
-        # Without a checkpoint, the published weights: random ones are nothing to validate.
-        pretrained = config.pretrained or not config.checkpoint
-        model: Any = timm.create_model(config.model, pretrained=pretrained, **arguments)
-    except Exception as error:  # whatever stands in the way of its weights
-        raise UsageError(f"model {config.model}: {str(error) or type(error).__name__}") from None
+    # Without a checkpoint, the published weights: random ones are nothing to validate.
+    model = create_model(config.model, config.pretrained or not config.checkpoint, **arguments)
     if config.checkpoint:
         checkpoint.load_weights(model, Path(config.checkpoint))
     if config.num_classes is None:
@@ -137,6 +135,15 @@ def _resumed(settings: dict[str, Any]) -> dict[str, Any]:
         path = Path(settings["resume"])
     folder = path.parent if path.is_file() else path  # timm takes a file
     return layered(_run_settings(folder), {**settings, "resume": str(folder)})
+
+
+def read_run(folder: Path) -> TrainConfig:
+    """The resolved configuration of the run in a folder.
+
+    Raises:
+        UsageError: If it is no such folder.
+    """
+    return from_mapping(TrainConfig, _run_settings(folder), str(folder / checkpoint.CONFIG))
 
 
 def _run_settings(folder: Path) -> dict[str, Any]:

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import safetensors.torch
 import timm
 import torch
 from hub_server import COMMIT, Hub, serve
+from hub_testing import as_bytes, in_new_process
 from torch import Tensor, nn
 
 import emax_timm  # noqa: F401  (registers the models)
@@ -38,11 +36,6 @@ def randomised(model: nn.Module) -> nn.Module:
     return model
 
 
-def as_bytes(tensors: dict[str, Tensor]) -> bytes:
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(tensors, metadata={"format": "pt"})
-
-
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A file of weights of each twin: timm's models with random values."""
@@ -62,20 +55,6 @@ def hub(twins: dict[str, Path]) -> Hub:
             f"timm/{name}.{tag}/model.safetensors": twins[name].read_bytes()
             for name, tag in TWINS.items()
         }
-    )
-
-
-def in_new_process(
-    source: str, home: Path, *arguments: str | Path, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run Python where the hub's client has an empty cache and no other hub."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", source, *map(str, arguments)],
-        env={**clean, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
 
 
@@ -119,8 +98,9 @@ def test_warm_start_from_a_hub_computes_what_the_twin_computes(
     assert f"the weights of timm/{twin}.{TWINS[twin]} with its attention closed" in result.stderr
     assert "unverified" in result.stderr
     # Downloaded once, and nothing else is asked for: no pickle.
-    got = [request for request in hub.requests if request.startswith("GET timm/")]
-    assert got == [f"GET timm/{twin}.{TWINS[twin]}/resolve/main/model.safetensors"]
+    asked = {request.partition(" ")[2] for request in hub.requests if " api/" not in request}
+    digest = hashlib.sha256(twins[twin].read_bytes()).hexdigest()
+    assert asked == {f"timm/{twin}.{TWINS[twin]}/resolve/main/model.safetensors", f"cdn/{digest}"}
 
 
 def test_warm_start_from_the_hubs_cache(twins: dict[str, Path], tmp_path: Path) -> None:

@@ -304,9 +304,8 @@ def test_debian_fashion_mnist_stands_in_for_the_download(tmp_path: Path) -> None
         dataset = open_split(config, split, "L", training=split == "train", batch_size=8)
         assert len(dataset) == count
         assert class_names(dataset) is not None
-        assert Counter(torch.as_tensor(dataset.targets).tolist()) == dict.fromkeys(
-            range(10), count // 10
-        )
+        targets = torch.as_tensor(dataset.dataset.targets)
+        assert Counter(targets.tolist()) == dict.fromkeys(range(10), count // 10)
     # The embedded sample is a part of it, under the same numbers.
     sample = open_sample("test.tar")
     for index in (0, 555, 999):
@@ -314,3 +313,5 @@ def test_debian_fashion_mnist_stands_in_for_the_download(tmp_path: Path) -> None
         pixels, label = dataset[int(name)]
         assert label == sample[index][1]
         assert np.array_equal(np.asarray(pixels), np.asarray(sample[index][0]))
+    colour = open_split(config, "test", "RGB", training=False, batch_size=8)
+    assert np.array_equal(np.asarray(colour[0][0]), np.asarray(dataset[0][0].convert("RGB")))

@@ -1,0 +1,145 @@
+"""The `emax weights verify` command: are these the files that were published?"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import hf_hub_download
+
+from ..files import SUMS, read_sums, sha256_of
+from ..models.hub_errors import hub_problem
+from ..models.weights import INDEX, PICKLES, WEIGHTS, fetch, locate, safe_name
+from ..training.checkpoint import MODEL_CONFIG, load_weights
+from ..training.config import UsageError, nearest
+from ..training.models import create_model
+
+__all__ = ["check_folder", "verify_weights"]
+
+
+def verify_weights(target: str | None) -> list[str]:
+    """Verify published weights.
+
+    Args:
+        target: A folder of a release, a repository of one (ORG/NAME, ORG/NAME@REVISION), or a
+            model's name and tag in the index; None for all weights in this package.
+
+    Returns:
+        A line for each file, or each weights, that were verified.
+
+    Raises:
+        UsageError: In one line, at the first that is not what it should be.
+    """
+    if target is None:
+        shipped = [entry.name for entry in INDEX if entry.repo is None]
+        return [_verify_tag(name) for name in shipped]
+    if Path(target).is_dir():
+        return check_folder(Path(target))
+    if timm.is_model_pretrained(target):
+        return [_verify_tag(target)]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", target):
+        return _verify_repo(*target.partition("@")[::2])
+    raise UsageError(
+        f"{target} is no folder, no ORG/NAME and no model with weights; the nearest of these is "
+        f"{nearest(target, timm.list_pretrained())}"
+    )
+
+
+def check_folder(folder: Path) -> list[str]:
+    """Verify a folder of a release: its sums, and that its weights fit its config strictly.
+
+    Returns:
+        A line for each file.
+
+    Raises:
+        UsageError: In one line, at the first that is not what it should be.
+    """
+    lines = _check_sums(folder)
+    if not {WEIGHTS, MODEL_CONFIG} <= lines.keys():
+        raise UsageError(f"{folder / SUMS} lacks {WEIGHTS} or {MODEL_CONFIG}")
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(PICKLES):
+            raise UsageError(f"{path} may be a pickle; a release holds safetensors alone")
+    _check_model(folder)
+    return [f"{name}: {value}" for name, value in lines.items()]
+
+
+def _check_sums(folder: Path) -> dict[str, str]:
+    """The sha256 of each file that a folder's SHA256SUMS names, all of them right."""
+    try:
+        sums = read_sums(folder)
+        if not sums:
+            raise ValueError(f"{folder} is no folder of a release: it has no {SUMS}")
+        for name in sums:
+            safe_name(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    found = {}
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise UsageError(f"{path} is missing")
+        # The hub's cache consists of links, into a folder of its own.
+        if not _is_inside(path, folder):
+            raise UsageError(f"{path} is a link out of its folder")
+        found[name] = sha256_of(path)
+        if found[name] not in expected:
+            raise UsageError(f"{path} is damaged: its sha256 is not the one in {SUMS}")
+    return found
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    return real.is_relative_to(home)
+
+
+def _check_model(folder: Path) -> None:
+    path = folder / MODEL_CONFIG
+    try:
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
+        name = config["architecture"]
+        arguments = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
+        if ":" in name:
+            raise ValueError(f"{name!r} is no name of a model")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} does not describe a model: {error!r}") from None
+    load_weights(create_model(name, **arguments), folder / WEIGHTS)
+
+
+def _verify_tag(name: str) -> str:
+    cfg = timm.get_pretrained_cfg(name)
+    try:
+        located = cfg and locate(cfg)
+    except RuntimeError as error:
+        raise UsageError(str(error)) from None
+    if not located or not located.verified:
+        raise UsageError(f"{name}: unverified, for no sha256 of its weights is in the index")
+    return f"{name}: {sha256_of(located.path)}"
+
+
+def _verify_repo(repo: str, revision: str) -> list[str]:
+    """Download the files of a release, all of one commit, and verify them."""
+    sums = _download(repo, SUMS, revision or None)
+    folder = sums.parent
+    try:
+        names = [safe_name(name) for name in read_sums(folder)]
+    except ValueError as error:
+        raise UsageError(f"{repo}: {error}") from None
+    for name in names:
+        _download(repo, name, folder.name)
+    return check_folder(folder)
+
+
+def _download(repo: str, name: str, revision: str | None) -> Path:
+    try:
+        if name == WEIGHTS:
+            return fetch(repo, name, revision)
+        return Path(hf_hub_download(repo, name, revision=revision))
+    except RuntimeError as error:
+        raise UsageError(str(error)) from None
+    except Exception as error:  # of the client, its HTTP library
+        raise UsageError(f"cannot get {name} of {repo}: {hub_problem(error)}") from None

@@ -1,0 +1,119 @@
+"""The `emax predict` command."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+
+from ..training.checks import check_bounds, check_model
+from ..training.config import UsageError, from_mapping, parse_settings
+from ..training.images import BrokenImageError, open_image
+from ..training.models import create_model
+from ..training.options import option
+
+__all__ = ["Prediction", "predict", "predictions"]
+
+DEFAULT_MODEL = "test_resnet_emax.fashion_mnist"
+
+
+@dataclass
+class PredictConfig:
+    """Classify images."""
+
+    images: list[str] = option([], "image files", positional=True, metavar="IMAGE")
+    model: str = option(
+        DEFAULT_MODEL,
+        "name of a timm model with weights, local-dir:FOLDER (such as that of a run) or "
+        "hf-hub:ORG/NAME; the default knows ten kinds of clothes, light on a dark ground",
+        "-m",
+    )
+    top: int = option(3, "classes to name for each image")
+    exif_orientation: bool = option(True, "turn images upright as their EXIF data say")
+
+
+class Prediction(NamedTuple):
+    """A class and its probability."""
+
+    name: str
+    probability: float
+
+
+def predict(argv: Sequence[str] | None = None, prog: str = "emax predict") -> int:
+    """Classify images as the command line says; returns the exit status."""
+    broken = 0
+    try:
+        settings = parse_settings(PredictConfig, argv, prog)
+        config = from_mapping(PredictConfig, settings, "the command line")
+        check_bounds(config)
+        if not config.images:
+            raise UsageError("nothing to classify: give image files")
+        for path in map(Path, config.images):
+            if not path.is_file():
+                what = "is a folder; give the files in it" if path.is_dir() else "does not exist"
+                raise UsageError(f"{path} {what}")
+        check_model(config.model, {})
+        model = create_model(config.model, pretrained=True).eval()
+        for path, found in predictions(model, config.images, config.top, config.exif_orientation):
+            if isinstance(found, BrokenImageError):
+                broken += 1
+                print(f"{prog}: error: broken image {path}: {found}", file=sys.stderr)
+            else:
+                print(f"{path}: {', '.join(f'{p.name} {p.probability:.3f}' for p in found)}")
+    except UsageError as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 1 if broken else 0
+
+
+@torch.inference_mode()
+def predictions(
+    model: Any, paths: Sequence[str | Path], top: int = 3, exif_orientation: bool = True
+) -> Iterator[tuple[Path, list[Prediction] | BrokenImageError]]:
+    """The likeliest classes of each image, the likeliest first, or why it cannot be read.
+
+    Args:
+        model: Of timm's, in evaluation mode, with a classifier; its config says how images are
+            prepared.
+        paths: Image files.
+        top: Classes to name.
+        exif_orientation: Turn images upright.
+    """
+    data_config = resolve_data_config(model=model)
+    transform: Any = create_transform(**data_config)
+    mode = "RGB" if data_config["input_size"][0] == 3 else "L"
+    names = _class_names(model)
+    for path in map(Path, paths):
+        try:
+            image = open_image(path, mode, exif_orientation)
+        except BrokenImageError as error:
+            yield path, error
+            continue
+        values = model(transform(image).unsqueeze(0)).softmax(dim=1)[0]  # [classes]
+        best = values.topk(min(top, len(values)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        yield path, [Prediction(names(index), value) for index, value in pairs]
+
+
+def _class_names(model: Any) -> Any:
+    """A function from a class's index to its name."""
+    cfg = model.pretrained_cfg
+    labels, described = cfg.get("label_names"), cfg.get("label_descriptions") or {}
+    if isinstance(labels, Mapping):
+        labels = {int(index): label for index, label in labels.items()}
+    elif labels:
+        labels = dict(enumerate(labels))
+    elif subset := infer_imagenet_subset(model):
+        info = ImageNetInfo(subset)
+        return lambda index: info.index_to_description(index).split(",")[0]
+    else:
+        labels = {}
+
+    def name(index: int) -> str:
+        label = str(labels.get(index, f"class {index}"))
+        return described.get(label, label)
+
+    return name

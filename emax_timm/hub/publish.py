@@ -1,0 +1,159 @@
+"""The `emax publish` command."""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files import SUMS, WriteError, remove, write_folder, writing_to
+from ..models.weights import INDEX_FILE, WEIGHTS, WeightsEntry, read_index, write_index
+from ..training.checks import check_bounds
+from ..training.config import UsageError, from_mapping, parse_settings
+from ..training.distributed import open_world
+from ..training.images import BrokenImageError
+from ..training.options import option
+from .integrity import check_folder
+from .release import Release, make_release
+from .upload import Published, UploadError, check_repo, upload
+
+__all__ = ["add_to_index", "publish"]
+
+
+@dataclass
+class PublishConfig:
+    """Make a release of a training run's best weights and, with --push, publish it on the hub."""
+
+    run: str | None = option(None, "folder of the run", positional=True, metavar="RUN")
+    repo: str = option("", "ORG/NAME on the hub")
+    output: str | None = option(
+        None, "folder for the release; replaced if it holds one (default: RUN/release)"
+    )
+    push: bool = option(False, "publish it; without, the folder is all that is made")
+    private: bool = option(False, "make the repository private, if it does not exist")
+    tag: str = option("", "of the weights (default: what follows the point in NAME)")
+    license: str | None = option(
+        None, "of the weights (default: apache-2.0, or that of the weights it started from)"
+    )
+    index: bool = option(False, "with --push: add the weights to the index of the package")
+    index_file: str = option(str(INDEX_FILE), "another index", metavar="FILE")
+    data_dir: str | None = option(None, "where the run's data are now")
+    device: str = option("", "cpu, cuda, … (default: cuda if there is one, else cpu)")
+    batch_size: int | None = option(None, "images per forward pass (default: as the run)", "-b")
+    workers: int | None = option(None, "processes that load images (default: as the run)", "-j")
+
+
+def publish(argv: Sequence[str] | None = None, prog: str = "emax publish") -> int:
+    """Publish a run as the command line says; returns the exit status."""
+    try:
+        settings = parse_settings(PublishConfig, argv, prog)
+        config = from_mapping(PublishConfig, settings, "the command line")
+        check_bounds(config)
+        _check(config)
+        run = Path(str(config.run))
+        folder = Path(config.output) if config.output else run / "release"
+        release = _make(config, run)
+        with writing_to(folder):
+            _write(release, folder)
+        check_folder(folder)
+        print(f"{folder}: {', '.join(release.files)}")
+        print(f"{release.model}.{release.tag or '(no tag)'}  {_figures(release)}")
+        if not config.push:
+            print(f"nothing is published; --push would publish it as {config.repo}")
+            return 0
+        title = f"{release.model}.{release.tag}" if release.tag else release.model
+        done = upload(release.files, config.repo, f"Release {title}", config.private)
+        state = "published" if done.new else "was published before"
+        print(f"{done.repo} {done.version} {state}: commit {done.commit}")
+        if config.index:
+            with writing_to(Path(config.index_file)):
+                add_to_index(release, done, Path(config.index_file))
+            print(f"{release.model}.{release.tag} is in {config.index_file}")
+    except (UsageError, ValueError) as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (BrokenImageError, UploadError, WriteError) as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _check(config: PublishConfig) -> None:
+    if config.run is None or not config.repo:
+        raise UsageError("nothing to publish: give RUN --repo ORG/NAME")
+    check_repo(config.repo)
+    if not Path(config.run).is_dir():
+        raise UsageError(f"there is no run {config.run}")
+    if config.index and not config.push:
+        raise UsageError("--index needs --push: a tag exists only if its weights do")
+    if config.index:
+        read_index(Path(config.index_file))
+    if config.tag and not config.tag.replace("_", "").replace("-", "").isalnum():
+        raise UsageError(f"--tag takes letters, digits, _ and -, not {config.tag!r}")
+
+
+def _make(config: PublishConfig, run: Path) -> Release:
+    data: dict[str, Any] = {
+        name: value
+        for name in ("data_dir", "device", "batch_size", "workers")
+        if (value := getattr(config, name)) not in (None, "")
+    }
+    # The repository of fashion_mnist's weights of a model m is called m.fashion_mnist.
+    tag = config.tag or config.repo.partition("/")[2].partition(".")[2]
+    with open_world(config.device) as world:
+        release = make_release(run, config.repo, tag, config.license, world, data)
+    if config.index and not release.tag:
+        raise UsageError("--index needs a --tag for the weights")
+    if config.index and not release.default_architecture:
+        raise UsageError(
+            f"--index takes models that their name alone builds; {release.model} was given "
+            "arguments. Without --index it is published for hf-hub:, which knows them"
+        )
+    return release
+
+
+def _write(release: Release, folder: Path) -> None:
+    if folder.exists():
+        if not (folder / SUMS).is_file() or not (folder / WEIGHTS).is_file():
+            raise UsageError(f"{folder} is there and is no release; choose another --output")
+        if all(
+            (folder / name).is_file() and (folder / name).read_bytes() == content
+            for name, content in release.files.items()
+        ) and len(list(folder.iterdir())) == len(release.files):
+            return
+        remove(folder)
+    with contextlib.suppress(FileExistsError):
+        folder.parent.mkdir(parents=True)
+    write_folder(folder, release.files)
+
+
+def _figures(release: Release) -> str:
+    figures = [f"{name} {value:.3f}" for name, value in release.metrics.items()]
+    return "  ".join([*figures, f"sha256 {release.sha256}"])
+
+
+def add_to_index(release: Release, published: Published, path: Path) -> None:
+    """Put a published release into an index, in the place of its tag's entry if there is one.
+
+    Raises:
+        ValueError: If the file is no index.
+    """
+    entry = WeightsEntry(
+        model=release.model,
+        tag=release.tag,
+        repo=published.repo,
+        file=WEIGHTS,
+        revision=published.commit,
+        sha256=release.sha256,
+        license=release.license,
+        metrics=release.metrics,
+        cfg=release.cfg,
+    )
+    entries = read_index(path)
+    names = [other.name for other in entries]
+    if entry.name in names:
+        entries[names.index(entry.name)] = entry
+    else:
+        entries.append(entry)
+    write_index(entries, path)

@@ -1,0 +1,227 @@
+"""A release: the files that a trained run becomes in a repository of the Hugging Face Hub."""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from huggingface_hub import get_token
+from torch import Tensor
+
+from .. import __version__
+from ..benchmark.model_table import count_macs
+from ..files import SUMS, sha256_of
+from ..models.weights import WEIGHTS
+from ..training import checkpoint
+from ..training.checks import model_arguments
+from ..training.config import UsageError
+from ..training.distributed import World
+from ..training.evaluate import Metrics
+from ..training.models import create_model
+from ..training.options import TrainConfig
+from ..training.programs import read_run, validate_with
+from .card import CardFacts, model_card
+
+__all__ = ["Release", "make_release"]
+
+CARD, LOG, SUMMARY = "README.md", "log.csv", "summary.json"
+# In points of top-1: another device, or another number of threads, rounds otherwise.
+TOLERANCE = 0.1
+# The greatest number of float16, in which users may run the model.
+HALF_MAX = torch.finfo(torch.float16).max
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}")
+# Of the machine that trained, and nobody else's.
+_PRIVATE = ("data", "data_dir", "output", "resume")
+
+
+@dataclass(frozen=True)
+class Release:
+    """The files of a release by name, and what the index of weights takes from them."""
+
+    files: dict[str, bytes]
+    model: str
+    tag: str
+    license: str
+    metrics: dict[str, float]
+    cfg: dict[str, Any]
+    default_architecture: bool
+    """Whether the model's name alone, without arguments, gives its architecture."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights."""
+        return sha256_of(self.files[WEIGHTS])
+
+
+def make_release(
+    run: Path, repo: str, tag: str, license: str | None, world: World, data: dict[str, Any]
+) -> Release:
+    """Make a release of a run's best weights, which are validated once more.
+
+    Nothing in it depends on when or where it is made: the same run gives the same bytes.
+
+    Args:
+        run: Its folder.
+        repo: ORG/NAME, for the card.
+        tag: Of the weights, for timm.
+        license: Of the weights; None for Apache-2.0, or for that of the weights it started from.
+        world: Where to validate.
+        data: Options of `ValidateConfig` on where the data are and how they are read.
+
+    Raises:
+        UsageError: If the run has not ended, its weights are damaged or not fit to be published, or
+            they do not give the figures of its summary.
+    """
+    config = read_run(run)
+    summary = _read_json(run / SUMMARY, "the run has not ended; go on with --resume")
+    described = _read_json(run / checkpoint.MODEL_CONFIG, "it is no complete run")
+    license = license or _license_of(config)
+    # Strictly: every key and shape, and no value that is not finite.
+    model = create_model(config.model, **model_arguments(config, config.num_classes))
+    checkpoint.load_weights(model, run / checkpoint.BEST)
+    _check_half(model.state_dict(), run / checkpoint.BEST)
+    metrics = _validated(run, summary, world, data)
+    described["pretrained_cfg"] |= {"tag": tag, "license": license}
+    input_size = tuple(described["pretrained_cfg"]["input_size"])
+    facts = CardFacts(
+        repo=repo,
+        model=config.model,
+        config=config,
+        license=license,
+        classes=model.num_classes,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=count_macs(model, torch.zeros(1, *input_size)),
+        input_size=input_size,  # type: ignore[arg-type]
+        summary=summary,
+        version=__version__,
+    )
+    files = {
+        WEIGHTS: _serialized(model.state_dict()),
+        checkpoint.MODEL_CONFIG: (json.dumps(described, indent=2) + "\n").encode(),
+        checkpoint.CONFIG: _public(config).encode(),
+        LOG: _read(run / LOG),
+        CARD: model_card(facts).encode(),
+    }
+    _check_secrets(files)
+    sums = "".join(f"{sha256_of(content)}  {name}\n" for name, content in files.items())
+    return Release(
+        files={**files, SUMS: sums.encode()},
+        model=config.model,
+        tag=tag,
+        license=license,
+        metrics=metrics,
+        cfg=_index_cfg(described),
+        default_architecture=_is_default(described),
+    )
+
+
+def _validated(
+    run: Path, summary: dict[str, Any], world: World, data: dict[str, Any]
+) -> dict[str, float]:
+    """The run's figures, if its weights still give them."""
+    split = "validation" if summary.get("validation") else "test"
+    recorded = summary.get(split)
+    if not recorded:
+        raise UsageError(f"{run} was neither validated nor tested; there is nothing to publish")
+    settings = {"checkpoint": str(run / checkpoint.BEST), **data}
+    found: Metrics = validate_with(settings, world, tested=split == "test")
+    if not abs(found.top1 - recorded["top1"]) <= TOLERANCE:
+        raise UsageError(
+            f"{run / checkpoint.BEST} gives a top-1 of {found.top1:.3f} in {split}, where the run "
+            f"recorded {recorded['top1']:.3f}: these are other weights or other data"
+        )
+    return {
+        f"{name}_{metric}": round(summary[name][metric], 3)
+        for name in ("validation", "test")
+        if summary.get(name)
+        for metric in ("top1", "top5")
+    }
+
+
+def _license_of(config: TrainConfig) -> str:
+    elsewhere = config.pretrained_path or config.initial_checkpoint or ":" in config.model
+    if elsewhere:
+        raise UsageError(
+            "training started from weights of another origin; give the licence of the new ones, "
+            "which depends on theirs, with --license"
+        )
+    if config.pretrained:
+        model = create_model(config.model, **model_arguments(config, config.num_classes))
+        license = model.pretrained_cfg.get("license")
+        if not license:
+            raise UsageError("the licence of the weights it started from is unknown: --license")
+        return str(license)
+    return "apache-2.0"
+
+
+def _check_half(tensors: dict[str, Tensor], path: Path) -> None:
+    for name, value in tensors.items():
+        if value.is_floating_point() and value.numel() and value.abs().max() > HALF_MAX:
+            raise UsageError(
+                f"{path}: {name} has a value of {value.abs().max():.3g}, which float16 cannot hold "
+                f"(at most {HALF_MAX:.0f}); users run models in it"
+            )
+
+
+def _serialized(tensors: dict[str, Tensor]) -> bytes:
+    whole = {name: value.detach().contiguous() for name, value in tensors.items()}
+    return safetensors.torch.save(whole, metadata={"format": "pt"})
+
+
+def _public(config: TrainConfig) -> str:
+    kept = {k: v for k, v in asdict(config).items() if k not in _PRIVATE}
+    return yaml.safe_dump(kept, sort_keys=False)
+
+
+def _check_secrets(files: dict[str, bytes]) -> None:
+    """Refuse to publish what looks like a token, wherever it has come from."""
+    token = get_token()
+    for name, content in files.items():
+        if name == WEIGHTS:
+            continue
+        text = content.decode(errors="replace")
+        if _TOKEN.search(text) or (token and token in text):
+            raise UsageError(f"{name} of the release would hold a token; it is not made")
+
+
+def _index_cfg(described: dict[str, Any]) -> dict[str, Any]:
+    """What the index needs of a config.json to make timm's config for the weights."""
+    names = (
+        *("num_classes", "input_size", "pool_size", "interpolation", "crop_pct", "crop_mode"),
+        *("mean", "std"),
+    )
+    cfg = {"num_classes": described["num_classes"], **described["pretrained_cfg"]}
+    cfg = {name: cfg.get(name) for name in names}
+    if labels := described.get("label_names"):
+        cfg["label_names"] = labels
+    return cfg
+
+
+def _is_default(described: dict[str, Any]) -> bool:
+    """Whether a config's arguments give the architecture that the bare name gives."""
+    arguments = dict(described.get("model_args") or {})
+    arguments.pop("in_chans", None)  # timm takes it from the config's input_size
+    return arguments.pop("global_pool", "avg") == "avg" and not arguments
+
+
+def _read_json(path: Path, otherwise: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"there is no {path}: {otherwise}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold an object")
+    return content
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None

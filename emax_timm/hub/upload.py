@@ -1,0 +1,93 @@
+"""Releases on the Hugging Face Hub: one commit each, tagged v1, v2 and so on."""
+
+import re
+from dataclasses import dataclass
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.utils import validate_repo_id
+
+from ..models.hub_errors import hub_problem
+from ..models.weights import PICKLES
+from ..training.config import UsageError
+
+__all__ = ["Published", "UploadError", "check_repo", "upload"]
+
+
+class UploadError(RuntimeError):
+    """The hub did not take a release; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A release on the hub."""
+
+    repo: str
+    commit: str
+    version: str
+    """The commit's tag."""
+    new: bool
+    """Whether it was not there before."""
+
+
+def check_repo(repo: str) -> None:
+    """Refuse what is not ORG/NAME.
+
+    Raises:
+        UsageError: With what would be right.
+    """
+    try:
+        validate_repo_id(repo)
+        right = repo.count("/") == 1
+    except ValueError:
+        right = False
+    if not right:
+        raise UsageError(f"--repo is ORG/NAME on the hub, such as me/resnet50_emax, not {repo!r}")
+
+
+def upload(files: dict[str, bytes], repo: str, message: str, private: bool = False) -> Published:
+    """Put files into a repository in one commit and tag it; what is there already is left alone.
+
+    The files appear with the commit, all at once. An upload that was interrupted, before or after
+    the commit, is completed by another call.
+
+    Args:
+        files: Their contents by name.
+        repo: ORG/NAME; made if it does not exist.
+        message: The commit's.
+        private: Whether to make it private, if it does not exist.
+
+    Raises:
+        UploadError: If the hub refuses, or somebody else commits meanwhile; the repository then is
+            as it was.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        before = api.model_info(repo)
+        names = [file.rfilename for file in before.siblings or ()]
+        if pickles := [name for name in names if name.endswith(PICKLES)]:
+            raise UploadError(
+                f"{repo} holds {pickles[0]}, which may be a pickle and would be loaded where "
+                "safetensors are not; delete it there first"
+            )
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        # Given the parent, the hub refuses the commit if there is another by then.
+        commit = api.create_commit(
+            repo, operations=operations, commit_message=message, parent_commit=before.sha
+        ).oid
+        tags = {tag.name: tag.target_commit for tag in api.list_repo_refs(repo).tags}
+        version = next((name for name, target in tags.items() if target == commit), None)
+        if version is None:
+            version = _next_version(tags)
+            api.create_tag(repo, tag=version, revision=commit)
+            return Published(repo, commit, version, new=True)
+    except UploadError:
+        raise
+    except Exception as error:  # of the client, its HTTP library
+        raise UploadError(f"cannot publish to {repo}: {hub_problem(error)}") from error
+    return Published(repo, commit, version, new=False)
+
+
+def _next_version(tags: dict[str, str]) -> str:
+    numbers = [int(match[1]) for tag in tags if (match := re.fullmatch(r"v(\d+)", tag))]
+    return f"v{max(numbers, default=0) + 1}"
