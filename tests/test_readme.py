@@ -6,10 +6,13 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import timm
+from hub_server import Hub, serve
+from hub_testing import emax
 from PIL import Image
 from timm_suite import ALL
 
@@ -18,6 +21,7 @@ from emax_timm.benchmark import markdown, measure, model_names
 from emax_timm.benchmark.plan import plan
 from emax_timm.training import TrainConfig, train
 from emax_timm.training.config import from_mapping, parse_settings
+from emax_timm.training.data import SAMPLES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,6 +43,12 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(4):
                 image = Image.new("RGB", (40, 40), (60 * number, 100, 100))
                 image.save(folder / "imagenet" / split / label / f"{number}.png")
+    with tarfile.open(SAMPLES / "fashion_mnist" / "test.tar") as archive:
+        files = [member for member in archive if member.isfile()]
+        for name, member in (("boot.png", files[-1]), ("coat.png", files[500])):
+            source = archive.extractfile(member)
+            assert source is not None
+            (folder / name).write_bytes(source.read())
     return folder
 
 
@@ -136,9 +146,35 @@ def test_command_of_the_page_on_training_is_understood(
         from_mapping(TrainConfig, parse_settings(TrainConfig, flags, "train.py"), "the page")
 
 
-def test_page_on_training_names_a_test_for_each_fault() -> None:
-    rows = re.findall(r"^\| (\d+) \|.*\| ([^|]*) \|$", TRAINING, flags=re.MULTILINE)
-    assert [int(number) for number, _ in rows] == [*range(1, 18), *range(21, 27)]
+WEIGHTS = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_commands_of_the_page_on_weights_run(workplace: Path) -> None:
+    lines = [line for block in blocks("bash", WEIGHTS) for line in block.splitlines()]
+    lines.sort(key=lambda line: "verify" in line)  # of what the other lines publish
+    assert sum("publish" in line for line in lines) == 2
+    with serve(Hub()) as hub:
+        for line in lines:
+            line = line.replace("ORG/NAME", "me/resnet10t_emax.clothes")
+            program, *words = shlex.split(line)
+            assert program == "emax"
+            words = [str(workplace / w) if w.startswith("runs/") else w for w in words]
+            done = emax(*words, hub=hub, home=workplace)
+            assert done.returncode == 0, done.stderr
+        assert hub.repos["me/resnet10t_emax.clothes"].tags
+
+
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [
+        (TRAINING, [*range(1, 18), *range(21, 27)]),
+        (WEIGHTS, [14, 15, 16, 18, 19, 20, 26]),
+    ],
+)
+def test_page_names_a_test_for_each_fault(page: str, expected: list[int]) -> None:
+    rows = re.findall(r"^\| (\d+) \|.*\| ([^|]*) \|$", page, flags=re.MULTILINE)
+    assert [int(number) for number, _ in rows] == expected
     for _, tests in rows:
         names = re.findall(r"`([\w/]+\.py)`", tests)
         assert names
@@ -168,8 +204,10 @@ def test_readme_command_runs(line: str, workplace: Path) -> None:
         arguments += small.split()
     if "--resume" in arguments:
         arguments[arguments.index("--epochs") + 1] = "2"
-    emax = ["-c", "import sys; from emax_timm.cli import main; sys.exit(main())"]
-    launchers = {"python": [], "torchrun": ["-m", "torch.distributed.run"], "emax": emax}
+    launchers = {
+        **{"python": [], "torchrun": ["-m", "torch.distributed.run"]},
+        "emax": ["-c", "import sys; from emax_timm.cli import main; sys.exit(main())"],
+    }
     launcher = launchers[program]
     arguments = [str(ROOT / a) if (ROOT / a).suffix == ".py" else a for a in arguments]
     result = subprocess.run(

@@ -37,8 +37,13 @@ SMALL = [
     *(f"resnet18_{system}" for system in ("ema", "cbam", "se", "eca", "coord", "msa")),
 ]
 
-# They ask for weights on the public hub; tests/models/test_weights.py repeats them on a local one.
-NEED_THE_HUB = ("test_model_load_pretrained", "test_model_features_pretrained")
+# They ask for weights on the public hub, the last one of every test_* model that has any;
+# tests/models/test_weights.py and test_shipped_weights.py repeat them without.
+NEED_THE_HUB = (
+    "test_model_load_pretrained",
+    "test_model_features_pretrained",
+    "test_model_inference",
+)
 
 
 def fetch(folder: Path) -> Path:
@@ -117,9 +122,9 @@ def markdown(counts: dict[str, Counter[str]]) -> str:
             "",
             "Made by `python tests/timm_suite.py --write docs/timm_suite.md` with timm "
             f"{timm.__version__}, torch {torch.__version__.split('+')[0]} and Python "
-            f"{platform.python_version()}. {' and '.join(f'`{name}`' for name in NEED_THE_HUB)} "
-            "need the public hub and are left out; `tests/models/test_weights.py` checks the same "
-            "on a local one.",
+            f"{platform.python_version()}. {', '.join(f'`{name}`' for name in NEED_THE_HUB)} "
+            "need the public hub and are left out; `tests/models/test_weights.py` and "
+            "`tests/models/test_shipped_weights.py` check the same without it.",
             "",
             "| model | passed | failed | skipped |",
             "| --- | --- | --- | --- |",

@@ -49,12 +49,12 @@ def table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
     for model in dict.fromkeys(model for model, _ in results):
         runs = {seed: summary for (name, seed), summary in results.items() if name == model}
         top1 = [summary["test"]["top1"] for summary in runs.values()]
-        deviation = statistics.stdev(top1) if len(top1) > 1 else float("nan")
+        deviation = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
         minutes = statistics.median(summary["seconds"] for summary in runs.values()) / 60
         parameters = next(iter(runs.values()))["parameters"] / 1e6
         rows.append(
             f"| {model} | {parameters:.3f} | {', '.join(map(str, runs))} "
-            f"| {statistics.mean(top1):.2f} ± {deviation:.2f} "
+            f"| {statistics.mean(top1):.2f}{deviation} "
             f"| {', '.join(f'{value:.2f}' for value in top1)} | {minutes:.1f} |"
         )
     return "\n".join(rows)

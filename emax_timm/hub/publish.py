@@ -18,7 +18,7 @@ from .integrity import check_folder
 from .release import Release, make_release
 from .upload import Published, UploadError, check_repo, upload
 
-__all__ = ["add_to_index", "publish"]
+__all__ = ["publish", "put_in_index"]
 
 
 @dataclass
@@ -68,7 +68,7 @@ def publish(argv: Sequence[str] | None = None, prog: str = "emax publish") -> in
         print(f"{done.repo} {done.version} {state}: commit {done.commit}")
         if config.index:
             with writing_to(Path(config.index_file)):
-                add_to_index(release, done, Path(config.index_file))
+                put_in_index(_entry(release, done), Path(config.index_file))
             print(f"{release.model}.{release.tag} is in {config.index_file}")
     except (UsageError, ValueError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -133,13 +133,8 @@ def _figures(release: Release) -> str:
     return "  ".join([*figures, f"sha256 {release.sha256}"])
 
 
-def add_to_index(release: Release, published: Published, path: Path) -> None:
-    """Put a published release into an index, in the place of its tag's entry if there is one.
-
-    Raises:
-        ValueError: If the file is no index.
-    """
-    entry = WeightsEntry(
+def _entry(release: Release, published: Published) -> WeightsEntry:
+    return WeightsEntry(
         model=release.model,
         tag=release.tag,
         repo=published.repo,
@@ -150,6 +145,14 @@ def add_to_index(release: Release, published: Published, path: Path) -> None:
         metrics=release.metrics,
         cfg=release.cfg,
     )
+
+
+def put_in_index(entry: WeightsEntry, path: Path) -> None:
+    """Put an entry into an index, in the place of its tag's if there is one.
+
+    Raises:
+        ValueError: If the file is no index.
+    """
     entries = read_index(path)
     names = [other.name for other in entries]
     if entry.name in names:

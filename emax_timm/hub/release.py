@@ -191,7 +191,7 @@ def _check_secrets(files: dict[str, bytes]) -> None:
 def _index_cfg(described: dict[str, Any]) -> dict[str, Any]:
     """What the index needs of a config.json to make timm's config for the weights."""
     names = (
-        *("num_classes", "input_size", "pool_size", "interpolation", "crop_pct", "crop_mode"),
+        *("num_classes", "input_size", "interpolation", "crop_pct", "crop_mode"),
         *("mean", "std"),
     )
     cfg = {"num_classes": described["num_classes"], **described["pretrained_cfg"]}

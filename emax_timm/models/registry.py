@@ -20,7 +20,14 @@ from torch import nn
 from ..attention import ATTENTIONS
 from . import weights
 
-__all__ = ["build_model", "entry_point", "family_cfgs", "register", "register_family"]
+__all__ = [
+    "build_model",
+    "entry_point",
+    "family_cfgs",
+    "pool_size_at",
+    "register",
+    "register_family",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -81,14 +88,24 @@ def _own_cfg(entry: weights.WeightsEntry, backbone: str) -> PretrainedCfg:
     """The config of weights that were trained with the package."""
     twin = get_pretrained_cfg(backbone) or PretrainedCfg()
     shipped = entry.repo is None
+    own = {k: tuple(v) if isinstance(v, list) else v for k, v in (entry.cfg or {}).items()}
+    own["pool_size"] = pool_size_at(twin.to_dict(), own.get("input_size", twin.input_size))
     return dataclasses.replace(
         without_weights(twin, architecture=entry.model),
         file=str(entry.path) if shipped else None,
         hf_hub_id=entry.repo,
         hf_hub_filename=None if shipped else entry.file,
         license=entry.license,
-        **(entry.cfg or {}),
+        **own,
     )
+
+
+def pool_size_at(cfg: Mapping[str, Any], input_size: Sequence[int]) -> tuple[int, ...] | None:
+    """Height and width of the last feature map for images of another size than a config's."""
+    if not cfg.get("pool_size"):
+        return None
+    sizes = zip(cfg["pool_size"], cfg["input_size"][1:], input_size[1:], strict=True)
+    return tuple(-(-size * pool // given) for pool, given, size in sizes)
 
 
 def without_weights(cfg: PretrainedCfg, architecture: str) -> PretrainedCfg:

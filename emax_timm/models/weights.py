@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import safetensors
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from timm.models import PretrainedCfg
@@ -155,7 +156,7 @@ def locate(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Located |
         RuntimeError: If they cannot be had, are no safetensors, or are not those of the index.
     """
     if cfg.source == "local-dir":
-        return _in_folder(Path(str(cfg.file)))
+        return _checked(_in_folder(Path(str(cfg.file))))
     if cfg.source != "hf-hub" and (cfg.state_dict or cfg.file):
         shipped = (e for e in INDEX if e.repo is None and str(e.path) == cfg.file)
         entry = next(shipped, None)
@@ -169,9 +170,18 @@ def locate(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Located |
     entry = next((e for e in INDEX if e.repo == repo and revision in ("", e.revision)), None)
     if entry is not None:
         path = fetch(repo, entry.file, entry.revision, entry.sha256, cache_dir)
-        return Located(path, repo, entry, entry.sha256 is not None)
-    file = cfg.hf_hub_filename or WEIGHTS
-    return Located(fetch(repo, file, revision or None, None, cache_dir), repo, None, False)
+        return _checked(Located(path, repo, entry, entry.sha256 is not None))
+    path = fetch(repo, cfg.hf_hub_filename or WEIGHTS, revision or None, None, cache_dir)
+    return _checked(Located(path, repo, None, False))
+
+
+def _checked(located: Located) -> Located:
+    """The same, if the file is a whole one; timm's error for another does not name it."""
+    try:
+        with safetensors.safe_open(located.path, "pt"):
+            return located
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RuntimeError(f"{located.path} is no complete safetensors file: {error}") from None
 
 
 def _in_folder(folder: Path) -> Located:

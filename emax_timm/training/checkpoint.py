@@ -34,6 +34,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..files import SUMS, read_sums, remove, replace_file, sha256_of, write_folder
+from ..models.registry import pool_size_at
 from .config import UsageError
 from .distributed import World
 
@@ -250,6 +251,8 @@ def save_model_config(
 ) -> None:
     """Write timm's config.json, by which `local-dir:` and the Hugging Face Hub know the model."""
     valid = PretrainedCfg.__dataclass_fields__
+    pool_size = pool_size_at(model.pretrained_cfg, data_config["input_size"])
+    model.pretrained_cfg["pool_size"] = pool_size
     model.pretrained_cfg.update({k: v for k, v in data_config.items() if k in valid})
     content = {"label_names": label_names} if label_names else None
 

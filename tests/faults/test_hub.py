@@ -251,3 +251,41 @@ def test_listed_weights_are_those_of_the_index(right: bool, tmp_path: Path) -> N
         assert f"not {digest}" in done.stdout
         assert str(bias) not in done.stdout
     assert f"HEAD me/model/resolve/{revision}/model.safetensors" in hub.requests
+
+
+UNFIT = """
+import json, sys, timm, emax_timm
+for name in ("lacks", "added", "shape", "cut", "header"):
+    for num_classes in (3, 5):
+        try:
+            timm.create_model(f"hf-hub:me/{name}", pretrained=True, num_classes=num_classes)
+            print("loaded")
+        except Exception as error:
+            print(" ".join(str(error).split()))
+"""
+
+
+def test_weights_of_the_hub_that_do_not_fit(tmp_path: Path) -> None:
+    """Also where timm itself would let that pass, for another number of classes."""
+    tensors = timm.create_model("test_resnet_emax", num_classes=3).state_dict()
+    gate = next(key for key in tensors if key.endswith("residual_gate"))
+    whole = as_bytes(tensors)
+    unfit = {
+        "lacks": as_bytes({key: value for key, value in tensors.items() if key != gate}),
+        "added": as_bytes({**tensors, "layer9.weight": torch.zeros(1)}),
+        "shape": as_bytes({**tensors, "layer1.0.conv1.weight": torch.zeros(1, 2, 3, 3)}),
+        "cut": whole[:-8],
+        "header": b"\xff" * 7 + b"\x00" + whole[8:],
+    }
+    hub = Hub()
+    for number, (name, content) in enumerate(unfit.items()):
+        files = {"model.safetensors": content, "config.json": json.dumps(CONFIG).encode()}
+        hub.repos[f"me/{name}"] = Repo([Commit(f"{number:040x}", files)])
+    with serve(hub):
+        done = in_new_process(UNFIT, tmp_path, **hub.environment(tmp_path))
+    lines = done.stdout.splitlines()
+    expected = [f"lack {gate}", "are for a model with layer9.weight", "layer1.0.conv1.weight"]
+    expected += ["is no complete safetensors file"] * 2
+    assert len(lines) == 10, done.stderr
+    for number, line in enumerate(lines):
+        assert expected[number // 2] in line
