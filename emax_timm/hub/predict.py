@@ -57,6 +57,8 @@ def predict(argv: Sequence[str] | None = None, prog: str = "emax predict") -> in
                 raise UsageError(f"{path} {what}")
         check_model(config.model, {})
         model = create_model(config.model, pretrained=True).eval()
+        if not model.num_classes:
+            raise UsageError(f"model {config.model} has no classifier")
         for path, found in predictions(model, config.images, config.top, config.exif_orientation):
             if isinstance(found, BrokenImageError):
                 broken += 1

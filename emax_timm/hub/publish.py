@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import SUMS, WriteError, remove, write_folder, writing_to
+from ..files import SUMS, WriteError, lock_folder, remove, write_folder, writing_to
 from ..models.weights import INDEX_FILE, WEIGHTS, WeightsEntry, read_index, write_index
 from ..training.checks import check_bounds
 from ..training.config import UsageError, from_mapping, parse_settings
@@ -101,7 +101,9 @@ def _make(config: PublishConfig, run: Path) -> Release:
     }
     # The repository of fashion_mnist's weights of a model m is called m.fashion_mnist.
     tag = config.tag or config.repo.partition("/")[2].partition(".")[2]
-    with open_world(config.device) as world:
+    with open_world(config.device) as world, lock_folder(run) as free:
+        if not free:
+            raise UsageError(f"a process is training in {run}; wait for its end")
         release = make_release(run, config.repo, tag, config.license, world, data)
     if config.index and not release.tag:
         raise UsageError("--index needs a --tag for the weights")

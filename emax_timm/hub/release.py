@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,14 @@ def make_release(
             they do not give the figures of its summary.
     """
     config = read_run(run)
-    summary = _read_json(run / SUMMARY, "the run has not ended; go on with --resume")
-    described = _read_json(run / checkpoint.MODEL_CONFIG, "it is no complete run")
+    names = ("best_epoch", "epochs", "validation", "test")
+    summary = _read_json(run / SUMMARY, names, "the run has not ended; go on with --resume")
+    names = ("architecture", "num_classes", "pretrained_cfg")
+    described = _read_json(run / checkpoint.MODEL_CONFIG, names, "it is no complete run")
     license = license or _license_of(config)
-    # Strictly: every key and shape, and no value that is not finite.
-    model = create_model(config.model, **model_arguments(config, config.num_classes))
+    # As others will build it, and strictly: every key and shape, and no value that is not finite.
+    arguments = {**described.get("model_args", {}), "num_classes": described["num_classes"]}
+    model = create_model(described["architecture"], **arguments)
     checkpoint.load_weights(model, run / checkpoint.BEST)
     _check_half(model.state_dict(), run / checkpoint.BEST)
     metrics = _validated(run, summary, world, data)
@@ -208,15 +212,16 @@ def _is_default(described: dict[str, Any]) -> bool:
     return arguments.pop("global_pool", "avg") == "avg" and not arguments
 
 
-def _read_json(path: Path, otherwise: str) -> dict[str, Any]:
+def _read_json(path: Path, names: Sequence[str], otherwise: str) -> dict[str, Any]:
+    """The object in a file, which must have these names; `otherwise` tells why there is no file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"there is no {path}: {otherwise}") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} must hold an object")
+    if not isinstance(content, dict) or not set(names) <= content.keys():
+        raise UsageError(f"{path} must hold an object with {', '.join(names)}")
     return content
 
 

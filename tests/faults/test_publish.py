@@ -217,6 +217,37 @@ def test_run_that_has_not_ended_is_not_published(
     assert "the run has not ended" in refused(capsys, run)
 
 
+@pytest.mark.parametrize("name", ["summary.json", "config.json"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", "\x00"])
+def test_run_with_a_damaged_file_is_not_published(
+    name: str, content: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / name).write_text(content)
+    assert str(run / name) in refused(capsys, run)
+
+
+def test_run_of_another_model_than_its_config_is_not_published(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What others would build could not take the weights."""
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "architecture": "test_resnet"}))
+    assert "which the model lacks" in refused(capsys, run)
+
+
+def test_run_in_training_is_not_published(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from emax_timm.files import lock_folder\n"
+    )
+    program += "with lock_folder(Path(sys.argv[1])): print('locked', flush=True); time.sleep(100)"
+    command = [sys.executable, "-c", program, str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        assert "a process is training in" in refused(capsys, run)
+        process.kill()
+
+
 def test_weights_must_give_the_figures_of_the_run(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
