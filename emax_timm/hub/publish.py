@@ -16,7 +16,7 @@ from ..training.images import BrokenImageError
 from ..training.options import option
 from .integrity import check_folder
 from .release import Release, make_release
-from .upload import Published, UploadError, check_repo, upload
+from .upload import UploadError, check_repo, upload
 
 __all__ = ["publish", "put_in_index"]
 
@@ -67,8 +67,9 @@ def publish(argv: Sequence[str] | None = None, prog: str = "emax publish") -> in
         state = "published" if done.new else "was published before"
         print(f"{done.repo} {done.version} {state}: commit {done.commit}")
         if config.index:
+            entry = release.entry(done.repo, WEIGHTS, done.commit)
             with writing_to(Path(config.index_file)):
-                put_in_index(_entry(release, done), Path(config.index_file))
+                put_in_index(entry, Path(config.index_file))
             print(f"{release.model}.{release.tag} is in {config.index_file}")
     except (UsageError, ValueError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -133,20 +134,6 @@ def _write(release: Release, folder: Path) -> None:
 def _figures(release: Release) -> str:
     figures = [f"{name} {value:.3f}" for name, value in release.metrics.items()]
     return "  ".join([*figures, f"sha256 {release.sha256}"])
-
-
-def _entry(release: Release, published: Published) -> WeightsEntry:
-    return WeightsEntry(
-        model=release.model,
-        tag=release.tag,
-        repo=published.repo,
-        file=WEIGHTS,
-        revision=published.commit,
-        sha256=release.sha256,
-        license=release.license,
-        metrics=release.metrics,
-        cfg=release.cfg,
-    )
 
 
 def put_in_index(entry: WeightsEntry, path: Path) -> None:

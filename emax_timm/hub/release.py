@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import __version__
 from ..benchmark.model_table import count_macs
 from ..files import SUMS, sha256_of
-from ..models.weights import WEIGHTS
+from ..models.weights import WEIGHTS, WeightsEntry
 from ..training import checkpoint
 from ..training.checks import model_arguments
 from ..training.config import UsageError
@@ -56,6 +56,20 @@ class Release:
     def sha256(self) -> str:
         """Of the weights."""
         return sha256_of(self.files[WEIGHTS])
+
+    def entry(self, repo: str | None, file: str, revision: str | None) -> WeightsEntry:
+        """What the index of weights says of it, published there."""
+        return WeightsEntry(
+            model=self.model,
+            tag=self.tag,
+            repo=repo,
+            file=file,
+            revision=revision,
+            sha256=self.sha256,
+            license=self.license,
+            metrics=self.metrics,
+            cfg=self.cfg,
+        )
 
 
 def make_release(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import replace_file
-from ..models.weights import INDEX_FILE, WEIGHTS, WeightsEntry
+from ..models.weights import INDEX_FILE, WEIGHTS
 from ..training.config import UsageError
 from ..training.distributed import open_world
 from .publish import put_in_index
@@ -47,18 +47,9 @@ def ship(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-    entry = WeightsEntry(
-        model=release.model,
-        tag=release.tag,
-        repo=None,
-        file=f"{FOLDER}/{release.model}.{release.tag}.safetensors",
-        revision=None,
-        sha256=release.sha256,
-        license=release.license,
-        metrics=release.metrics,
-        cfg=release.cfg,
-    )
-    path = arguments.index.parent / entry.file
+    file = f"{FOLDER}/{release.model}.{release.tag}.safetensors"
+    entry = release.entry(repo=None, file=file, revision=None)
+    path = arguments.index.parent / file
     path.parent.mkdir(exist_ok=True)
     replace_file(path, lambda temporary: temporary.write_bytes(content))
     put_in_index(entry, arguments.index)

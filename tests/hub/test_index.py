@@ -123,7 +123,7 @@ def test_run_with_arguments_is_not_for_the_index(
 ) -> None:
     """Its name alone would not build it."""
     config = json.loads((run / "config.json").read_text())
-    config["model_args"]["attn_stages"] = [2, 3]
+    config["model_args"]["attn_kwargs"] = {"batch_vote": True}
     (run / "config.json").write_text(json.dumps(config))
     options = ("--repo", REPO, "--push", "--index", "-j", "0")
     assert main(["publish", str(run), *options]) == 2
