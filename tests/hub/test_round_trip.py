@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ with torch.no_grad():
     torch.save(model(x), sys.argv[2])
 print(model.pretrained_cfg["label_names"], model.pretrained_cfg["source"])
 """
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # As the new processes have, for the number of threads decides the last bits.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def logits_of(folder: Path) -> torch.Tensor:
