@@ -182,6 +182,9 @@ def build_model(
         RuntimeError: If the weights cannot be had, are not those of the index, or do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
+    if overlay.keys() & {"hf_hub_id", "url"}:
+        # timm prefers a config's file, so the weights in this package would hide those asked for.
+        overlay.setdefault("file", None)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay) if pretrained else None
     located = None if cfg is None else weights.locate(cfg, cache_dir)
     if located is not None:
