@@ -4,11 +4,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from .benchmark.model_table import list_models
+from .benchmark.modules import benchmark
 from .benchmark.plan import plan
 from .hub.export import export
 from .hub.predict import predict
 from .hub.publish import publish
 from .hub.weights import weights
+from .kernels import kernels
 from .training import train, validate
 from .training.config import nearest
 from .training.curves import curves
@@ -19,6 +21,8 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "curves": (curves, "draw the curves of a training run"),
     "plan": (plan, "work out what a training run will need"),
     "list": (list_models, "list the models, with their size and cost"),
+    "benchmark": (benchmark, "measure what the attention costs"),
+    "kernels": (kernels, "build the attention's kernels for CPUs"),
     "export": (export, "export one with torch.export or to ONNX"),
     "predict": (predict, "classify images"),
     "publish": (publish, "publish the weights of a run on the Hugging Face Hub"),

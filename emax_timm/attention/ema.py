@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import ema_map
+from .analytic import emax
+from .functional import Layer, emax_maps
 
 __all__ = ["EMA"]
 
-# One node in a torch.fx graph: inside, the code depends on the input's dtype.
-torch.fx.wrap("ema_map")
+# One node each in a torch.fx graph: inside, the code depends on the input's dtype.
+torch.fx.wrap("emax")
+torch.fx.wrap("emax_maps")
 
 
 class EMA(nn.Module):
@@ -46,15 +48,27 @@ class EMA(nn.Module):
         )
         self.gn = nn.GroupNorm(self.group_channels, self.group_channels, **dd)
 
+    @torch.jit.export
     def attention(self, x: Tensor) -> Tensor:
         """The spatial attention of `x` in (0, 1), not applied to it: [b, F, h, w]."""
+        return emax_maps(x, self._layer(), torch.ones(1, device=x.device), False).spatial
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the attention: [b, c, h, w] to [b, c, h, w]."""
+        return emax(x, self._layer(), False)
+
+    def _layer(self) -> Layer:
         conv1x1_bias, conv3x3_bias = self.conv1x1.bias, self.conv3x3.bias
         # To TorchScript a convolution's bias is optional.
         assert conv1x1_bias is not None
         assert conv3x3_bias is not None
-        return ema_map(
-            x,
-            [
+        nothing: list[Tensor] = []
+        return Layer(
+            groups=self.groups,
+            batch_vote=False,
+            eps=self.gn.eps,
+            grouping=nothing,
+            spatial=[
                 self.conv1x1.weight,
                 conv1x1_bias,
                 self.conv3x3.weight,
@@ -62,13 +76,12 @@ class EMA(nn.Module):
                 self.gn.weight,
                 self.gn.bias,
             ],
-            self.gn.eps,
+            controller=nothing,
+            channel=nothing,
+            gamma=nothing,
+            global_=nothing,
+            residual_gate=nothing,
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the attention: [b, c, h, w] to [b, c, h, w]."""
-        grouped = x.unflatten(1, [self.groups, self.group_channels])  # [b, F, d, h, w]
-        return (grouped * self.attention(x).unsqueeze(2)).flatten(1, 2).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}"

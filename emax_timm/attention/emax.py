@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import EMAXMaps, emax_maps
+from .analytic import emax
+from .functional import EMAXMaps, Layer, emax_maps
 
 __all__ = ["EMAX", "set_grouping"]
 
-# One node in a torch.fx graph: inside, the code depends on the input's dtype.
+# One node each in a torch.fx graph: inside, the code depends on the input's dtype.
+torch.fx.wrap("emax")
 torch.fx.wrap("emax_maps")
 
 
@@ -185,11 +187,23 @@ class EMAX(nn.Module):
             group = fine // (self.groups // counts).unsqueeze(-1)  # [K, F]
             self.same_group.copy_(group.unsqueeze(-1) == group.unsqueeze(-2))
 
+    @torch.jit.export
     def attention(self, x: Tensor) -> EMAXMaps:
         """The attention maps of `x` [b, c, h, w], not applied to it.
 
         In training mode every call draws the noise of the choice of groups anew.
         """
+        return emax_maps(x, self._layer(), self.group_counts, self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the attention: [b, c, h, w] to [b, c, h, w]."""
+        return emax(x, self._layer(), self.training)
+
+    def _layer(self) -> Layer:
+        grouping: list[Tensor] = []
+        same_group = self.same_group
+        if same_group is not None:
+            grouping = [same_group, self.warmup, self.temperature]
         controller: list[Tensor] = []
         if self.group_controller is not None:
             controller.append(self.group_controller.weight)
@@ -197,16 +211,19 @@ class EMAX(nn.Module):
         channel_weights: list[Tensor] = []
         if self.channel_gate is not None:
             channel_weights = self.channel_gate.weights()
+        gammas: list[Tensor] = []
+        gamma = self.gamma
+        if gamma is not None:
+            gammas.append(gamma)
         global_weights: list[Tensor] = []
         if self.global_attn is not None:
             global_weights = self.global_attn.weights()
-        return emax_maps(
-            x,
-            self.group_counts,
-            self.same_group,
-            self.warmup,
-            self.temperature,
-            [
+        return Layer(
+            groups=self.groups,
+            batch_vote=self.batch_vote,
+            eps=self.gn.eps,
+            grouping=grouping,
+            spatial=[
                 self.conv1x1.weight,
                 _present(self.conv1x1.bias),
                 self.conv3x3.weight,
@@ -214,33 +231,12 @@ class EMAX(nn.Module):
                 self.gn.weight,
                 self.gn.bias,
             ],
-            self.gn.eps,
-            controller,
-            channel_weights,
-            self.gamma,
-            global_weights,
-            self.training,
-            self.batch_vote,
+            controller=controller,
+            channel=channel_weights,
+            gamma=gammas,
+            global_=global_weights,
+            residual_gate=[self.residual_gate],
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the attention: [b, c, h, w] to [b, c, h, w]."""
-        maps = self.attention(x)
-        # x + alpha * (x * (S + gamma * w_c) * w_g - x) as one factor on x, so that x is read once
-        # and alpha = 0 gives a factor of exactly 1.
-        scale = self.residual_gate * maps.global_  # [b, c]
-        offset = (1 - self.residual_gate).expand_as(scale)
-        gamma = self.gamma
-        if gamma is not None:
-            offset = offset + scale * gamma * maps.channel
-        group_shape = [self.groups, self.residual_gate.shape[0] // self.groups]  # F, d
-        factor = torch.addcmul(
-            offset.unflatten(1, group_shape).unsqueeze(-1).unsqueeze(-1),  # [b, F, d, 1, 1]
-            scale.unflatten(1, group_shape).unsqueeze(-1).unsqueeze(-1),
-            maps.spatial.unsqueeze(2),  # [b, F, 1, h, w]
-        )
-        # x comes first: its memory format is the product's.
-        return (x.unflatten(1, group_shape) * factor).flatten(1, 2).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}, candidates={self.candidates}, batch_vote={self.batch_vote}"

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EMAXMaps", "ema_map", "emax_maps"]
+from .. import kernels
+
+__all__ = ["EMAXMaps", "Layer", "emax_maps", "emax_plain"]
 
 
 class EMAXMaps(NamedTuple):
@@ -35,6 +37,33 @@ class EMAXMaps(NamedTuple):
     """Noise-free probabilities of the candidate group counts, [b, K]."""
     group_count: Tensor
     """The most probable candidate, [b], int64."""
+
+
+class Layer(NamedTuple):
+    """The parameters and constants of a layer; an empty list is a part that it does not have."""
+
+    groups: int
+    """F."""
+    batch_vote: bool
+    """As in `choose_groups`."""
+    eps: float
+    """Added to gn's variance."""
+    grouping: list[Tensor]
+    """What `mix_groups` and `choose_groups` take: same_group, warmup and temperature. Empty where
+    the finest count is the only candidate."""
+    spatial: list[Tensor]
+    """Weight and bias of conv1x1 ([d, d, 1, 1], [d]), of conv3x3 ([d, d, 3, 3], [d]) and of gn
+    ([d], [d])."""
+    controller: list[Tensor]
+    """Weight [K, c] and bias [K]."""
+    channel: list[Tensor]
+    """As in `squeeze_excite`."""
+    gamma: list[Tensor]
+    """[1]; with the channel gate."""
+    global_: list[Tensor]
+    """As in `squeeze_excite`."""
+    residual_gate: list[Tensor]
+    """alpha, [c]; without it alpha is 1."""
 
 
 def border_means(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -66,107 +95,239 @@ def border_means(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return rows.mean(-1, keepdim=True) - missed.flatten(-2)
 
 
-def fine_maps(
-    x: Tensor,
-    conv1x1_weight: Tensor,
-    conv1x1_bias: Tensor,
-    conv3x3_weight: Tensor,
-    conv3x3_bias: Tensor,
-    gn_weight: Tensor,
-    gn_bias: Tensor,
-    eps: float,
+class FineMaps(NamedTuple):
+    """The two cross-spatial terms at the finest grouping, and what else depends on x alone."""
+
+    mean: Tensor
+    """Of x over the image, [b, F, d]."""
+    first: Tensor
+    """[b, F, h, w]; the sum of the two is EMA's map before its sigmoid."""
+    second: Tensor
+    """[b, F, h, w]."""
+    conv_means: Tensor
+    """Of conv3x3(x) over the image, [b, F, d]. Their softmax weighs the channels in `second`; their
+    logsumexp is the score of a fine group's second term in a coarser group."""
+    centre: Tensor
+    """Mean of the gated features less `shift`, [b, F, d]."""
+    rstd: Tensor
+    """1 / standard deviation of the gated features, [b, F, d]."""
+
+
+def strip_gates(
+    x: Tensor, conv1x1_weight: Tensor, conv1x1_bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The two cross-spatial terms at the finest grouping, and what coarser ones need of them.
+    """EMA's gates of rows and columns.
 
     Args:
         x: [b, F, d, h, w].
 
     Returns:
-        `mean` of x over the image [b, F, d]; the terms `first` and `second`, [b, F, h, w], whose
-        sum is EMA's map before its sigmoid; `score` [b, F], the log of the weight that a fine
-        group's second term has in a coarser group.
+        Means of x over w [b, F, d, h] and over h [b, F, d, w], and the gates in (0, 1) from each.
     """
-    groups = x.shape[1]
-    rows, columns = x.mean(4), x.mean(3)  # [b, F, d, h], [b, F, d, w]
-    mean = rows.mean(3)  # [b, F, d]
-
+    rows, columns = x.mean(4), x.mean(3)
     mixing, shift = conv1x1_weight.flatten(1), conv1x1_bias.unsqueeze(-1)  # [d, d], [d, 1]
-    gate_h = torch.sigmoid(torch.matmul(mixing, rows) + shift)  # [b, F, d, h]
-    gate_w = torch.sigmoid(torch.matmul(mixing, columns) + shift)  # [b, F, d, w]
-    gated = x * (gate_h.unsqueeze(-1) * gate_w.unsqueeze(-2))  # [b, F, d, h, w]
-    # Centred first: E[u^2] - E[u]^2 would lose the variance of features with a large mean.
-    centred = gated - gated.mean(dim=(3, 4), keepdim=True)
-    rstd = torch.rsqrt(centred.square().mean(dim=(3, 4)) + eps)  # [b, F, d]
+    gate_h = torch.sigmoid(torch.matmul(mixing, rows) + shift)
+    gate_w = torch.sigmoid(torch.matmul(mixing, columns) + shift)
+    return rows, columns, gate_h, gate_w
 
+
+def deviations(x: Tensor, mean: Tensor, gate_h: Tensor, gate_w: Tensor) -> Tensor:
+    """The gated features less a constant per channel that is near their mean.
+
+    Their moments do not cancel as E[u^2] - E[u]^2 would of features with a large mean.
+
+    Args:
+        x: [b, F, d, h, w].
+        mean: Of x over the image, [b, F, d].
+        gate_h, gate_w: [b, F, d, h] and [b, F, d, w].
+
+    Returns:
+        [b, F, d, h, w].
+    """
+    shift = mean * gate_h.mean(3) * gate_w.mean(3)  # [b, F, d]
+    gate = gate_h.unsqueeze(-1) * gate_w.unsqueeze(-2)
+    return torch.addcmul(-shift.unsqueeze(-1).unsqueeze(-1), x, gate)
+
+
+def weigh_channels(x: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums over the channels of each group.
+
+    Args:
+        x: [b, F, d, h, w].
+        weights: [..., t, d], broadcast over b and F.
+
+    Returns:
+        [b, F, t, h, w].
+    """
+    return torch.matmul(weights, x.flatten(3)).unflatten(3, x.shape[3:])
+
+
+def fine_maps(x: Tensor, weights: list[Tensor], eps: float) -> FineMaps:
+    """The one pass over x that serves every group count.
+
+    Args:
+        x: [b, F, d, h, w].
+        weights, eps: `spatial` and `eps` of `Layer`.
+    """
+    conv3x3_weight, conv3x3_bias = weights[2], weights[3]
+    gn_weight, gn_bias = weights[4], weights[5]
     # gn has one channel per group, so the mean of its output is gn_bias whatever the input: the
     # first softmax is a constant, and its product with conv3x3(x) a one-channel convolution.
     constant = torch.softmax(gn_bias, dim=0)  # [d]
-    kernel = torch.matmul(constant, conv3x3_weight.flatten(1)).view(1, -1, 3, 3)  # [1, d, 3, 3]
+    kernel = torch.matmul(constant, conv3x3_weight.flatten(1)).view(-1, 9)  # [d, 9]
     offset = torch.dot(constant, conv3x3_bias)
-    first = F.conv2d(x.flatten(1, 2), kernel.expand(groups, -1, -1, -1), padding=1, groups=groups)
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript would compile the rest)
+        if kernels.serve(x):
+            return FineMaps(*kernels.fine_maps(x, weights, kernel, offset, eps))
+    rows, columns, gate_h, gate_w = strip_gates(x, weights[0], weights[1])
+    mean = rows.mean(3)  # [b, F, d]
+    deviation = deviations(x, mean, gate_h, gate_w)
+    centre = deviation.mean(dim=(3, 4))
+    pixels = x.shape[3] * x.shape[4]
+    square = torch.linalg.vector_norm(deviation, dim=(3, 4)).square() / pixels
+    rstd = torch.rsqrt((square - centre.square()).clamp(min=0) + eps)  # [b, F, d]
+
+    first = correlate(x, kernel) + offset
 
     # The second softmax is over the spatial means of conv3x3(x), which are linear in x's.
-    means = F.linear(
+    conv_means = F.linear(
         border_means(x, rows, columns).flatten(2),  # [b, F, d * 9]
         conv3x3_weight.flatten(1),
         conv3x3_bias,
     )  # [b, F, d]
-    weights = torch.softmax(means, dim=-1)
-    scale = (weights * gn_weight * rstd).unsqueeze(-1).unsqueeze(-1)  # [b, F, d, 1, 1]
-    second = (scale * centred).sum(2) + torch.matmul(weights, gn_bias).unsqueeze(-1).unsqueeze(-1)
-    return mean, first + offset, second, torch.logsumexp(means, dim=-1)
+    softmax = torch.softmax(conv_means, dim=-1)
+    scale = softmax * gn_weight * rstd  # [b, F, d]
+    level = torch.matmul(softmax, gn_bias) - (scale * centre).sum(-1)  # [b, F]
+    second = weigh_channels(deviation, scale.unsqueeze(2)).squeeze(2)
+    return FineMaps(
+        mean, first, second + level.unsqueeze(-1).unsqueeze(-1), conv_means, centre, rstd
+    )
 
 
-def choose_groups(logits: Tensor, temperature: Tensor, sample: bool, batch_vote: bool) -> Tensor:
+def correlate(x: Tensor, kernel: Tensor) -> Tensor:
+    """Correlation of each group with the same zero-padded 3x3 kernel of one output channel.
+
+    Args:
+        x: [b, F, d, h, w].
+        kernel: [d, 9].
+
+    Returns:
+        [b, F, h, w].
+    """
+    if torch.jit.is_scripting():
+        return _conv2d(x, kernel)
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return _conv2d(x, kernel)
+    return _sum_of_taps(x, kernel)
+
+
+def _conv2d(x: Tensor, kernel: Tensor) -> Tensor:
+    groups = x.shape[1]
+    weight = kernel.view(1, -1, 3, 3).expand(groups, -1, -1, -1)
+    return F.conv2d(x.flatten(1, 2), weight, padding=1, groups=groups)
+
+
+def _sum_of_taps(x: Tensor, kernel: Tensor) -> Tensor:
+    # One matrix product for the images of the nine taps, which then need only be moved and added.
+    taps = weigh_channels(x, kernel.t())  # [b, F, 9, h, w]
+    h, w = taps.shape[3], taps.shape[4]
+    if torch.compiler.is_compiling():
+        padded = F.pad(taps, [1, 1, 1, 1])
+        moved = [padded[:, :, t, t // 3 : t // 3 + h, t % 3 : t % 3 + w] for t in range(9)]
+        return sum(moved[1:], moved[0])
+    # In flat images, without what would wrap around into the next row.
+    grid = taps.unflatten(2, [3, 3])
+    grid[:, :, :, 0, :, -1] = 0
+    grid[:, :, :, 2, :, 0] = 0
+    flat = taps.flatten(3)
+    total = flat[:, :, 4]
+    for tap in range(9):
+        offset = (tap // 3 - 1) * w + tap % 3 - 1
+        if offset > 0:
+            total[..., :-offset] += flat[:, :, tap, offset:]
+        elif offset < 0:
+            total[..., -offset:] += flat[:, :, tap, :offset]
+    return total.unflatten(2, [h, w])
+
+
+def choose_groups(
+    logits: Tensor, temperature: Tensor, noise: Tensor | None, batch_vote: bool
+) -> tuple[Tensor, Tensor]:
     """One-hot choice of a candidate, by argmax, with the gradient of a softmax.
 
-    Straight-through Gumbel-softmax (arXiv 1611.01144) where `sample`, else without the noise.
+    Straight-through Gumbel-softmax (arXiv 1611.01144); without noise, a straight-through softmax.
     Ties take the first candidate, the smallest count.
 
     Args:
         logits: [b, K].
         temperature: Scalar tensor, > 0.
-        sample: Add Gumbel noise.
+        noise: Gumbel noise, [b, K], or None.
         batch_vote: Every sample takes the batch's most frequent choice.
 
     Returns:
-        [b, K].
+        The choice and the softmax, [b, K] each.
     """
-    if sample:
-        # Exponential(1) samples can round to 0, whose logarithm is infinite.
-        noise = torch.empty_like(logits).exponential_().clamp(min=1e-30)
-        logits = logits - noise.log()
+    if noise is not None:
+        logits = logits + noise
     soft = torch.softmax(logits / temperature, dim=-1)
-    hard = F.one_hot(soft.argmax(dim=-1), soft.shape[1]).to(soft.dtype)
+    candidates = torch.arange(soft.shape[1], device=soft.device)
+    hard = (candidates == soft.argmax(dim=-1, keepdim=True)).to(soft.dtype)
     if batch_vote:
-        winner = hard.sum(0).argmax(dim=-1, keepdim=True)  # [1]
-        hard = F.one_hot(winner, soft.shape[1]).to(soft.dtype).expand_as(soft)
-    return hard + (soft - soft.detach())
+        hard = (candidates == hard.sum(0).argmax()).to(soft.dtype).expand_as(soft)
+    return hard + (soft - soft.detach()), soft
 
 
-def mix_groups(
-    first: Tensor,
-    second: Tensor,
-    score: Tensor,
-    choice: Tensor,
-    same_group: Tensor,
-    warmup: Tensor,
-) -> Tensor:
-    """The map of a mixture over candidate group counts, from the fine maps alone.
+class GroupChoice(NamedTuple):
+    """How much of each candidate group count a sample takes, [b, K] each."""
+
+    logits: Tensor
+    soft: Tensor
+    """softmax((logits + noise) / temperature)."""
+    choice: Tensor
+    """One-hot."""
+
+
+def controlled_choice(mean: Tensor, layer: Layer, noise: Tensor | None) -> GroupChoice:
+    """The controller's choice of a candidate from the means of x, [b, c]."""
+    if len(layer.controller) == 0:
+        nothing = torch.zeros_like(mean[:, :1])
+        return GroupChoice(nothing, nothing + 1, nothing + 1)
+    logits = F.linear(mean, layer.controller[0], layer.controller[1])
+    choice, soft = choose_groups(logits, layer.grouping[2], noise, layer.batch_vote)
+    return GroupChoice(logits, soft, choice)
+
+
+def gumbel_noise(like: Tensor) -> Tensor:
+    """Samples of Gumbel(0, 1) in the shape and dtype of a tensor."""
+    # Exponential(1) samples can round to 0, whose logarithm is infinite.
+    return -torch.empty_like(like).exponential_().clamp(min=1e-30).log()
+
+
+class Mixing(NamedTuple):
+    """A mixture over candidate group counts, as it acts on the fine maps."""
+
+    first: Tensor
+    """Row-stochastic matrix on the first terms, [b, F, F]."""
+    second: Tensor
+    """Row-stochastic matrix on the second terms, [b, F, F]."""
+    equal: Tensor
+    """First matrix of each candidate, [K, F, F]."""
+    weighted: Tensor
+    """Second matrix of each candidate, [b, K, F, F]."""
+
+
+def mix_groups(score: Tensor, choice: Tensor, same_group: Tensor, warmup: Tensor) -> Mixing:
+    """How the maps of a mixture over candidate group counts follow from the fine maps.
 
     A coarse group's terms are convex combinations of those of its fine groups: equal weights for
     the first, softmax(score) within the group for the second. So a mixture over candidates is a
     row-stochastic matrix on the fine maps.
 
     Args:
-        first, second: Cross-spatial terms at the finest grouping, [b, F, h, w].
         score: [b, F].
         choice: Weights of the candidates, [b, K].
         same_group: Whether two fine groups share a group of candidate k, bool [K, F, F].
         warmup: Scalar tensor in [0, 1]; 0 is the finest grouping whatever `choice` says.
-
-    Returns:
-        [b, F, h, w].
     """
     # A third is no float32 number, nor is 1 - 0.1f: float64 inputs need float64 quotients.
     equal = same_group.to(score.dtype)
@@ -175,26 +336,104 @@ def mix_groups(
     # A softmax per row, hence normalised by the maximum of its group: one maximum for all would
     # underflow to 0 / 0 in groups far below it.
     scores = score[:, None, None, :].masked_fill(~same_group, float("-inf"))  # [b, K, F, F]
-    finest = torch.eye(first.shape[1], device=score.device, dtype=score.dtype)
-    rest = (1 - warmup) * finest
+    weighted = torch.softmax(scores, dim=-1)
+    rest = (1 - warmup) * torch.eye(score.shape[1], device=score.device, dtype=score.dtype)
     choice = warmup * choice
-    mix_first = rest + torch.matmul(choice, equal.flatten(1)).view_as(scores[:, 0])
-    mix_second = rest + (choice[:, :, None, None] * torch.softmax(scores, dim=-1)).sum(1)
-    mixed = torch.matmul(mix_first, first.flatten(2)) + torch.matmul(mix_second, second.flatten(2))
-    return mixed.view_as(first)
+    first = rest + torch.matmul(choice, equal.flatten(1)).view_as(scores[:, 0])
+    second = rest + (choice[:, :, None, None] * weighted).sum(1)
+    return Mixing(first, second, equal, weighted)
 
 
-def squeeze_excite(mean: Tensor, weights: list[Tensor]) -> Tensor:
-    """Squeeze-and-excitation's gate (arXiv 1709.01507): [b, c] means to [b, c] in (0, 1).
+def squeeze_excite(mean: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Squeeze-and-excitation's gate (arXiv 1709.01507).
 
     Args:
+        mean: [b, c].
         weights: Weight and bias of the reducing, then of the expanding 1x1 convolution.
+
+    Returns:
+        The gate in (0, 1), [b, c], and the hidden units that it is made from.
     """
     hidden = torch.relu(F.linear(mean, weights[0].flatten(1), weights[1]))
-    return torch.sigmoid(F.linear(hidden, weights[2].flatten(1), weights[3]))
+    return torch.sigmoid(F.linear(hidden, weights[2].flatten(1), weights[3])), hidden
 
 
-def _outside_autocast(function: Callable) -> Callable:
+def spatial_attention(fine: FineMaps, choice: Tensor, grouping: list[Tensor]) -> Tensor:
+    """Spatial attention S in (0, 1), [b, F, h, w], of a mixture over candidates.
+
+    Args:
+        choice: Weights of the candidates, [b, K].
+        grouping: As in `Layer`.
+    """
+    if len(grouping) == 0:
+        return torch.sigmoid(fine.first + fine.second)
+    mixing = mix_groups(torch.logsumexp(fine.conv_means, dim=-1), choice, grouping[0], grouping[1])
+    mixed = torch.matmul(mixing.first, fine.first.flatten(2))
+    mixed = mixed + torch.matmul(mixing.second, fine.second.flatten(2))
+    return torch.sigmoid(mixed).view_as(fine.first)
+
+
+class MeanGates(NamedTuple):
+    """Gates from the means of x and of x * S."""
+
+    channel: Tensor
+    """w_c, [b, c]; 0 without the channel gate."""
+    channel_hidden: Tensor
+    """Its hidden units."""
+    fused: Tensor
+    """Mean of the fused features, [b, c]."""
+    global_: Tensor
+    """w_g, [b, c]; 1 without the global gate."""
+    global_hidden: Tensor
+    """Its hidden units."""
+
+
+def mean_gates(
+    mean: Tensor,
+    pooled: Tensor,
+    channel_weights: list[Tensor],
+    gamma: list[Tensor],
+    global_weights: list[Tensor],
+) -> MeanGates:
+    """Channel and global attention, from the means of x and of x * S, [b, c] each."""
+    channel = torch.zeros_like(mean)
+    global_ = torch.ones_like(mean)
+    channel_hidden, global_hidden = channel, global_
+    fused = pooled
+    if len(gamma) > 0:
+        channel, channel_hidden = squeeze_excite(mean, channel_weights)
+        # The mean of the fused features follows from these two; they are never written.
+        fused = fused + gamma[0] * channel * mean
+    if len(global_weights) > 0:
+        global_, global_hidden = squeeze_excite(fused, global_weights)
+    return MeanGates(channel, channel_hidden, fused, global_, global_hidden)
+
+
+def output_scale(
+    gates: MeanGates, gamma: list[Tensor], residual_gate: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset, [b, c] each, of the factor scale * S + offset on x.
+
+    x + alpha * (x * (S + gamma * w_c) * w_g - x) is one factor on x: x is read once, and alpha = 0
+    gives a factor of exactly 1.
+    """
+    scale, offset = gates.global_, torch.zeros_like(gates.global_)
+    if len(residual_gate) > 0:
+        scale = residual_gate[0] * gates.global_
+        offset = (1 - residual_gate[0]).expand_as(scale)
+    if len(gamma) > 0:
+        offset = offset + scale * gamma[0] * gates.channel
+    return scale, offset
+
+
+def output_factor(scale: Tensor, offset: Tensor, spatial: Tensor) -> Tensor:
+    """scale * S + offset, [b, F, d, h, w], of [b, F, d] twice and [b, F, h, w]."""
+    return torch.addcmul(
+        offset.unsqueeze(-1).unsqueeze(-1), scale.unsqueeze(-1).unsqueeze(-1), spatial.unsqueeze(2)
+    )
+
+
+def outside_autocast(function: Callable) -> Callable:
     """Keep autocast from turning the matrix products of `function(x, ...)` into half precision.
 
     TorchScript compiles the undecorated function and cannot leave autocast: there the products
@@ -212,107 +451,118 @@ def _outside_autocast(function: Callable) -> Callable:
     return wrapper
 
 
-def _as(tensors: list[Tensor], like: Tensor) -> list[Tensor]:
-    return [tensor.to(like.dtype) for tensor in tensors]
+def prepare(x: Tensor, layer: Layer) -> tuple[Tensor, Layer]:
+    """What the functions here compute with: x [b, c, h, w] as [b, F, d, h, w] and the parameters.
 
-
-@_outside_autocast
-def ema_map(x: Tensor, spatial_weights: list[Tensor], eps: float) -> Tensor:
-    """EMA's spatial attention in (0, 1): [b, c, h, w] to [b, F, h, w].
-
-    Args:
-        x: [b, c, h, w], computed with in float32 if it is half precision.
-        spatial_weights, eps: As in `emax_maps`.
+    In float32 if x is half precision; the kernels take x as it is.
     """
-    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
+    half = x.dtype == torch.float16 or x.dtype == torch.bfloat16
+    dtype = torch.float32 if half else x.dtype
+    if not torch.jit.is_scripting():
+        half = half and not kernels.serve(x)
+    if half:
         x = x.float()
-    spatial = _as(spatial_weights, x)
-    groups = x.shape[1] // spatial[1].shape[0]
-    _, first, second, _ = fine_maps(
-        x.unflatten(1, [groups, -1]),
-        spatial[0],
-        spatial[1],
-        spatial[2],
-        spatial[3],
-        spatial[4],
-        spatial[5],
-        eps,
+    cast = Layer(
+        layer.groups,
+        layer.batch_vote,
+        layer.eps,
+        layer.grouping,
+        _cast(layer.spatial, dtype),
+        _cast(layer.controller, dtype),
+        _cast(layer.channel, dtype),
+        _cast(layer.gamma, dtype),
+        _cast(layer.global_, dtype),
+        _cast(layer.residual_gate, dtype),
     )
-    return torch.sigmoid(first + second)
+    return x.unflatten(1, [layer.groups, -1]), cast  # a view in any memory format
 
 
-@_outside_autocast
-def emax_maps(
-    x: Tensor,
-    group_counts: Tensor,
-    same_group: Tensor | None,
-    warmup: Tensor,
-    temperature: Tensor,
-    spatial_weights: list[Tensor],
-    eps: float,
-    controller_weights: list[Tensor],
-    channel_weights: list[Tensor],
-    gamma: Tensor | None,
-    global_weights: list[Tensor],
-    sample: bool,
-    batch_vote: bool,
-) -> EMAXMaps:
-    """All attention maps of an EMAX layer; an empty list of weights leaves that part out.
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+class Attended(NamedTuple):
+    """All that a layer computes of x but the output."""
+
+    fine: FineMaps
+    groups: GroupChoice
+    spatial: Tensor
+    """S, [b, F, h, w]."""
+    pooled: Tensor
+    """Mean of x * S over the image, [b, F, d]; of x without the global gate."""
+    gates: MeanGates
+
+
+def pool_attended(x: Tensor, spatial: Tensor) -> Tensor:
+    """Means over the image of x [b, F, d, h, w] times S [b, F, h, w]: [b, F, d]."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript would compile the rest)
+        if kernels.serve(x):
+            return kernels.pool(x, spatial)
+    products = torch.matmul(x.flatten(3), spatial.flatten(2).unsqueeze(-1))
+    return products.squeeze(-1) / (x.shape[3] * x.shape[4])
+
+
+def attend(x: Tensor, layer: Layer, noise: Tensor | None) -> Attended:
+    """Compute the attention of x.
 
     Args:
-        x: [b, c, h, w], computed with in float32 if it is half precision.
+        x, layer: As `prepare` returns them.
+        noise: As in `choose_groups`.
+    """
+    fine = fine_maps(x, layer.spatial, layer.eps)
+    mean = fine.mean.flatten(1)  # [b, c]
+    groups = controlled_choice(mean, layer, noise)
+    spatial = spatial_attention(fine, groups.choice, layer.grouping)
+    pooled = fine.mean
+    if len(layer.global_) > 0:
+        pooled = pool_attended(x, spatial)
+    gates = mean_gates(mean, pooled.flatten(1), layer.channel, layer.gamma, layer.global_)
+    return Attended(fine, groups, spatial, pooled, gates)
+
+
+def apply_attention(x: Tensor, layer: Layer, attended: Attended) -> Tensor:
+    """The output of a layer, [b, c, h, w], in x's dtype and memory format."""
+    scale, offset = output_scale(attended.gates, layer.gamma, layer.residual_gate)
+    scale, offset = scale.view_as(attended.fine.mean), offset.view_as(attended.fine.mean)
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript would compile the rest)
+        if kernels.serve(x):
+            return kernels.apply(x, attended.spatial, scale, offset).flatten(1, 2)
+    # x comes first: its memory format is the product's.
+    return (x * output_factor(scale, offset, attended.spatial)).flatten(1, 2)
+
+
+def draw_noise(x: Tensor, layer: Layer, sample: bool) -> Tensor | None:
+    """Gumbel noise for the choice of groups, [b, K], if there is to be any."""
+    if not sample or len(layer.controller) == 0:
+        return None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return gumbel_noise(x.new_empty([x.shape[0], layer.controller[1].shape[0]], dtype=dtype))
+
+
+@outside_autocast
+def emax_maps(x: Tensor, layer: Layer, group_counts: Tensor, sample: bool) -> EMAXMaps:
+    """The attention maps of a layer.
+
+    Args:
+        x: [b, c, h, w].
         group_counts: Candidates, ascending, int64 [K].
-        same_group: As in `mix_groups`; None where the finest count is the only candidate.
-        warmup: Scalar tensor in [0, 1]: 0 groups as EMA does, 1 as the controller chooses.
-        temperature: Scalar tensor, > 0.
-        spatial_weights: Weight and bias of conv1x1 ([d, d, 1, 1], [d]), of conv3x3
-            ([d, d, 3, 3], [d]) and of gn ([d], [d]).
-        eps: Added to gn's variance.
-        controller_weights: Weight [K, c] and bias [K]; empty where K = 1.
-        channel_weights, global_weights: As in `squeeze_excite`.
-        gamma: [1], or None without the channel gate.
-        sample: Draw Gumbel noise for the choice of groups.
-        batch_vote: As in `choose_groups`.
+        sample: Draw noise for the choice of groups.
     """
-    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
-        x = x.float()
-    spatial, controller = _as(spatial_weights, x), _as(controller_weights, x)
-    channel_gate, global_gate = _as(channel_weights, x), _as(global_weights, x)
-    groups = x.shape[1] // spatial[1].shape[0]
-    grouped = x.unflatten(1, [groups, -1])  # [b, F, d, h, w], a view in any memory format
-
-    mean, first, second, score = fine_maps(
-        grouped, spatial[0], spatial[1], spatial[2], spatial[3], spatial[4], spatial[5], eps
-    )
-    mean = mean.flatten(1)  # [b, c]
-    if len(controller) > 0:
-        logits = F.linear(mean, controller[0], controller[1])  # [b, K]
-        choice = choose_groups(logits, temperature, sample, batch_vote)
-    else:
-        logits = torch.zeros_like(mean[:, :1])
-        choice = torch.ones_like(logits)
-    if same_group is None:
-        mixed = first + second
-    else:
-        mixed = mix_groups(first, second, score, choice, same_group, warmup)
-    attention = torch.sigmoid(mixed)  # [b, F, h, w]
-
-    # The mean of the fused features follows from that of X * S; they are never written.
-    pixels = x.shape[2] * x.shape[3]
-    fused = torch.matmul(grouped.flatten(3), attention.flatten(2).unsqueeze(-1)) / pixels
-    fused = fused.flatten(1)  # [b, c]
-    channel = torch.zeros_like(mean)
-    if gamma is not None:
-        channel = squeeze_excite(mean, channel_gate)
-        fused = fused + gamma.to(x.dtype) * channel * mean
-    global_ = torch.ones_like(mean)
-    if len(global_gate) > 0:
-        global_ = squeeze_excite(fused, global_gate)
-
+    noise = draw_noise(x, layer, sample)
+    x, layer = prepare(x, layer)
+    attended = attend(x, layer, noise)
+    logits = attended.groups.logits
     return EMAXMaps(
-        spatial=attention,
-        channel=channel,
-        global_=global_,
+        spatial=attended.spatial,
+        channel=attended.gates.channel,
+        global_=attended.gates.global_,
         group_probs=torch.softmax(logits, dim=-1),
         group_count=group_counts[logits.argmax(dim=-1)],
     )
+
+
+@outside_autocast
+def emax_plain(x: Tensor, layer: Layer, noise: Tensor | None) -> Tensor:
+    """Apply a layer to x [b, c, h, w], keeping layout and dtype; autograd sees each operation."""
+    grouped, layer = prepare(x, layer)
+    return apply_attention(grouped, layer, attend(grouped, layer, noise)).to(x.dtype)

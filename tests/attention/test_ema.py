@@ -288,7 +288,7 @@ def test_ema_in_float32_is_as_precise_as_the_naive_formula(
     channels: int, size: tuple[int, int], kind: str
 ) -> None:
     draws = []
-    for seed in range(5):
+    for seed in range(15):
         module = layer_for(kind, channels, seed=seed, dtype=torch.float32)
         x = features(kind, 2, channels, *size, seed=seed, dtype=torch.float32)
         draws.append(float32_errors(module, module, x))

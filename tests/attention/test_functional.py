@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from emax_timm.attention.functional import (
     border_means,
     choose_groups,
+    gumbel_noise,
     mix_groups,
     squeeze_excite,
 )
@@ -41,14 +42,8 @@ def mixing_matrices(
 ) -> tuple[Tensor, Tensor]:
     """The matrices that act on the first and the second term, each [b, F, F]."""
     fine = score.shape[1]
-    basis = torch.eye(fine, dtype=score.dtype).expand(len(score), fine, fine).unsqueeze(-1)
-    nothing = torch.zeros_like(basis)
-    shared = same_group(fine, counts)
-    course = torch.tensor(warmup)
-    return (
-        mix_groups(basis, nothing, score, choice, shared, course).squeeze(-1),
-        mix_groups(nothing, basis, score, choice, shared, course).squeeze(-1),
-    )
+    mixing = mix_groups(score, choice, same_group(fine, counts), torch.tensor(warmup))
+    return mixing.first, mixing.second
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.3, 1.0])
@@ -98,13 +93,13 @@ ONE = torch.tensor(1.0)
 
 def test_choose_groups_is_one_hot_at_the_argmax() -> None:
     logits = randn(20, 5)
-    choice = choose_groups(logits, ONE, sample=False, batch_vote=False)
+    choice = choose_groups(logits, ONE, None, batch_vote=False)[0]
     assert torch.equal(choice, F.one_hot(logits.argmax(1), 5).double())
 
 
 def test_choose_groups_takes_the_first_of_equals() -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0]])
-    choice = choose_groups(logits, ONE, sample=False, batch_vote=False)
+    choice = choose_groups(logits, ONE, None, batch_vote=False)[0]
     assert choice.argmax(1).tolist() == [1, 0]
 
 
@@ -116,7 +111,7 @@ def test_choose_groups_has_the_gradient_of_the_softmax(
     logits, cotangent = randn(4, 3), randn(4, 3, seed=1)
     tau = torch.tensor(temperature)
     _, actual = torch.autograd.functional.vjp(
-        lambda logits: choose_groups(logits, tau, False, batch_vote), logits, cotangent
+        lambda logits: choose_groups(logits, tau, None, batch_vote)[0], logits, cotangent
     )
     y = torch.softmax(logits / temperature, dim=1)
     expected = y * (cotangent - (y * cotangent).sum(1, keepdim=True)) / temperature
@@ -133,7 +128,7 @@ def test_choose_groups_lets_the_batch_vote_and_ties_go_to_the_smallest(
 ) -> None:
     # The losers' certainty does not count, only their number.
     logits = F.one_hot(torch.tensor(choices), 3) * torch.linspace(9, 1, len(choices))[:, None]
-    choice = choose_groups(logits, ONE, sample=False, batch_vote=True)
+    choice = choose_groups(logits, ONE, None, batch_vote=True)[0]
     assert choice.argmax(1).tolist() == [winner] * len(choices)
     assert torch.equal(choice.sum(1), torch.ones(len(choices)))
 
@@ -143,9 +138,10 @@ def test_choose_groups_samples_with_the_softmaxs_probabilities(temperature: floa
     logits = torch.tensor([0.0, 1.0, -1.0, 0.5])
     torch.manual_seed(0)
     tau = torch.tensor(temperature)
-    choice = choose_groups(logits.expand(40_000, 4), tau, sample=True, batch_vote=False)
+    logits = logits.expand(40_000, 4)
+    choice, _ = choose_groups(logits, tau, gumbel_noise(logits), batch_vote=False)
     # Four standard deviations of a frequency are 0.01.
-    torch.testing.assert_close(choice.mean(0), torch.softmax(logits, dim=0), rtol=0, atol=0.01)
+    torch.testing.assert_close(choice.mean(0), torch.softmax(logits[0], dim=0), rtol=0, atol=0.01)
 
 
 def test_choose_groups_survives_an_exponential_sample_of_zero(
@@ -153,7 +149,7 @@ def test_choose_groups_survives_an_exponential_sample_of_zero(
 ) -> None:
     monkeypatch.setattr(Tensor, "exponential_", Tensor.zero_)
     logits = randn(3, 4, dtype=torch.float32)
-    choice = choose_groups(logits, ONE, sample=True, batch_vote=False)
+    choice, _ = choose_groups(logits, ONE, gumbel_noise(logits), batch_vote=False)
     assert torch.equal(choice, F.one_hot(logits.argmax(1), 4).float())
 
 
@@ -166,5 +162,5 @@ def test_squeeze_excite_equals_its_modules() -> None:
     ).double()
     x = randn(2, 8, 3, 4)
     weights = [parameter.detach() for parameter in gate.parameters()]
-    actual = squeeze_excite(x.mean((2, 3)), weights)
+    actual, _ = squeeze_excite(x.mean((2, 3)), weights)
     torch.testing.assert_close(actual, gate(x).flatten(1), rtol=0, atol=1e-14)

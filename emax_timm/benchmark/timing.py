@@ -1,0 +1,101 @@
+"""Timing of functions against each other, on a machine that does other things as well."""
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import geometric_mean, median, quantiles
+from typing import Any, NamedTuple
+
+import timm
+import torch
+
+from .. import __version__
+
+__all__ = ["Measured", "interleaved", "machine", "mean_ratio"]
+
+
+class Measured(NamedTuple):
+    """Seconds per call."""
+
+    median: float
+    low: float
+    """Lower quartile."""
+    high: float
+    """Upper quartile."""
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    seconds: float = 0.01,
+) -> dict[str, Measured]:
+    """Time functions in turn, so that a slow spell of the machine hits all of them.
+
+    Args:
+        calls: Named functions. Each is called twice before it is timed, which compiles it.
+        rounds: How often each is measured.
+        device: On a GPU its own clock is read.
+        seconds: Least duration of a measurement; a faster function is called several times.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        call()
+        repeats[name] = max(1, round(seconds / max(_duration(call, 1, device), 1e-9)))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        # The order changes, so that nobody always follows the same neighbour.
+        order = list(calls)[number % len(calls) :] + list(calls)[: number % len(calls)]
+        for name in order:
+            found[name].append(_duration(calls[name], repeats[name], device))
+    return {name: _measured(times) for name, times in found.items()}
+
+
+def _duration(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Seconds per call."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
+
+
+def _measured(times: Sequence[float]) -> Measured:
+    if len(times) == 1:
+        return Measured(times[0], times[0], times[0])
+    low, _, high = quantiles(times, n=4, method="inclusive")
+    return Measured(median(times), low, high)
+
+
+def mean_ratio(ours: Sequence[Measured], theirs: Sequence[Measured]) -> float:
+    """Geometric mean of the ratios of medians."""
+    return geometric_mean(a.median / b.median for a, b in zip(ours, theirs, strict=True))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What was measured on, and with which versions."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "emax_timm": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

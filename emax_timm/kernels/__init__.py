@@ -1,0 +1,245 @@
+"""EMAX's passes over feature maps in C++, for whoever has built them.
+
+`emax kernels build` compiles `emax_cpu.cpp` once per version of torch and kind of CPU. From then on
+the attention uses it on CPUs for float32 and bfloat16 inputs; without it, or with EMAX_KERNELS=off,
+it computes the same in PyTorch. EMAX_KERNELS=require makes the lack of it an error.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = [
+    "KernelError",
+    "apply",
+    "build",
+    "fine_maps",
+    "fine_maps_backward",
+    "kernels",
+    "library_path",
+    "load",
+    "pool",
+    "products",
+    "serve",
+    "weigh",
+]
+
+_logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("emax_cpu.cpp")
+MODES = ("auto", "off", "require")
+DTYPES = (torch.float32, torch.bfloat16)
+# ATen's vectors are as wide as these flags say, and the compiler must be told as well.
+FLAGS = {
+    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+}
+
+
+class KernelError(RuntimeError):
+    """The kernels cannot be had; the message is one line that says why."""
+
+
+def library_path() -> Path:
+    """Where the kernels for this source, this torch and this CPU are once they are built."""
+    root = os.environ.get("EMAX_KERNELS_DIR") or Path.home() / ".cache" / "emax_timm"
+    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    capability = torch.backends.cpu.get_cpu_capability().replace(" ", "_")
+    return Path(root) / f"emax_cpu-torch{torch.__version__}-{capability}-{digest}.so"
+
+
+def build() -> Path:
+    """Compile the kernels and put them in place in one step.
+
+    Raises:
+        KernelError: If there is no compiler, or it fails.
+    """
+    from torch.utils import cpp_extension
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    path = library_path()
+    flags = ["-O3", "-fopenmp", "-fno-math-errno", f"-DCPU_CAPABILITY={capability}"]
+    flags += [f"-DCPU_CAPABILITY_{capability}", *FLAGS.get(capability, [])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        try:
+            cpp_extension.load(
+                "emax_cpu",
+                [str(SOURCE)],
+                extra_cflags=flags,
+                extra_ldflags=["-fopenmp"],
+                build_directory=folder,
+                is_python_module=False,
+            )
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reasons = [line for line in lines if "error:" in line or "not found" in line] or lines
+            raise KernelError(f"the kernels cannot be built: {' '.join(reasons[:1])}") from None
+        os.replace(Path(folder) / "emax_cpu.so", path)
+    return path
+
+
+def kernels(argv: Sequence[str] | None = None, prog: str = "emax kernels") -> int:
+    """Build the kernels as the command line says; returns the exit status."""
+    parser = argparse.ArgumentParser(prog, description="EMAX in C++ for CPUs.", allow_abbrev=False)
+    parser.add_argument("action", choices=["build"], help="build: compile it for this machine")
+    parser.parse_args(argv)
+    try:
+        print(f"built {build()}; EMAX uses it from now on (EMAX_KERNELS=off does not)")
+    except (OSError, KernelError) as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def load() -> bool:
+    """Load the kernels if they are built and wanted; whether they are there.
+
+    Raises:
+        KernelError: With EMAX_KERNELS=require, if they are not, or if its value is another one.
+    """
+    global _loaded
+    if _loaded is None:
+        _loaded = _load()
+    return _loaded
+
+
+_loaded: bool | None = None
+
+
+def _load() -> bool:
+    mode = os.environ.get("EMAX_KERNELS", "auto")
+    if mode not in MODES:
+        raise KernelError(f"EMAX_KERNELS must be one of {', '.join(MODES)}, not {mode}")
+    if mode == "off":
+        return False
+    path = library_path()
+    problem = "they are not built for this version and this CPU; run `emax kernels build`"
+    if path.is_file():
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            problem = f"{path} cannot be loaded ({error}); run `emax kernels build`"
+            _logger.warning("EMAX runs without its kernels: %s", " ".join(problem.split()))
+        else:
+            _register_fakes()
+            return True
+    if mode == "require":
+        raise KernelError(f"EMAX_KERNELS is {mode}, but {problem}")
+    return False
+
+
+def serve(x: Tensor) -> bool:
+    """Whether the kernels compute on this tensor; autograd does not see into them."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()
+        # What counts operations on tensors without data cannot see into the kernels either.
+        and not isinstance(x, FakeTensor)
+        and load()
+    )
+
+
+def fine_maps(
+    x: Tensor, weights: list[Tensor], kernel: Tensor, offset: Tensor, eps: float
+) -> tuple[Tensor, ...]:
+    """`attention.functional.fine_maps`, in the order of `FineMaps`."""
+    conv1x1_weight, conv1x1_bias, conv3x3_weight, conv3x3_bias, *gn = weights
+    small = [conv1x1_weight.flatten(1), conv1x1_bias, conv3x3_weight.flatten(1), conv3x3_bias]
+    return torch.ops.emax_timm.fine_maps(x, *_plain([*small, kernel, offset, *gn]), eps)
+
+
+def pool(x: Tensor, spatial: Tensor) -> Tensor:
+    """`attention.functional.pool_attended`."""
+    return torch.ops.emax_timm.pool(x, *_plain([spatial]))
+
+
+def apply(x: Tensor, spatial: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """x * (scale * S + offset), in x's dtype."""
+    return torch.ops.emax_timm.apply(x, *_plain([spatial, scale, offset]))
+
+
+def products(
+    x: Tensor, grad: Tensor, spatial: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention.analytic._products`."""
+    return torch.ops.emax_timm.products(x, grad, *_plain([spatial, scale]))
+
+
+def weigh(x: Tensor, weights: Tensor) -> Tensor:
+    """`attention.analytic._weigh`."""
+    return torch.ops.emax_timm.weigh(x, *_plain([weights]))
+
+
+def fine_maps_backward(
+    x: Tensor,
+    grad: Tensor,
+    output: Sequence[Tensor],
+    fine: Sequence[Tensor],
+    weights: list[Tensor],
+    kernel: Tensor,
+    grads: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """`attention.analytic._backward_pass`."""
+    conv1x1_weight, conv1x1_bias, conv3x3_weight, _, *gn = weights
+    _, _, _, conv_means, centre, rstd = fine
+    first, second, score, mean, pooled = grads
+    small = [*output, pooled, first, second, score, mean, conv_means, centre, rstd]
+    small += [conv1x1_weight.flatten(1), conv1x1_bias, conv3x3_weight.flatten(1), kernel, *gn]
+    return torch.ops.emax_timm.fine_maps_backward(x, grad, *_plain(small))
+
+
+def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """All but feature maps are read as contiguous float32.
+
+    torch.compile runs the backward pass under the autocast that it was compiled under, so that
+    products in it may be of half precision.
+    """
+    return [tensor.float().contiguous() for tensor in tensors]
+
+
+def _register_fakes() -> None:
+    """Tell torch.compile what shapes the operators return."""
+    register = torch.library.register_fake
+
+    @register("emax_timm::fine_maps")
+    def _(x: Tensor, *_: object) -> tuple[Tensor, ...]:
+        b, groups, d, h, w = x.shape
+        vector, image = [b, groups, d], [b, groups, h, w]
+        shapes = (vector, image, image, vector, vector, vector)
+        return tuple(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+    @register("emax_timm::pool")
+    def _(x: Tensor, spatial: Tensor) -> Tensor:
+        return spatial.new_empty(x.shape[:3])
+
+    @register("emax_timm::apply")
+    def _(x: Tensor, *_: object) -> Tensor:
+        return torch.empty_like(x)
+
+    @register("emax_timm::products")
+    def _(x: Tensor, grad: Tensor, spatial: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        return torch.empty_like(scale), torch.empty_like(scale), torch.empty_like(spatial)
+
+    @register("emax_timm::weigh")
+    def _(x: Tensor, weights: Tensor) -> Tensor:
+        return weights.new_empty([*x.shape[:2], *x.shape[3:]])
+
+    @register("emax_timm::fine_maps_backward")
+    def _(x: Tensor, grad: Tensor, spatial: Tensor, *_: object) -> tuple[Tensor, ...]:
+        b, groups, d, h, w = x.shape
+        strips = [b, groups, d, h + w]
+        shapes = ([b, groups, d], [b, groups, d * 9], strips, strips, [d, 9], [2, d])
+        return torch.empty_like(x), *(spatial.new_empty(shape) for shape in shapes)
