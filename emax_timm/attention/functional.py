@@ -521,14 +521,14 @@ def attend(x: Tensor, layer: Layer, noise: Tensor | None) -> Attended:
 
 
 def apply_attention(x: Tensor, layer: Layer, attended: Attended) -> Tensor:
-    """The output of a layer, [b, c, h, w], in x's dtype and memory format."""
+    """The output of a layer, [b, F, d, h, w], in x's dtype and memory format."""
     scale, offset = output_scale(attended.gates, layer.gamma, layer.residual_gate)
     scale, offset = scale.view_as(attended.fine.mean), offset.view_as(attended.fine.mean)
     if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript would compile the rest)
         if kernels.serve(x):
-            return kernels.apply(x, attended.spatial, scale, offset).flatten(1, 2)
+            return kernels.apply(x, attended.spatial, scale, offset)
     # x comes first: its memory format is the product's.
-    return (x * output_factor(scale, offset, attended.spatial)).flatten(1, 2)
+    return x * output_factor(scale, offset, attended.spatial)
 
 
 def draw_noise(x: Tensor, layer: Layer, sample: bool) -> Tensor | None:
@@ -565,4 +565,5 @@ def emax_maps(x: Tensor, layer: Layer, group_counts: Tensor, sample: bool) -> EM
 def emax_plain(x: Tensor, layer: Layer, noise: Tensor | None) -> Tensor:
     """Apply a layer to x [b, c, h, w], keeping layout and dtype; autograd sees each operation."""
     grouped, layer = prepare(x, layer)
-    return apply_attention(grouped, layer, attend(grouped, layer, noise)).to(x.dtype)
+    out = apply_attention(grouped, layer, attend(grouped, layer, noise))
+    return out.flatten(1, 2).to(x.dtype)

@@ -86,6 +86,25 @@ def test_compile_traces_one_graph_without_gradients(layer: type[nn.Module]) -> N
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_networks_may_add_to_the_output_in_place(
+    memory_format: torch.memory_format, dtype: torch.dtype
+) -> None:
+    module = make_emax(24, dtype=torch.float32)
+    x = randn(2, 24, 5, 4, dtype=dtype).to(memory_format=memory_format).requires_grad_()
+    gradients = []
+    for in_place in (False, True):
+        out = module(x)
+        assert out.stride() == x.stride()
+        if in_place:
+            out += x
+        else:
+            out = out + x
+        gradients.append(torch.autograd.grad(out.square().sum(), x)[0])
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("frozen", ["input", "parameters", "some"])
 def test_gradients_where_not_everything_asks_for_one(frozen: str) -> None:
     module = make_emax(24)
