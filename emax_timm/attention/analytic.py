@@ -55,7 +55,7 @@ def emax(x: Tensor, layer: Layer, sample: bool) -> Tensor:
 
 @outside_autocast
 def _emax(x: Tensor, layer: Layer, noise: Tensor | None) -> Tensor:
-    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+    if kernels.exporting() or not torch.is_grad_enabled():
         return emax_plain(x, layer, noise)
     parts = _tensors(layer)
     constants = (layer.groups, layer.batch_vote, layer.eps, tuple(len(part) for part in parts))
@@ -112,8 +112,8 @@ class _EMAX(torch.autograd.Function):
         grad = grad_outputs[0]
         x, *kept = ctx.saved_tensors
         fine, kept = FineMaps(*kept[:6]), kept[6:]
-        pooled = kept.pop(0) if ctx.has_global_gate else fine.mean
-        noise, *tensors = kept
+        pooled, kept = (kept[0], kept[1:]) if ctx.has_global_gate else (fine.mean, kept)
+        noise, tensors = kept[0], kept[1:]
         nothing: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if grad is None:
             return tuple(nothing)

@@ -23,6 +23,7 @@ __all__ = [
     "KernelError",
     "apply",
     "build",
+    "exporting",
     "fine_maps",
     "fine_maps_backward",
     "kernels",
@@ -139,13 +140,23 @@ def _load() -> bool:
     return False
 
 
+def exporting() -> bool:
+    """Whether torch.export traces, which writes plain operations down.
+
+    torch 2.6 does not tell, and its compiler knows too little of autograd nodes: there this is true
+    of torch.compile as well.
+    """
+    is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+    return is_exporting()
+
+
 def serve(x: Tensor) -> bool:
     """Whether the kernels compute on this tensor; autograd does not see into them."""
     return (
         x.device.type == "cpu"
         and x.dtype in DTYPES
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()
+        and not exporting()
         # What counts operations on tensors without data cannot see into the kernels either.
         and not isinstance(x, FakeTensor)
         and load()
