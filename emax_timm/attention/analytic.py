@@ -406,7 +406,8 @@ def _backward_pass(
     # Centred, so that a mean of the deviations that is far above their deviation cancels exactly.
     total = grads.second.sum((2, 3)).unsqueeze(-1)  # [b, F, 1]
     second = grads.second - total.unsqueeze(-1) / pixels
-    grad_scale = torch.matmul(deviation.flatten(3), second.flatten(2).unsqueeze(-1)).squeeze(-1)
+    # No matrix product: its long sums round more, and what follows magnifies that.
+    grad_scale = (deviation * second.unsqueeze(2)).sum((3, 4))
     grad_softmax = grad_scale * gn_weight * fine.rstd + gn_bias * total
     grad_gn_weight = (grad_scale * softmax * fine.rstd).sum((0, 1))
     grad_gn_bias = (softmax * total).sum((0, 1))
