@@ -103,6 +103,8 @@ def kernels(argv: Sequence[str] | None = None, prog: str = "emax kernels") -> in
     return 0
 
 
+# torch.compile calls this while it traces, rather than tracing what opens files.
+@torch.compiler.assume_constant_result
 def load() -> bool:
     """Load the kernels if they are built and wanted; whether they are there.
 

@@ -59,6 +59,11 @@ class World:
                 dist.broadcast(tensor, src=0)
 
 
+# Gloo raises plain RuntimeErrors: most name its source file, that of a pair closed on a timeout does
+# not.
+GLOO_ERRORS = ("gloo", "Application timeout caused pair closure")
+
+
 @contextmanager
 def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
     """Join the other processes (torchrun's or Slurm's variables tell of them) and leave at the end.
@@ -96,7 +101,8 @@ def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
     try:
         yield World(torch.device(kind), rank, size)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        from_gloo = any(part in str(error) for part in GLOO_ERRORS)
+        if not isinstance(error, dist.DistError) and not from_gloo:
             raise
         silent = ", ".join(map(str, _silent_ranks(store, rank, size))) or "unknown"
         raise RankError(f"rank {silent} has ended or hangs: {str(error).splitlines()[0]}") from None

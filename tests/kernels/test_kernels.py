@@ -115,6 +115,20 @@ def test_without_kernels_the_portable_path_computes(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+COMPILE_FIRST = """
+import torch
+from emax_timm.attention import EMAX
+layer, x = EMAX(8), torch.randn(2, 8, 5, 7, requires_grad=True)
+torch.compile(layer, backend="eager", fullgraph=True)(x).sum().backward()
+"""
+
+
+def test_kernels_are_looked_for_outside_the_graph_of_torch_compile(tmp_path: Path) -> None:
+    """In a process whose first use of EMAX is a compiled one."""
+    done = run(["-c", COMPILE_FIRST], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_required_kernels_that_are_not_built_are_an_error(tmp_path: Path) -> None:
     done = run(["-c", COMPUTE], tmp_path, EMAX_KERNELS="require")
     assert done.returncode == 1
