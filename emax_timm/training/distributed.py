@@ -59,8 +59,7 @@ class World:
                 dist.broadcast(tensor, src=0)
 
 
-# Gloo raises plain RuntimeErrors: most name its source file, that of a pair closed on a timeout does
-# not.
+# Gloo raises plain RuntimeErrors: most name its source file, that of a timeout may not.
 GLOO_ERRORS = ("gloo", "Application timeout caused pair closure")
 
 
