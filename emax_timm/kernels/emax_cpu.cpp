@@ -1,15 +1,17 @@
-// EMAX's passes over feature maps, for CPUs. `passes.py` has the same in PyTorch and says what each
-// computes; `docs/emax.md` derives it.
+// EMAX's passes over feature maps, for CPUs. `attention/functional.py` and `attention/analytic.py`
+// have the same in PyTorch and say what each computes; `docs/emax.md` derives it.
 //
-// The work is cut into tiles, one per sample and fine group. A tile is read once into float32
-// scratch memory, whatever its dtype and memory format, and stays in the cache for all that is done
-// with it. There its rows are a whole number of vectors long with at least one zero behind them, so
-// that a shift by a row or a column is a shift of the pointer.
+// The work is cut into tiles, one per sample and fine group. A tile is read once, whatever its dtype
+// and memory format, and stays in the cache for all that is done with it. What moves along rows and
+// columns reads it into float32 scratch memory with a zero behind each row and rows of zeros behind
+// the last, so that a shift by a row or a column is a shift of the pointer. All else takes an image
+// for one long row, and reads it where it is if it can.
 //
 // Letters: b batch, F fine groups, d channels of one, h and w height and width.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
@@ -30,16 +32,12 @@ int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-Vec load(const float* from) { return Vec::loadu(from); }
+Vec load(const float* from, int64_t count = V) { return Vec::loadu(from, count); }
 
 Vec fma(const Vec& a, const Vec& b, const Vec& c) { return at::vec::fmadd(a, b, c); }
 
 float sum(const Vec& values) {
-  float lanes[V];
-  values.store(lanes);
-  float total = 0;
-  for (int64_t k = 0; k < V; ++k) total += lanes[k];
-  return total;
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, values);
 }
 
 Vec sigmoid(const Vec& x) { return Vec(1) / (Vec(1) + x.neg().exp()); }
@@ -47,19 +45,17 @@ Vec sigmoid(const Vec& x) { return Vec(1) / (Vec(1) + x.neg().exp()); }
 // Sizes of a problem and of its scratch memory.
 struct Shape {
   int64_t b, F, d, h, w;
-  int64_t row;      // length of a row
-  int64_t plane;    // of a channel
-  int64_t columns;  // where column values start in a strip: row values, then column values
-  int64_t strip;    // length of one
-  int64_t halo;     // zeros that a plane needs before and behind it to be shifted
+  int64_t row;    // length of a row
+  int64_t plane;  // of a channel
+  int64_t strip;  // of its values per row, then per column
+  int64_t halo;   // zeros that a plane needs before and behind it to be shifted
 
   explicit Shape(const Tensor& x)
       : b(x.size(0)), F(x.size(1)), d(x.size(2)), h(x.size(3)), w(x.size(4)) {
-    row = round_up(w + 1, V);
-    plane = h * row;
-    columns = round_up(h, V);
-    strip = columns + row;
-    halo = row + V;
+    row = w + 1;
+    plane = round_up(h * row, V);
+    strip = round_up(h + w, V);
+    halo = round_up(row + 1, V);
   }
 
   int64_t tiles() const { return b * F; }
@@ -79,6 +75,8 @@ class Scratch {
     next_ += round_up(size, 16);
     return taken;
   }
+
+  float* all() { return next_; }
 
  private:
   std::vector<float> memory_;
@@ -103,15 +101,19 @@ struct Tiles {
     return data + tile / s.F * sample + tile % s.F * group;
   }
 
-  // Between a tile and planes of scratch memory.
+  // Whether a channel's image is one piece of memory.
+  bool dense(const Shape& s) const { return pixel == 1 && (s.h == 1 || line == s.w); }
+
+  // Calls copy(element of a tile, element of scratch memory), in the order of the tile's memory.
   template <typename Copy>
-  void each(const Shape& s, int64_t tile, float* planes, Copy copy) const {
+  void each(const Shape& s, int64_t tile, float* planes, int64_t row, int64_t plane,
+            Copy copy) const {
     T* const from = at(s, tile);
     if (pixel == 1) {
       for (int64_t c = 0; c < s.d; ++c)
         for (int64_t i = 0; i < s.h; ++i) {
           T* const image = from + c * channel + i * line;
-          float* const scratch = planes + c * s.plane + i * s.row;
+          float* const scratch = planes + c * plane + i * row;
           for (int64_t j = 0; j < s.w; ++j) copy(image[j], scratch[j]);
         }
       return;
@@ -119,31 +121,108 @@ struct Tiles {
     for (int64_t i = 0; i < s.h; ++i)
       for (int64_t j = 0; j < s.w; ++j) {
         T* const image = from + i * line + j * pixel;
-        float* const scratch = planes + i * s.row + j;
-        for (int64_t c = 0; c < s.d; ++c) copy(image[c * channel], scratch[c * s.plane]);
+        float* const scratch = planes + i * row + j;
+        for (int64_t c = 0; c < s.d; ++c) copy(image[c * channel], scratch[c * plane]);
       }
   }
 
+  // Into padded planes, which are zero but for what earlier tiles left in the place of pixels.
   void read(const Shape& s, int64_t tile, float* planes) const {
-    each(s, tile, planes, [](const T& image, float& scratch) { scratch = static_cast<float>(image); });
+    if constexpr (std::is_same_v<std::remove_const_t<T>, float>) {
+      if (pixel == 1) {
+        for (int64_t c = 0; c < s.d; ++c)
+          read_image(s, at(s, tile) + c * channel, line, planes + c * s.plane);
+        return;
+      }
+    }
+    each(s, tile, planes, s.row, s.plane,
+         [](const T& image, float& scratch) { scratch = static_cast<float>(image); });
   }
   void write(const Shape& s, int64_t tile, float* planes) const {
-    each(s, tile, planes, [](T& image, float& scratch) { image = static_cast<T>(scratch); });
+    if constexpr (std::is_same_v<T, float>) {
+      if (pixel == 1) {
+        for (int64_t c = 0; c < s.d; ++c)
+          for (int64_t i = 0; i < s.h; ++i)
+            copy_row(s, planes + c * s.plane + i * s.row, at(s, tile) + c * channel + i * line);
+        return;
+      }
+    }
+    each(s, tile, planes, s.row, s.plane,
+         [](T& image, float& scratch) { image = static_cast<T>(scratch); });
+  }
+
+  static void copy_row(const Shape& s, const float* from, float* to) {
+    int64_t j = 0;
+    for (; j + V <= s.w; j += V) load(from + j).store(to + j);
+    if (j < s.w) load(from + j, s.w - j).store(to + j, s.w - j);
+  }
+  static void read_image(const Shape& s, const float* image, int64_t line, float* plane) {
+    for (int64_t i = 0; i < s.h; ++i) copy_row(s, image + i * line, plane + i * s.row);
   }
 };
 
-// A float map [h, w] of a tile, to and from a plane of scratch memory.
+// A float map [h, w] of a tile, to and from a padded plane.
 void read_map(const Shape& s, const float* map, float* plane) {
-  for (int64_t i = 0; i < s.h; ++i) std::copy_n(map + i * s.w, s.w, plane + i * s.row);
+  Tiles<float>::read_image(s, map, s.w, plane);
 }
 void write_map(const Shape& s, const float* plane, float* map) {
-  for (int64_t i = 0; i < s.h; ++i) std::copy_n(plane + i * s.row, s.w, map + i * s.w);
+  for (int64_t i = 0; i < s.h; ++i) Tiles<float>::copy_row(s, plane + i * s.row, map + i * s.w);
 }
 
-// Ones where a row has pixels, zeros behind it.
+// Tiles as rows of pixels, where they are if they are dense and float32, else in scratch memory.
+template <typename T>
+class Rows {
+ public:
+  Rows(const Shape& s, const Tensor& x) : s_(s), tiles_(x) {
+    in_place_ = std::is_same_v<std::remove_const_t<T>, float> && tiles_.dense(s);
+    stride_ = in_place_ ? tiles_.channel : round_up(s.pixels(), V);
+  }
+  int64_t scratch() const { return in_place_ ? 0 : s_.d * stride_; }
+  int64_t stride() const { return stride_; }
+
+  const float* read(int64_t tile, float* scratch) const {
+    float* const rows = place(tile, scratch);
+    if (!in_place_)
+      tiles_.each(s_, tile, rows, s_.w, stride_,
+                  [](const T& image, float& row) { row = static_cast<float>(image); });
+    return rows;
+  }
+  // Where to write a tile, and what to call thereafter.
+  float* place(int64_t tile, float* scratch) const {
+    if constexpr (std::is_same_v<std::remove_const_t<T>, float>)
+      if (in_place_) return const_cast<float*>(tiles_.at(s_, tile));
+    return scratch;
+  }
+  void write(int64_t tile, float* rows) const {
+    if (!in_place_)
+      tiles_.each(s_, tile, rows, s_.w, stride_,
+                  [](T& image, float& row) { image = static_cast<T>(row); });
+  }
+
+ private:
+  const Shape& s_;
+  Tiles<T> tiles_;
+  bool in_place_;
+  int64_t stride_;
+};
+
+// Calls f(place, count) for the vectors of a row, of which the last may be short.
+template <typename F>
+void along(int64_t length, F f) {
+  int64_t at = 0;
+  for (; at + V <= length; at += V) f(at, V);
+  if (at < length) f(at, length - at);
+}
+
+float mean_of(const float* values, int64_t length) {
+  Vec total(0);
+  along(length, [&](int64_t at, int64_t count) { total = total + load(values + at, count); });
+  return sum(total) / length;
+}
+
+// Ones where a plane has pixels, zeros elsewhere.
 void fill_mask(const Shape& s, float* mask) {
-  std::fill_n(mask, s.row, 0.f);
-  std::fill_n(mask, s.w, 1.f);
+  for (int64_t i = 0; i < s.h; ++i) std::fill_n(mask + i * s.row, s.w, 1.f);
 }
 
 // Row and column means of each channel, and its mean.
@@ -151,19 +230,13 @@ void strip_means(const Shape& s, const float* X, float* strips, float* mean) {
   for (int64_t c = 0; c < s.d; ++c) {
     const float* const x = X + c * s.plane;
     float* const strip = strips + c * s.strip;
-    float total = 0;
-    for (int64_t i = 0; i < s.h; ++i) {
-      Vec row(0);
-      for (int64_t j = 0; j < s.row; j += V) row = row + load(x + i * s.row + j);
-      strip[i] = sum(row) / s.w;
-      total += strip[i];
-    }
-    for (int64_t j = 0; j < s.row; j += V) {
+    for (int64_t i = 0; i < s.h; ++i) strip[i] = mean_of(x + i * s.row, s.w);
+    along(s.w, [&](int64_t j, int64_t count) {
       Vec column(0);
-      for (int64_t i = 0; i < s.h; ++i) column = column + load(x + i * s.row + j);
-      (column / Vec(s.h)).store(strip + s.columns + j);
-    }
-    mean[c] = total / s.h;
+      for (int64_t i = 0; i < s.h; ++i) column = column + load(x + i * s.row + j, count);
+      (column / Vec(s.h)).store(strip + s.h + j, count);
+    });
+    mean[c] = mean_of(strip, s.h);
   }
 }
 
@@ -198,7 +271,7 @@ void border_means(const Shape& s, const float* X, const float* strips, const flo
     const float* const strip = strips + c * s.strip;
     // The upper taps miss the last row, the lower ones the first; likewise the columns.
     const float rows[3] = {strip[s.h - 1] / s.h, 0, strip[0] / s.h};
-    const float columns[3] = {strip[s.columns + s.w - 1] / s.w, 0, strip[s.columns] / s.w};
+    const float columns[3] = {strip[s.h + s.w - 1] / s.w, 0, strip[s.h] / s.w};
     const float* const lines[3] = {x + (s.h - 1) * s.row, nullptr, x};
     const int64_t places[3] = {s.w - 1, 0, 0};
     for (int i = 0; i < 3; ++i)
@@ -209,29 +282,52 @@ void border_means(const Shape& s, const float* X, const float* strips, const flo
   }
 }
 
-// The gated features less a constant near their mean, and that constant's rows of zeros behind.
+// A channel's product of gates, gate_h * gate_w, zero where there are no pixels: an infinity that an
+// earlier tile left there would reach this one.
+void gate_plane(const Shape& s, const float* gate, float* plane) {
+  for (int64_t i = 0; i < s.h; ++i) {
+    const Vec gate_row(gate[i]);
+    along(s.w, [&](int64_t j, int64_t count) {
+      (gate_row * load(gate + s.h + j, count)).store(plane + i * s.row + j, count);
+    });
+    plane[i * s.row + s.w] = 0;
+  }
+  std::fill(plane + s.h * s.row, plane + s.plane, 0.f);
+}
+
+// The gated features less a constant near their mean, and their first two moments.
 void gated_deviations(const Shape& s, const float* X, const float* gates, const float* mean,
                       const float* mask, float* U, float* centre, float* square) {
   for (int64_t c = 0; c < s.d; ++c) {
-    const float* const x = X + c * s.plane;
-    const float* const gate = gates + c * s.strip;
-    float gate_h = 0, gate_w = 0;
-    for (int64_t i = 0; i < s.h; ++i) gate_h += gate[i];
-    for (int64_t j = 0; j < s.w; ++j) gate_w += gate[s.columns + j];
-    const Vec shift(mean[c] * (gate_h / s.h) * (gate_w / s.w));
+    const float *const x = X + c * s.plane, *const gate = gates + c * s.strip;
+    float* const u = U + c * s.plane;
+    const Vec shift(mean[c] * mean_of(gate, s.h) * mean_of(gate + s.h, s.w));
+    gate_plane(s, gate, u);
     Vec first(0), second(0);
-    for (int64_t i = 0; i < s.h; ++i) {
-      const Vec gate_row(gate[i]);
-      for (int64_t j = 0; j < s.row; j += V) {
-        const int64_t at = i * s.row + j;
-        const Vec u = load(x + at) * (gate_row * load(gate + s.columns + j)) - shift * load(mask + j);
-        u.store(U + c * s.plane + at);
-        first = first + u;
-        second = fma(u, u, second);
-      }
+    for (int64_t at = 0; at < s.plane; at += V) {
+      const Vec value = load(x + at) * load(u + at) - shift * load(mask + at);
+      value.store(u + at);
+      first = first + value;
+      second = fma(value, value, second);
     }
     centre[c] = sum(first) / s.pixels();
     square[c] = sum(second) / s.pixels();
+  }
+}
+
+// means[o] = sum over c of (sum over taps of borders[c, tap] * conv[c, tap, o]) + bias[o]. A sum per
+// channel first: one long sum would round more. Rows of `conv` and the bias are `width` long.
+void conv_means_of(const Shape& s, const float* borders, const float* conv, const float* bias,
+                   int64_t width, float* means) {
+  for (int64_t o = 0; o < width; o += V) {
+    Vec total = load(bias + o);
+    for (int64_t c = 0; c < s.d; ++c) {
+      Vec channel(0);
+      for (int64_t k = c * TAPS; k < (c + 1) * TAPS; ++k)
+        channel = fma(Vec(borders[k]), load(conv + k * width + o), channel);
+      total = total + channel;
+    }
+    total.store(means + o, std::min(V, s.d - o));
   }
 }
 
@@ -288,12 +384,15 @@ FineMaps fine_maps_of(const Tensor& x, const Tensor& mixing, const Tensor& shift
   const Tensor first = at::empty({s.b, s.F, s.h, s.w}, options);
   const Tensor second = at::empty_like(first);
   // Its rows are read for all outputs at once.
-  const Tensor conv_by_input = conv.t().contiguous();  // [d * 9, d]
+  const int64_t width = round_up(s.d, V);
+  const Tensor conv_by_input =  // [d * 9, width]
+      at::constant_pad_nd(conv.t(), {0, width - s.d}).contiguous();
+  const Tensor padded_bias = at::constant_pad_nd(conv_bias, {0, width - s.d});
   const Tiles<const T> tiles(x);
   const auto* const mixing_data = mixing.const_data_ptr<float>();
   const auto* const shift_data = shift.const_data_ptr<float>();
   const auto* const conv_data = conv_by_input.const_data_ptr<float>();
-  const auto* const conv_bias_data = conv_bias.const_data_ptr<float>();
+  const auto* const conv_bias_data = padded_bias.const_data_ptr<float>();
   const auto* const kernel_data = kernel.const_data_ptr<float>();
   const float constant = *offset.const_data_ptr<float>();
   const auto* const gn_weight_data = gn_weight.const_data_ptr<float>();
@@ -307,13 +406,13 @@ FineMaps fine_maps_of(const Tensor& x, const Tensor& mixing, const Tensor& shift
 
   at::parallel_for(0, s.tiles(), s.grain(), [&](int64_t begin, int64_t end) {
     const int64_t tap_stride = s.plane + 2 * s.halo;
-    Scratch scratch(2 * s.d * s.plane + 2 * s.d * s.strip + s.row + s.d * (TAPS + 3) +
+    Scratch scratch(2 * s.d * s.plane + 2 * s.d * s.strip + s.plane + s.d * (TAPS + 3) +
                     TAPS * tap_stride + 2 * s.plane + 1024);
     float* const X = scratch.take(s.d * s.plane);
     float* const U = scratch.take(s.d * s.plane);
     float* const strips = scratch.take(s.d * s.strip);
     float* const gates = scratch.take(s.d * s.strip);
-    float* const mask = scratch.take(s.row);
+    float* const mask = scratch.take(s.plane);
     float* const borders = scratch.take(s.d * TAPS);
     float* const weights = scratch.take(s.d);
     float* const square = scratch.take(s.d);
@@ -331,14 +430,7 @@ FineMaps fine_maps_of(const Tensor& x, const Tensor& mixing, const Tensor& shift
       strip_means(s, X, strips, mean);
       mix_strips(s, mixing_data, s.d, 1, shift_data, strips, gates, sigmoid);
       border_means(s, X, strips, mean, borders);
-      std::copy_n(conv_bias_data, s.d, conv_mean);
-      // A sum per channel first: one long sum would round more.
-      for (int64_t c = 0; c < s.d; ++c) {
-        std::fill_n(scale, s.d, 0.f);
-        for (int64_t k = c * TAPS; k < (c + 1) * TAPS; ++k)
-          for (int64_t o = 0; o < s.d; ++o) scale[o] += borders[k] * conv_data[k * s.d + o];
-        for (int64_t o = 0; o < s.d; ++o) conv_mean[o] += scale[o];
-      }
+      conv_means_of(s, borders, conv_data, conv_bias_data, width, conv_mean);
       softmax(s.d, conv_mean, weights);
       gated_deviations(s, X, gates, mean, mask, U, centre, square);
       float level = 0;
@@ -376,20 +468,19 @@ template <typename T>
 Tensor pool_of(const Tensor& x, const Tensor& spatial) {
   const Shape s(x);
   const Tensor pooled = at::empty({s.b, s.F, s.d}, spatial.options());
-  const Tiles<const T> tiles(x);
+  const Rows<const T> xs(s, x);
   const auto* const maps = spatial.const_data_ptr<float>();
   float* const out = pooled.data_ptr<float>();
   at::parallel_for(0, s.tiles(), s.grain(), [&](int64_t begin, int64_t end) {
-    Scratch scratch((s.d + 1) * s.plane + 64);
-    float* const X = scratch.take(s.d * s.plane);
-    float* const S = scratch.take(s.plane);
+    Scratch scratch(xs.scratch());
     for (int64_t tile = begin; tile < end; ++tile) {
-      tiles.read(s, tile, X);
-      read_map(s, maps + tile * s.pixels(), S);
-      for (int64_t c = 0; c < s.d; ++c) {
+      const float* const map = maps + tile * s.pixels();
+      const float* x = xs.read(tile, scratch.all());
+      for (int64_t c = 0; c < s.d; ++c, x += xs.stride()) {
         Vec total(0);
-        for (int64_t at = 0; at < s.plane; at += V)
-          total = fma(load(X + c * s.plane + at), load(S + at), total);
+        along(s.pixels(), [&](int64_t at, int64_t count) {
+          total = fma(load(x + at, count), load(map + at, count), total);
+        });
         out[tile * s.d + c] = sum(total) / s.pixels();
       }
     }
@@ -401,26 +492,25 @@ template <typename T>
 Tensor apply_of(const Tensor& x, const Tensor& spatial, const Tensor& scale, const Tensor& offset) {
   const Shape s(x);
   const Tensor y = at::empty_like(x);
-  const Tiles<const T> from(x);
-  const Tiles<T> to(y);
+  const Rows<const T> xs(s, x);
+  const Rows<T> ys(s, y);
   const auto* const maps = spatial.const_data_ptr<float>();
   const auto* const scales = scale.const_data_ptr<float>();
   const auto* const offsets = offset.const_data_ptr<float>();
   at::parallel_for(0, s.tiles(), s.grain(), [&](int64_t begin, int64_t end) {
-    Scratch scratch((s.d + 1) * s.plane + 64);
-    float* const X = scratch.take(s.d * s.plane);
-    float* const S = scratch.take(s.plane);
+    Scratch from(xs.scratch()), to(ys.scratch());
     for (int64_t tile = begin; tile < end; ++tile) {
-      from.read(s, tile, X);
-      read_map(s, maps + tile * s.pixels(), S);
-      for (int64_t c = 0; c < s.d; ++c) {
+      const float* const map = maps + tile * s.pixels();
+      const float* x = xs.read(tile, from.all());
+      float* const rows = ys.place(tile, to.all());
+      float* y = rows;
+      for (int64_t c = 0; c < s.d; ++c, x += xs.stride(), y += ys.stride()) {
         const Vec a(scales[tile * s.d + c]), b(offsets[tile * s.d + c]);
-        for (int64_t at = 0; at < s.plane; at += V) {
-          float* const x = X + c * s.plane + at;
-          (load(x) * fma(a, load(S + at), b)).store(x);
-        }
+        along(s.pixels(), [&](int64_t at, int64_t count) {
+          (load(x + at, count) * fma(a, load(map + at, count), b)).store(y + at, count);
+        });
       }
-      to.write(s, tile, X);
+      ys.write(tile, rows);
     }
   });
   return y;
@@ -435,36 +525,32 @@ std::tuple<Tensor, Tensor, Tensor> products_of(const Tensor& x, const Tensor& gr
   const Tensor grad_scale_out = at::empty_like(scale);
   const Tensor grad_offset_out = at::empty_like(scale);
   const Tensor weighted = at::empty_like(spatial);
-  const Tiles<const T> xs(x), grads(grad);
+  const Rows<const T> xs(s, x), grads(s, grad);
   const auto* const maps = spatial.const_data_ptr<float>();
   const auto* const scales = scale.const_data_ptr<float>();
   float* const grad_scale = grad_scale_out.data_ptr<float>();
   float* const grad_offset = grad_offset_out.data_ptr<float>();
   float* const out = weighted.data_ptr<float>();
   at::parallel_for(0, s.tiles(), s.grain(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(2 * (s.d + 1) * s.plane + 64);
-    float* const X = scratch.take(s.d * s.plane);
-    float* const D = scratch.take(s.d * s.plane);
-    float* const S = scratch.take(s.plane);
-    float* const W = scratch.take(s.plane);
+    Scratch x_scratch(xs.scratch()), grad_scratch(grads.scratch());
     for (int64_t tile = begin; tile < end; ++tile) {
-      xs.read(s, tile, X);
-      grads.read(s, tile, D);
-      read_map(s, maps + tile * s.pixels(), S);
-      std::fill_n(W, s.plane, 0.f);
-      for (int64_t c = 0; c < s.d; ++c) {
+      const float* const map = maps + tile * s.pixels();
+      float* const sums = out + tile * s.pixels();
+      const float* x = xs.read(tile, x_scratch.all());
+      const float* g = grads.read(tile, grad_scratch.all());
+      std::fill_n(sums, s.pixels(), 0.f);
+      for (int64_t c = 0; c < s.d; ++c, x += xs.stride(), g += grads.stride()) {
         const Vec a(scales[tile * s.d + c]);
         Vec with_map(0), alone(0);
-        for (int64_t at = 0; at < s.plane; at += V) {
-          const Vec product = load(X + c * s.plane + at) * load(D + c * s.plane + at);
-          with_map = fma(product, load(S + at), with_map);
+        along(s.pixels(), [&](int64_t at, int64_t count) {
+          const Vec product = load(x + at, count) * load(g + at, count);
+          with_map = fma(product, load(map + at, count), with_map);
           alone = alone + product;
-          fma(a, product, load(W + at)).store(W + at);
-        }
+          fma(a, product, load(sums + at, count)).store(sums + at, count);
+        });
         grad_scale[tile * s.d + c] = sum(with_map);
         grad_offset[tile * s.d + c] = sum(alone);
       }
-      write_map(s, W, out + tile * s.pixels());
     }
   });
   return {grad_scale_out, grad_offset_out, weighted};
@@ -474,22 +560,19 @@ template <typename T>
 Tensor weigh_of(const Tensor& x, const Tensor& weights) {
   const Shape s(x);
   const Tensor weighted = at::empty({s.b, s.F, s.h, s.w}, weights.options());
-  const Tiles<const T> xs(x);
+  const Rows<const T> xs(s, x);
   const auto* const weight = weights.const_data_ptr<float>();
   float* const out = weighted.data_ptr<float>();
   at::parallel_for(0, s.tiles(), s.grain(), [&](int64_t begin, int64_t end) {
-    Scratch scratch((s.d + 1) * s.plane + 64);
-    float* const X = scratch.take(s.d * s.plane);
-    float* const W = scratch.take(s.plane);
+    Scratch scratch(xs.scratch());
     for (int64_t tile = begin; tile < end; ++tile) {
-      xs.read(s, tile, X);
-      for (int64_t at = 0; at < s.plane; at += V) {
+      const float* const rows = xs.read(tile, scratch.all());
+      along(s.pixels(), [&](int64_t at, int64_t count) {
         Vec total(0);
         for (int64_t c = 0; c < s.d; ++c)
-          total = fma(Vec(weight[tile * s.d + c]), load(X + c * s.plane + at), total);
-        total.store(W + at);
-      }
-      write_map(s, W, out + tile * s.pixels());
+          total = fma(Vec(weight[tile * s.d + c]), load(rows + c * xs.stride() + at, count), total);
+        total.store(out + tile * s.pixels() + at, count);
+      });
     }
   });
   return weighted;
@@ -541,14 +624,14 @@ FineGrads fine_maps_backward_of(const Tensor& x, const Tensor& grad, const Tenso
   const float pixels = s.pixels();
 
   at::parallel_for(0, s.tiles(), s.grain(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(3 * s.d * s.plane + 2 * s.d * s.strip + s.row + s.d * (TAPS + 8) +
+    Scratch scratch(3 * s.d * s.plane + 2 * s.d * s.strip + s.plane + s.d * (TAPS + 8) +
                     3 * (s.plane + 2 * s.halo) + 1024);
     float* const X = scratch.take(s.d * s.plane);
     float* const D = scratch.take(s.d * s.plane);
     float* const U = scratch.take(s.d * s.plane);
     float* const gates = scratch.take(s.d * s.strip);
     float* const back = scratch.take(s.d * s.strip);
-    float* const mask = scratch.take(s.row);
+    float* const mask = scratch.take(s.plane);
     float* const mean = scratch.take(s.d);
     float* const unused = scratch.take(2 * s.d);
     float* const weights = scratch.take(s.d);
@@ -584,10 +667,10 @@ FineGrads fine_maps_backward_of(const Tensor& x, const Tensor& grad, const Tenso
       const float total = sum(all);
       const Vec second_mean(total / pixels);
       for (int64_t i = 0; i < s.h; ++i)
-        for (int64_t j = 0; j < s.row; j += V) {
+        along(s.w, [&](int64_t j, int64_t count) {
           float* const at = second + i * s.row + j;
-          (load(at) - second_mean * load(mask + j)).store(at);
-        }
+          (load(at, count) - second_mean).store(at, count);
+        });
       float* const grad_weights = means_out + tile * s.d;
       float inner = 0;
       for (int64_t c = 0; c < s.d; ++c) {
@@ -619,32 +702,33 @@ FineGrads fine_maps_backward_of(const Tensor& x, const Tensor& grad, const Tenso
       }
 
       // U becomes the gradient of the gated features.
-      std::fill_n(grad_strip, s.d * s.strip, 0.f);
       for (int64_t c = 0; c < s.d; ++c) {
         const float *const x = X + c * s.plane, *const gate = gates + c * s.strip;
         float *const u = U + c * s.plane, *const out = grad_strip + c * s.strip;
         const Vec a(scale[c]), b(curve[c]), u_mean(centre[c]);
+        for (int64_t at = 0; at < s.plane; at += V)
+          fma(a, load(second + at), b * (load(u + at) - u_mean)).store(u + at);
         for (int64_t i = 0; i < s.h; ++i) {
-          const Vec gate_row(gate[i]);
           Vec row(0);
-          for (int64_t j = 0; j < s.row; j += V) {
+          along(s.w, [&](int64_t j, int64_t count) {
             const int64_t at = i * s.row + j;
-            const Vec gated = fma(a, load(second + at), b * (load(u + at) - u_mean));
-            gated.store(u + at);
-            const Vec g = gated * load(x + at);
-            row = fma(g, load(gate + s.columns + j), row);
-            float* const column = out + s.columns + j;
-            fma(g, gate_row, load(column)).store(column);
-          }
+            row = fma(load(u + at) * load(x + at, count), load(gate + s.h + j, count), row);
+          });
           out[i] = sum(row);
         }
+        along(s.w, [&](int64_t j, int64_t count) {
+          Vec column(0);
+          for (int64_t i = 0; i < s.h; ++i) {
+            const int64_t at = i * s.row + j;
+            column = fma(load(u + at) * load(x + at, count), Vec(gate[i]), column);
+          }
+          column.store(out + s.h + j, count);
+        });
         for (int64_t l = 0; l < s.strip; l += V) {
           const Vec value = load(gate + l);
           (load(out + l) * value * (Vec(1) - value)).store(out + l);
         }
-        // Behind the rows and the columns there are gates of nothing.
-        std::fill(out + s.h, out + s.columns, 0.f);
-        std::fill(out + s.columns + s.w, out + s.strip, 0.f);
+        std::fill(out + s.h + s.w, out + s.strip, 0.f);  // gates of nothing
       }
       mix_strips(s, mixing_data, 1, s.d, nullptr, grad_strip, back, [](const Vec& v) { return v; });
 
@@ -657,9 +741,9 @@ FineGrads fine_maps_backward_of(const Tensor& x, const Tensor& grad, const Tenso
         for (int64_t i = 0; i < s.h; ++i) strip[i] = strip[i] / s.w + every;
         strip[0] -= taps[6] + taps[7] + taps[8];
         strip[s.h - 1] -= taps[0] + taps[1] + taps[2];
-        for (int64_t j = 0; j < s.w; ++j) strip[s.columns + j] /= s.h;
-        strip[s.columns] -= taps[2] + taps[5] + taps[8];
-        strip[s.columns + s.w - 1] -= taps[0] + taps[3] + taps[6];
+        for (int64_t j = 0; j < s.w; ++j) strip[s.h + j] /= s.h;
+        strip[s.h] -= taps[2] + taps[5] + taps[8];
+        strip[s.h + s.w - 1] -= taps[0] + taps[3] + taps[6];
         const Vec a(out_scales[tile * s.d + c]), b(out_offsets[tile * s.d + c]),
             p(pooled_grads[tile * s.d + c]);
         Vec weights9[TAPS];
@@ -667,19 +751,19 @@ FineGrads fine_maps_backward_of(const Tensor& x, const Tensor& grad, const Tenso
         float* const out = X + c * s.plane;
         for (int64_t i = 0; i < s.h; ++i) {
           const Vec gate_row(gate[i]), row(strip[i]);
-          for (int64_t j = 0; j < s.row; j += V) {
+          along(s.w, [&](int64_t j, int64_t count) {
             const int64_t at = i * s.row + j;
             const Vec map = load(S + at);
             Vec even = fma(load(x + at), fma(a, map, b), p * map);
-            Vec odd = fma(load(u + at), gate_row * load(gate + s.columns + j),
-                          row + load(strip + s.columns + j));
+            Vec odd = fma(load(u + at), gate_row * load(gate + s.h + j, count),
+                          row + load(strip + s.h + j, count));
             for (int t = 0; t < TAPS; ++t) {
               const Vec tap = load(first + at - tap_offset(s, t));
               if (t % 2) odd = fma(weights9[t], tap, odd);
               else even = fma(weights9[t], tap, even);
             }
-            (even + odd).store(out + at);
-          }
+            (even + odd).store(out + at, count);
+          });
         }
         out[0] += taps[8];
         out[s.w - 1] += taps[6];
@@ -687,15 +771,11 @@ FineGrads fine_maps_backward_of(const Tensor& x, const Tensor& grad, const Tenso
         out[(s.h - 1) * s.row + s.w - 1] += taps[0];
       }
       grad_xs.write(s, tile, X);
-      // The scratch memory of the next tile is clean behind its rows again.
-      for (int64_t c = 0; c < s.d; ++c)
-        for (int64_t i = 0; i < s.h; ++i)
-          std::fill(X + c * s.plane + i * s.row + s.w, X + c * s.plane + (i + 1) * s.row, 0.f);
     }
   });
-  // Laid out as the strips of `passes.py`: rows, then columns, without what pads them.
+  // Without what pads them.
   const auto compact = [&](const Tensor& strips) {
-    return at::cat({strips.narrow(3, 0, s.h), strips.narrow(3, s.columns, s.w)}, 3);
+    return strips.narrow(3, 0, s.h + s.w).contiguous();
   };
   return {grad_x,
           grad_means,

@@ -101,6 +101,32 @@ def test_kernels_compute_what_the_portable_path_does(built: Path) -> None:
     assert done.stdout == "the same\n", done.stderr
 
 
+# What one thread computes first must not reach what it computes next, in the same memory.
+ISOLATE = """
+import torch
+from emax_timm import kernels
+from emax_timm.attention import EMAX
+assert kernels.load()
+torch.manual_seed(0)
+layer, x = EMAX(64, factor=4).eval(), torch.randn(3, 64, 5, 7)
+results = []
+for value in (1.0, float("nan"), float("inf")):
+    spoilt = x.clone()
+    spoilt[0] = value
+    spoilt.requires_grad_()
+    out = layer(spoilt)
+    out.square().sum().backward()
+    assert out[0].isfinite().all() == (value == 1)
+    results.append(torch.cat([out[1:], spoilt.grad[1:]]))
+print(all(torch.equal(results[0], result) for result in results))
+"""
+
+
+@pytest.mark.slow
+def test_a_sample_that_is_not_finite_leaves_the_others_alone(built: Path) -> None:
+    assert run(["-c", ISOLATE], built).stdout == "True\n"
+
+
 @pytest.mark.slow
 def test_kernels_are_used_unless_they_are_switched_off(built: Path) -> None:
     with_kernels = run(["-c", COMPUTE], built, EMAX_KERNELS="require").stdout.split()
