@@ -7,6 +7,7 @@ derives the gradients.
 Dimension letters as in `functional.py`.
 """
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -124,10 +125,19 @@ class _EMAX(torch.autograd.Function):
         else:
             grouped, layer = prepare(x, original)
             grad = grad.to(grouped.dtype).unflatten(1, grouped.shape[1:3])
-            grads = _backward(grouped, grad, layer, fine, pooled, noise)
+            with _no_autocast(x):
+                grads = _backward(grouped, grad, layer, fine, pooled, noise)
             typed = zip(grads, [x, *weights], strict=True)
             grads = [g.view_as(tensor).to(tensor.dtype) for g, tensor in typed]
         return grads[0], *nothing[1 : -len(weights)], *grads[1:]
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Whether autocast is on or not: torch.compile traces the backward pass where it is off, and
+    runs it under the autocast of the forward pass.
+    """
+    kind = x.device.type
+    return contextlib.nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
 
 
 def _differentiable_gradients(

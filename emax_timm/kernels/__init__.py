@@ -215,12 +215,8 @@ def fine_maps_backward(
 
 
 def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """All but feature maps are read as contiguous float32.
-
-    torch.compile runs the backward pass under the autocast that it was compiled under, so that
-    products in it may be of half precision.
-    """
-    return [tensor.float().contiguous() for tensor in tensors]
+    """All but feature maps are read as contiguous memory."""
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def _register_fakes() -> None:
