@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Callable, Sequence
 
+from .benchmark.command import benchmark
 from .benchmark.model_table import list_models
-from .benchmark.modules import benchmark
 from .benchmark.plan import plan
 from .hub.export import export
 from .hub.predict import predict

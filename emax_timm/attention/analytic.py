@@ -132,7 +132,7 @@ class _EMAX(torch.autograd.Function):
         return grads[0], *nothing[1 : -len(weights)], *grads[1:]
 
 
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Whether autocast is on or not: torch.compile traces the backward pass where it is off, and
     runs it under the autocast of the forward pass.
     """

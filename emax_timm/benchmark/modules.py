@@ -1,22 +1,39 @@
 """`emax benchmark modules`: time and memory of attention layers, in one run against each other."""
 
-import argparse
-import json
 import math
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..attention import ATTENTIONS
 from ..attention.reference import NaiveEMAX
-from ..files import replace_file
-from .timing import Measured, interleaved, machine, mean_ratio
+from .timing import (
+    Measured,
+    described,
+    heading,
+    interleaved,
+    machine,
+    mean_ratio,
+    milliseconds,
+    row,
+)
 
-__all__ = ["Bound", "benchmark", "measure_modules", "report_modules", "saved_bytes"]
+__all__ = [
+    "SHAPES",
+    "SYSTEMS",
+    "Bound",
+    "computed",
+    "differ_in_groups",
+    "kernels_serve",
+    "measure_modules",
+    "report_modules",
+    "saved_bytes",
+]
 
 # Batch, channels, height and width: ResNet-50's four stages at 224 x 224.
 SHAPES = [(8, 256, 56, 56), (8, 512, 28, 28), (8, 1024, 14, 14), (8, 2048, 7, 7)]
@@ -31,7 +48,16 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "CoordAttn": ATTENTIONS["coord"],
 }
 COMPILED = ("EMAX", "SE", "CBAM", "CoordAttn")
+IN_CPP = ("EMAX", "EMA")
+# What is measured of a layer: as it is, compiled, and with the C++ kernels, which else are off.
+SYSTEMS = [
+    f"{name}{way}"
+    for name in LAYERS
+    for way, names in (("", LAYERS), (", compiled", COMPILED), (", C++", IN_CPP))
+    if name in names
+]
 PASSES = ("forward", "forward + backward")
+SAVED = "saved activations"
 
 
 class Copy(nn.Module):
@@ -42,21 +68,34 @@ class Copy(nn.Module):
 
 
 class Bound(NamedTuple):
-    """A promise: the time of a system over that of another is at most `ratio`."""
+    """A promise: the time of a system over that of another is at most `ratio`.
 
-    passes: str
+    For `SAVED`, what it keeps for the backward pass over x.
+    """
+
+    what: str
     system: str
     over: str
     ratio: float
 
 
 BOUNDS = [
-    Bound("forward", "EMAX", "naive EMAX", 1 / 2),
+    Bound("forward", "EMAX, C++", "naive EMAX", 1 / 8),
+    Bound("forward", "EMAX, C++", "SE", 1.5),
+    Bound("forward", "EMAX, C++", "CBAM", 0.6),
+    Bound("forward", "EMAX, C++", "CBAM, compiled", 1.0),
+    Bound("forward + backward", "EMAX, C++", "naive EMAX", 1 / 6),
+    Bound("forward + backward", "EMAX, C++", "SE", 1.6),
+    Bound("forward + backward", "EMAX, C++", "CBAM", 0.6),
+    Bound("forward + backward", "EMAX, C++", "CBAM, compiled", 1.0),
+    Bound(SAVED, "EMAX, C++", "x", 1.2),
     Bound("forward", "EMAX, compiled", "naive EMAX", 1 / 4.5),
     Bound("forward", "EMAX, compiled", "SE", 2.8),
     Bound("forward", "EMAX, compiled", "CBAM", 1.2),
     Bound("forward + backward", "EMAX, compiled", "naive EMAX", 1 / 3),
     Bound("forward + backward", "EMAX, compiled", "CBAM", 0.9),
+    Bound(SAVED, "EMAX, compiled", "x", 1.2),
+    Bound("forward", "EMAX", "naive EMAX", 1 / 2),
 ]
 # How much worse than its bound, which holds for the mean of the shapes, a single shape may be.
 WORST_SHAPE = 1.5
@@ -70,23 +109,31 @@ def measure_modules(
     memory_format: torch.memory_format,
     systems: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Time every layer on every shape, forward in eval mode and both passes in training mode.
+    """Time every system on every shape, forward in eval mode and both passes in training mode.
+
+    Args:
+        systems: Of `SYSTEMS`; None for all that can be had.
 
     Returns:
         `times[passes][system][shape]`, seconds as in `Measured`, and `saved[system][shape]`, bytes
         kept for the backward pass over those of x.
+
+    Raises:
+        KernelError: If the kernels are asked for, but are not built.
     """
+    if systems is None:
+        systems = [name for name in SYSTEMS if kernels_serve(device, dtype) or "C++" not in name]
     times: dict[str, dict[str, list[Measured]]] = {passes: {} for passes in PASSES}
     saved: dict[str, list[float]] = {}
     for shape in shapes:
         torch.compiler.reset()
-        layers = _layers(shape[1], device, dtype, systems)
+        layers = {name: _layer(name, shape[1]).to(device, dtype) for name in systems}
         x = torch.randn(shape, device=device, dtype=dtype).to(memory_format=memory_format)
         for name, layer in layers.items():
-            kept = saved_bytes(layer.train(), x)
+            kept = computed(name, partial(saved_bytes, layer.train(), x))()
             saved.setdefault(name, []).append(kept / (x.numel() * x.element_size()))
         for passes, make in zip(PASSES, (_forward, _both), strict=True):
-            calls = {name: make(layer, x) for name, layer in layers.items()}
+            calls = {name: computed(name, make(layer, x)) for name, layer in layers.items()}
             for name, measured in interleaved(calls, rounds, device).items():
                 times[passes].setdefault(name, []).append(measured)
     return {
@@ -100,16 +147,37 @@ def measure_modules(
     }
 
 
-def _layers(
-    channels: int, device: torch.device, dtype: torch.dtype, systems: Sequence[str] | None
-) -> dict[str, nn.Module]:
-    layers: dict[str, nn.Module] = {}
-    for name, make in LAYERS.items():
-        layers[name] = make(channels).to(device, dtype)
-        if name in COMPILED:
-            compiled: Any = torch.compile(layers[name], dynamic=False, fullgraph=True)
-            layers[f"{name}, compiled"] = compiled
-    return {name: layer for name, layer in layers.items() if systems is None or name in systems}
+def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for such tensors in this process."""
+    return device.type == "cpu" and dtype in kernels.DTYPES and kernels.load()
+
+
+def _layer(system: str, channels: int) -> nn.Module:
+    name, _, way = system.partition(", ")
+    layer: Any = LAYERS[name](channels)
+    differ_in_groups(layer)
+    if way == "compiled":
+        layer = torch.compile(layer, dynamic=False, fullgraph=True)
+    return layer
+
+
+def differ_in_groups(network: nn.Module) -> None:
+    """Let samples choose different numbers of groups, in all layers that let them."""
+    for layer in network.modules():
+        controller: Any = getattr(layer, "group_controller", None)
+        if controller is not None:
+            nn.init.normal_(controller.weight)
+            nn.init.zeros_(controller.bias)
+
+
+def computed(system: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call with the kernels or without them, as the name of the system says."""
+
+    def run() -> Any:
+        with kernels.using(system.endswith("C++")):
+            return call()
+
+    return run
 
 
 def _forward(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
@@ -157,110 +225,38 @@ def report_modules(found: dict[str, Any]) -> str:
     lines: list[str] = []
     for passes, times in found["times"].items():
         peers = [name for name in ("naive EMAX", "SE", "CBAM") if name in times]
-        head = [f"{passes}, ms", *shapes, *(f"/ {peer}" for peer in peers)]
-        if passes == PASSES[1]:
-            head.append("saved / x")
-        lines += ["", _row(head), _row(["---", *["---:"] * (len(head) - 1)])]
+        saved = [SAVED + " / x"] if passes == PASSES[1] else []
+        head = [f"{passes}, ms", *shapes, *(f"/ {peer}" for peer in peers), *saved]
+        lines += heading(head)
         for name, measured in times.items():
-            cells = [name, *(_milliseconds(one) for one in measured)]
+            cells = [name, *map(milliseconds, measured)]
             cells += [f"{mean_ratio(measured, times[peer]):.2f}" for peer in peers]
-            if passes == PASSES[1]:
-                cells.append(f"{math.prod(found['saved'][name]) ** (1 / len(shapes)):.2f}")
-            lines.append(_row(cells))
+            # Which is nothing for some: no geometric_mean.
+            cells += [f"{math.prod(found['saved'][name]) ** (1 / len(shapes)):.2f}" for _ in saved]
+            lines.append(row(cells))
+        lines.append("")
     held = [line for bound in BOUNDS for line in _verdict(bound, found)]
     if held:
-        lines += ["", _row(["bound", "at most", "mean", "worst shape", ""])]
-        lines += [_row(["---", "---:", "---:", "---:", "---"]), *held]
-    where = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
-    return "\n".join(
-        [
-            *lines[1:],
-            "",
-            f"Medians of {found['rounds']} interleaved rounds, quartiles in brackets; ratios and "
-            f"saved activations are geometric means over the shapes. {found['dtype']}, "
-            f"{found['memory_format']}; {where}.",
-        ]
+        lines += [*heading(["bound", "at most", "mean", "worst shape", ""]), *held, ""]
+    lines.append(
+        f"Medians of {found['rounds']} interleaved rounds, quartiles in brackets; ratios and "
+        f"{SAVED} are geometric means over the shapes. {found['dtype']}, "
+        f"{found['memory_format']}; {described(found['machine'])}."
     )
+    return "\n".join(lines)
 
 
 def _verdict(bound: Bound, found: dict[str, Any]) -> list[str]:
-    times = found["times"][bound.passes]
-    if bound.system not in times or bound.over not in times:
+    if bound.what == SAVED:
+        ratios = found["saved"].get(bound.system, [])
+    else:
+        times = found["times"][bound.what]
+        pairs = zip(times.get(bound.system, []), times.get(bound.over, []), strict=False)
+        ratios = [ours.median / theirs.median for ours, theirs in pairs]
+    if not ratios:
         return []
-    ours, theirs = times[bound.system], times[bound.over]
-    mean = mean_ratio(ours, theirs)
-    worst = max(a.median / b.median for a, b in zip(ours, theirs, strict=True))
+    mean, worst = geometric_mean(ratios), max(ratios)
     holds = mean <= bound.ratio and worst <= WORST_SHAPE * bound.ratio
-    name = f"{bound.passes}: {bound.system} / {bound.over}"
+    name = f"{bound.what}: {bound.system} / {bound.over}"
     verdict = "holds" if holds else "missed"
-    return [_row([name, f"{bound.ratio:.2f}", f"{mean:.2f}", f"{worst:.2f}", verdict])]
-
-
-def _milliseconds(measured: Measured) -> str:
-    median, low, high = (f"{1000 * value:.3g}" for value in measured)
-    return f"{median} ({low}-{high})"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def benchmark(argv: Sequence[str] | None = None, prog: str = "emax benchmark") -> int:
-    """Run the benchmark that the command line asks for; returns the exit status."""
-    options = _parser(prog).parse_args(argv)
-    try:
-        device = torch.device(options.device)
-        torch.empty(1, device=device)
-        found = measure_modules(
-            options.shapes or SHAPES,
-            options.rounds,
-            device,
-            getattr(torch, options.dtype),
-            torch.channels_last if options.channels_last else torch.contiguous_format,
-            options.systems,
-        )
-        print(report_modules(found))
-        if options.json is not None:
-            text = json.dumps(found, indent=2) + "\n"
-            replace_file(options.json, lambda temporary: temporary.write_text(text))
-    except (OSError, RuntimeError, AssertionError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    shape = tuple(int(size) for size in text.split("x"))
-    if len(shape) != 4 or min(shape) < 1:
-        raise ValueError
-    return shape
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog,
-        description="Measure time and memory of attention layers against each other.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("what", choices=["modules"], help="modules: single layers")
-    names = [*LAYERS, *(f"{name}, compiled" for name in COMPILED)]
-    parser.add_argument(
-        "--systems", nargs="+", choices=names, metavar="NAME", help=f"of {'; '.join(names)}"
-    )
-    parser.add_argument(
-        "--shapes", nargs="+", type=_shape, metavar="BxCxHxW", help="of the input; ResNet-50's"
-    )
-    parser.add_argument("--rounds", type=_count, default=21, metavar="N", help="interleaved")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, …")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
-    parser.add_argument("--channels-last", action="store_true", help="instead of contiguous")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    return parser
-
-
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise ValueError
-    return count
+    return [row([name, f"{bound.ratio:.2f}", f"{mean:.2f}", f"{worst:.2f}", verdict])]

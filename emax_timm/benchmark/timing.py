@@ -12,7 +12,16 @@ import torch
 
 from .. import __version__
 
-__all__ = ["Measured", "interleaved", "machine", "mean_ratio"]
+__all__ = [
+    "Measured",
+    "described",
+    "heading",
+    "interleaved",
+    "machine",
+    "mean_ratio",
+    "milliseconds",
+    "row",
+]
 
 
 class Measured(NamedTuple):
@@ -99,3 +108,24 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def described(facts: dict[str, Any]) -> str:
+    """What `machine` says, as prose."""
+    return ", ".join(f"{key} {value}" for key, value in facts.items())
+
+
+def milliseconds(measured: Measured) -> str:
+    """The median, and the quartiles in brackets."""
+    median, low, high = (f"{1000 * value:.3g}" for value in measured)
+    return f"{median} ({low}-{high})"
+
+
+def row(cells: Sequence[str]) -> str:
+    """Of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def heading(cells: Sequence[str]) -> list[str]:
+    """The first two rows of a Markdown table of which all but the first column are figures."""
+    return [row(cells), row(["---", *["---:"] * (len(cells) - 1)])]

@@ -6,13 +6,14 @@ it computes the same in PyTorch. EMAX_KERNELS=require makes the lack of it an er
 """
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "pool",
     "products",
     "serve",
+    "using",
     "weigh",
 ]
 
@@ -118,6 +120,26 @@ def load() -> bool:
 
 
 _loaded: bool | None = None
+
+
+@contextlib.contextmanager
+def using(wanted: bool) -> Iterator[None]:
+    """Compute with the kernels or without them, in this process.
+
+    What torch.compile has compiled stays what it was when it was compiled.
+
+    Raises:
+        KernelError: If they are wanted but not there.
+    """
+    global _loaded
+    there = load()
+    if wanted and not there:
+        raise KernelError("the kernels are not there; run `emax kernels build`")
+    _loaded = wanted
+    try:
+        yield
+    finally:
+        _loaded = there
 
 
 def _load() -> bool:

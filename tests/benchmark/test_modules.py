@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from emax_timm.benchmark.modules import LAYERS, benchmark
+from emax_timm import kernels
+from emax_timm.benchmark.command import benchmark
+from emax_timm.benchmark.modules import LAYERS
 from emax_timm.benchmark.timing import Measured, mean_ratio
 
 
@@ -48,3 +50,13 @@ def test_mistakes_are_refused(options: list[str], capsys: pytest.CaptureFixture[
 def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert benchmark(["modules", "--device", "cuda:99"]) == 2
     assert capsys.readouterr().err.startswith("emax benchmark: error: ")
+
+
+def test_kernels_that_are_not_built_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EMAX_KERNELS_DIR", str(tmp_path))
+    monkeypatch.setattr(kernels, "_loaded", None)
+    options = ["--systems", "EMAX, C++", "--shapes", "1x8x4x4", "--rounds", "1"]
+    assert benchmark(["modules", *options]) == 2
+    assert "run `emax kernels build`" in capsys.readouterr().err

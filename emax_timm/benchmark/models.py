@@ -1,0 +1,233 @@
+"""`emax benchmark models`: what attention costs whole networks, against their plain twins."""
+
+import math
+import multiprocessing
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..training.config import UsageError, nearest
+from .modules import computed, differ_in_groups, kernels_serve
+from .timing import Measured, described, heading, interleaved, machine, milliseconds, row
+
+__all__ = ["BASES", "SYSTEMS", "Setting", "measure_models", "report_models"]
+
+BASES = ["resnet50", "convnext_tiny"]
+INFERENCE, STEP, PEAK = "inference", "training step", "peak memory"
+# The networks by what their names end in. The compared attentions without this package's gate.
+NETWORKS = {"plain": "", "SE": "_se", "CBAM": "_cbam", "EMA": "_ema", "EMAX": "_emax"}
+SYSTEMS = [*NETWORKS, "EMAX, C++", "plain, compiled", "SE, compiled", "EMAX, compiled"]
+
+
+class Setting(NamedTuple):
+    """What networks are measured with."""
+
+    batch: int
+    size: int
+    """Height and width."""
+    device: torch.device
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+
+
+class Bound(NamedTuple):
+    """A promise for every network: what a system takes over what another one does."""
+
+    what: str
+    system: str
+    over: str
+    ratio: float
+
+
+BOUNDS = [
+    Bound(INFERENCE, "EMAX, C++", "plain", 1.1),
+    Bound(INFERENCE, "EMAX, compiled", "plain, compiled", 1.2),
+    Bound(STEP, "EMAX, C++", "SE", 1.15),
+    Bound(PEAK, "EMAX, C++", "SE", 1.05),
+]
+
+
+def measure_models(
+    bases: Sequence[str], setting: Setting, rounds: int, systems: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Time inference and a training step of each network, and find the peak memory of the latter.
+
+    The peak is that of a process that does nothing else, on a GPU that of its allocations; it is
+    not measured of compiled networks, whose compiler would be measured.
+
+    Args:
+        bases: Names of plain networks, of which there are variants with attention.
+        setting: What with.
+        rounds: How often each time is measured.
+        systems: Of `SYSTEMS`; None for all that can be had.
+
+    Returns:
+        `models[base][system]` with `inference` and `training step`, seconds as in `Measured`, and
+        `peak memory`, bytes or None.
+
+    Raises:
+        KernelError: If the kernels are asked for, but are not built.
+        UsageError: If there is no such network.
+    """
+    if systems is None:
+        served = kernels_serve(setting.device, setting.dtype)
+        systems = [name for name in SYSTEMS if served or "C++" not in name]
+    names = [base + NETWORKS[system.partition(", ")[0]] for base in bases for system in systems]
+    for name in names:
+        if not timm.is_model(name):
+            spelt = nearest(name, timm.list_models())
+            raise UsageError(f"there is no model {name}; the nearest name is {spelt}")
+    models: dict[str, Any] = {}
+    for base in bases:
+        torch.compiler.reset()
+        peaks = {
+            system: None if "compiled" in system else _peak_of_a_process(base, system, setting)
+            for system in tqdm(systems, f"{base}, {PEAK}", leave=False, disable=None)
+        }
+        networks = {system: _network(base, system, setting) for system in systems}
+        times: dict[str, dict[str, Measured]] = {}
+        for what, make in ((INFERENCE, _inference), (STEP, _training_step)):
+            calls = {
+                system: computed(system, make(network, setting))
+                for system, network in networks.items()
+            }
+            times[what] = interleaved(calls, rounds, setting.device)
+        models[base] = {
+            system: {what: times[what][system] for what in times} | {PEAK: peaks[system]}
+            for system in systems
+        }
+    return {
+        "machine": machine(setting.device),
+        "batch": setting.batch,
+        "size": setting.size,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "memory_format": str(setting.memory_format).removeprefix("torch."),
+        "rounds": rounds,
+        "models": models,
+    }
+
+
+def _network(base: str, system: str, setting: Setting) -> nn.Module:
+    name, _, way = system.partition(", ")
+    compared = name not in ("plain", "EMAX")
+    options: dict[str, Any] = {"attn_kwargs": {"gate_init": None}} if compared else {}
+    network: Any = timm.create_model(base + NETWORKS[name], **options)
+    differ_in_groups(network)
+    network = network.to(setting.device, setting.dtype, memory_format=setting.memory_format)
+    if way == "compiled":
+        network = torch.compile(network, dynamic=False)
+    return network
+
+
+def _images(setting: Setting) -> Tensor:
+    images = torch.randn(setting.batch, 3, setting.size, setting.size, dtype=setting.dtype)
+    return images.to(setting.device, memory_format=setting.memory_format)
+
+
+def _inference(network: nn.Module, setting: Setting) -> Callable[[], Any]:
+    images = _images(setting)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return network.eval()(images)
+
+    return call
+
+
+def _training_step(network: nn.Module, setting: Setting) -> Callable[[], Any]:
+    images = _images(setting)
+    labels = torch.arange(setting.batch, device=setting.device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
+
+    def call() -> None:
+        loss = F.cross_entropy(network.train()(images).float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+def _peak_of_a_process(base: str, system: str, setting: Setting) -> int:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (base, system, setting))
+
+
+def _peak(base: str, system: str, setting: Setting) -> int:
+    """Bytes, of this process so far, once it has trained for three steps."""
+    network = _network(base, system, setting)
+    step = computed(system, _training_step(network, setting))
+    for _ in range(3):
+        step()
+    if setting.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(setting.device)
+    # getrusage's peak begins with that of the parent process.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def report_models(found: dict[str, Any]) -> str:
+    """What `measure_models` has found, as Markdown."""
+    lines: list[str] = []
+    for base, systems in found["models"].items():
+        peers = [peer for peer in ("plain", "SE") if peer in systems]
+        head = [base]
+        for what in (f"{INFERENCE}, ms", f"{STEP}, ms", f"{PEAK}, MB"):
+            head += [what, *(f"/ {peer}" for peer in peers)]
+        lines += heading(head)
+        for system, figures in systems.items():
+            cells = [system]
+            for what in (INFERENCE, STEP, PEAK):
+                cells.append(_cell(figures[what]))
+                ratios = (_ratio(figures[what], systems[peer][what]) for peer in peers)
+                cells += ["-" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios]
+            lines.append(row(cells))
+        lines.append("")
+    held = [line for bound in BOUNDS for line in _verdict(bound, found["models"])]
+    if held:
+        lines += [*heading(["bound", "at most", *found["models"], ""]), *held, ""]
+    lines.append(
+        f"Batch {found['batch']}, {found['size']} x {found['size']}. Medians of {found['rounds']} "
+        f"interleaved rounds, quartiles in brackets. {found['dtype']}, {found['memory_format']}; "
+        f"{described(found['machine'])}."
+    )
+    return "\n".join(lines)
+
+
+def _verdict(bound: Bound, models: dict[str, Any]) -> list[str]:
+    pairs = [(systems.get(bound.system), systems.get(bound.over)) for systems in models.values()]
+    ratios = [
+        _ratio(ours[bound.what], theirs[bound.what]) for ours, theirs in pairs if ours and theirs
+    ]
+    known = [ratio for ratio in ratios if ratio is not None]
+    if len(known) < len(models):
+        return []
+    name = f"{bound.what}: {bound.system} / {bound.over}"
+    verdict = "holds" if max(ratios) <= bound.ratio else "missed"
+    return [row([name, f"{bound.ratio:.2f}", *(f"{ratio:.2f}" for ratio in ratios), verdict])]
+
+
+def _ratio(ours: Any, theirs: Any) -> float:
+    if ours is None or theirs is None:
+        return math.nan
+    if isinstance(ours, int):
+        return ours / theirs
+    return Measured(*ours).median / Measured(*theirs).median
+
+
+def _cell(figure: Any) -> str:
+    if figure is None:
+        return "-"
+    return f"{figure / 1e6:.0f}" if isinstance(figure, int) else milliseconds(Measured(*figure))
