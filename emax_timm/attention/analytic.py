@@ -408,7 +408,12 @@ def _backward_pass(
     h, w = x.shape[3], x.shape[4]
     pixels = h * w
     rows, columns, gate_h, gate_w = strip_gates(x, conv1x1_weight, conv1x1_bias)
-    deviation = deviations(x, fine.mean, gate_h, gate_w)
+    if torch.compiler.is_compiling():
+        # The same, in operations that the compiler does not take for those of the forward pass: it
+        # would keep their result for here.
+        deviation = -deviations(-x, -fine.mean, gate_h, gate_w)
+    else:
+        deviation = deviations(x, fine.mean, gate_h, gate_w)
 
     # second = sum over d of scale * (deviation - centre) + softmax * gn_bias
     softmax = torch.softmax(fine.conv_means, dim=-1)  # [b, F, d]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from emax_timm.attention import EMAX, set_grouping
+from emax_timm.benchmark.modules import saved_bytes
 
 SIZES = [(2, 7, 5), (1, 1, 1), (3, 8, 8), (5, 2, 9)]
 MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
@@ -230,6 +231,15 @@ def test_compile_with_inductor_equals_eager(training: bool, autocast: bool) -> N
     # Without fallback_random Inductor draws other numbers than eager does.
     options = {"fallback_random": True}
     assert_compiled_equals_eager(module, x, autocast, 1e-4, backend="inductor", options=options)
+
+
+@pytest.mark.slow
+def test_inductor_keeps_one_feature_map_for_the_backward_pass() -> None:
+    module = make_emax(64, factor=8, dtype=torch.float32)
+    x = randn(2, 64, 14, 14, dtype=torch.float32)
+    compiled: Any = torch.compile(module, dynamic=False, fullgraph=True)
+    kept = saved_bytes(compiled, x)
+    assert kept < 2 * x.numel() * x.element_size()
 
 
 def test_compile_serves_all_sizes_after_two() -> None:
