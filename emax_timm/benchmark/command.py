@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +13,24 @@ import torch
 from ..files import replace_file
 from ..training.config import UsageError
 from . import models, modules
+from .tables import marks, text_around, write_between
 
 __all__ = ["benchmark"]
 
 
 def benchmark(argv: Sequence[str] | None = None, prog: str = "emax benchmark") -> int:
     """Run the benchmark that the command line asks for; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     options = _parser(prog).parse_args(argv)
     try:
         torch.empty(1, device=options.device)
+        if options.write is not None:
+            text_around(options.write, options.mark)  # refused before anything is measured
         found, report = options.run(options)
         print(report)
+        if options.write is not None:
+            command = shlex.join([*prog.split(), *argv])
+            write_between(options.write, options.mark, f"Made by `{command}`:\n\n{report}\n")
         if options.json is not None:
             text = json.dumps(found, indent=2) + "\n"
             replace_file(options.json, lambda temporary: temporary.write_text(text))
@@ -102,6 +110,11 @@ def _command(
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
     parser.add_argument("--channels-last", action="store_true", help="instead of contiguous")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    mark = f"benchmark {name}"
+    begin, end = marks(mark)
+    text = f"also put the tables between the lines {begin} and {end} of FILE"
+    parser.add_argument("--write", type=Path, metavar="FILE", help=text)
+    parser.set_defaults(mark=mark)
     return parser
 
 

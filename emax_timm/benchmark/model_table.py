@@ -10,9 +10,7 @@ import math
 import os
 import pkgutil
 import shlex
-import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,12 +27,13 @@ from tqdm import tqdm
 
 from .. import models
 from ..training.config import UsageError, nearest
+from .tables import marks, text_around, write_between
 
 __all__ = ["ModelRow", "list_models", "markdown", "measure", "model_names", "plain_text"]
 
 REFERENCE = "swin_tiny_patch4_window7_224"
 COMPARISON = "timm's own, for comparison"
-BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
+MARK = "models"
 BATCH = 64
 NUMBERS = ("Parameters (M)", "MACs (G)", "Activations (MB)")
 COLUMNS = ("Model", *NUMBERS, "Input", "Pretrained tags", "Licence of the weights")
@@ -76,14 +75,14 @@ def list_models(argv: Sequence[str] | None = None, prog: str = "emax list") -> i
     try:
         options = _parser(prog).parse_args(argv)
         if options.write is not None:
-            _around_table(options.write)  # refused before the models are measured
+            text_around(options.write, MARK)  # refused before the models are measured
         names = model_names(options.filter)
         # disable=None: on a terminal only.
         rows = [measure(name) for name in tqdm(names, leave=False, disable=None)]
         if options.write is not None:
             words = [options.filter] if options.filter else []
             command = shlex.join([*prog.split(), *words, "--write", os.path.relpath(options.write)])
-            _write_table(options.write, f"Made by `{command}`:\n\n{markdown(rows)}\n")
+            write_between(options.write, MARK, f"Made by `{command}`:\n\n{markdown(rows)}\n")
     except UsageError as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -203,36 +202,6 @@ def _rounded(value: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(value or 1)))}f}"
 
 
-def _write_table(path: Path, table: str) -> None:
-    """Replace what is between the lines `BEGIN` and `END` of a file, in one step or not at all."""
-    before, after = _around_table(path)
-    table = table.replace("\n", "\r\n" if before.endswith("\r\n") else "\n")
-    target = path.resolve()  # a link stays one
-    try:
-        with tempfile.TemporaryDirectory(prefix=".emax-", dir=target.parent) as folder:
-            temporary = Path(folder, target.name)
-            temporary.write_bytes((before + table + after).encode())
-            shutil.copymode(target, temporary)
-            os.replace(temporary, target)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _around_table(path: Path) -> tuple[str, str]:
-    """The text of a file up to its table, and from the table's end on."""
-    try:
-        # For writing too, so that a file that must not change is refused.
-        with path.open("r+", encoding="utf-8", newline="") as file:
-            lines = file.read().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot change {path}: {error}") from error
-    marked = [i for i, line in enumerate(lines) if line.rstrip() in (BEGIN, END)]
-    if [lines[i].rstrip() for i in marked] != [BEGIN, END]:
-        raise UsageError(f"{path} must have the line {BEGIN} once and, below it, {END} once")
-    begin, end = marked
-    return "".join(f"{line}\n" for line in lines[: begin + 1]), "\n".join(lines[end:])
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
@@ -244,6 +213,7 @@ def _parser(prog: str) -> _Parser:
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--json", action="store_true", help="print objects, not rounded")
     formats.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    text = f"also put the Markdown table between the lines {BEGIN} and {END} of FILE"
+    begin, end = marks(MARK)
+    text = f"also put the Markdown table between the lines {begin} and {end} of FILE"
     parser.add_argument("--write", type=Path, metavar="FILE", help=text)
     return parser

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ..training.config import UsageError, nearest
 from .modules import computed, differ_in_groups, kernels_serve
-from .timing import Measured, described, heading, interleaved, machine, milliseconds, row
+from .tables import heading, row
+from .timing import Measured, described, interleaved, machine, milliseconds
 
 __all__ = ["BASES", "SYSTEMS", "Setting", "measure_models", "report_models"]
 

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from .. import kernels
 from ..attention import ATTENTIONS
 from ..attention.reference import NaiveEMAX
+from .tables import heading, row
 from .timing import (
     Measured,
     described,
-    heading,
     interleaved,
     machine,
     mean_ratio,
     milliseconds,
-    row,
 )
 
 __all__ = [

@@ -15,12 +15,10 @@ from .. import __version__
 __all__ = [
     "Measured",
     "described",
-    "heading",
     "interleaved",
     "machine",
     "mean_ratio",
     "milliseconds",
-    "row",
 ]
 
 
@@ -119,13 +117,3 @@ def milliseconds(measured: Measured) -> str:
     """The median, and the quartiles in brackets."""
     median, low, high = (f"{1000 * value:.3g}" for value in measured)
     return f"{median} ({low}-{high})"
-
-
-def row(cells: Sequence[str]) -> str:
-    """Of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def heading(cells: Sequence[str]) -> list[str]:
-    """The first two rows of a Markdown table of which all but the first column are figures."""
-    return [row(cells), row(["---", *["---:"] * (len(cells) - 1)])]

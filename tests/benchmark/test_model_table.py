@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from emax_timm.benchmark import ModelRow, list_models, markdown, measure, model_names, model_table
+from emax_timm.benchmark.tables import marks
 from emax_timm.training.config import UsageError
 
-BEGIN, END = model_table.BEGIN, model_table.END
+BEGIN, END = marks(model_table.MARK)
 FILE = f"# Models\n\n{BEGIN}\nold\n{END}\n\nMore.\n"
 ROW = ModelRow(
     model="net",

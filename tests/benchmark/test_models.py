@@ -10,6 +10,7 @@ import torch
 from emax_timm.benchmark.command import benchmark
 from emax_timm.benchmark.model_table import activation_bytes
 from emax_timm.benchmark.models import Setting, _network, _peak_of_a_process
+from emax_timm.benchmark.tables import marks
 
 SMALL = ["--models", "resnet18", "--img-size", "32", "--batch-size", "2", "--rounds", "1"]
 
@@ -18,7 +19,12 @@ def test_networks_are_measured_against_their_twins(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, systems = tmp_path / "models.json", ["plain", "EMAX"]
-    assert benchmark(["models", *SMALL, "--systems", *systems, "--json", str(file)]) == 0
+    text = tmp_path / "text.md"
+    text.write_text(
+        "# Cost\n<!-- benchmark models: begin -->\nold\n<!-- benchmark models: end -->\n"
+    )
+    options = [*SMALL, "--systems", *systems, "--json", str(file), "--write", str(text)]
+    assert benchmark(["models", *options]) == 0
     found = json.loads(file.read_text())["models"]["resnet18"]
     assert list(found) == systems
     for figures in found.values():
@@ -45,6 +51,16 @@ def test_compared_attentions_are_the_published_ones() -> None:
     published = timm.create_model("resnet18_se", attn_kwargs={"gate_init": None})
     ours = _network("resnet18", "SE", setting)
     assert ours.state_dict().keys() == published.state_dict().keys()
+
+
+def test_a_document_without_its_marks_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.md"
+    text.write_text("# Cost\n")
+    assert benchmark(["models", *SMALL, "--write", str(text)]) == 2
+    assert "<!-- benchmark models: begin -->" in capsys.readouterr().err
+    assert text.read_text() == "# Cost\n"
 
 
 @pytest.mark.parametrize("name", ["resnet19", "resnet10t"])
