@@ -20,16 +20,18 @@ def test_networks_are_measured_against_their_twins(
 ) -> None:
     file, systems = tmp_path / "models.json", ["plain", "EMAX"]
     text = tmp_path / "text.md"
-    text.write_text(
-        "# Cost\n<!-- benchmark models: begin -->\nold\n<!-- benchmark models: end -->\n"
-    )
+    begin, end = marks("benchmark models")
+    text.write_text(f"# Cost\n{begin}\nold\n{end}\n")
     options = [*SMALL, "--systems", *systems, "--json", str(file), "--write", str(text)]
     assert benchmark(["models", *options]) == 0
     found = json.loads(file.read_text())["models"]["resnet18"]
     assert list(found) == systems
     for figures in found.values():
         assert figures["inference"][0] < figures["training step"][0]
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| EMAX |"))
+    printed = capsys.readouterr().out
+    assert printed in text.read_text()
+    assert "old" not in text.read_text()
+    row = next(line for line in printed.splitlines() if line.startswith("| EMAX |"))
     ratio = found["EMAX"]["inference"][0] / found["plain"]["inference"][0]
     assert f"| {ratio:.2f} |" in row
 
