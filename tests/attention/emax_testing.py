@@ -1,6 +1,7 @@
 """What the tests of EMAX share: modules with parameters that hide nothing, and comparisons."""
 
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -124,3 +125,20 @@ def assert_same(
         bound = tolerance * max(1.0, value.abs().max().item())
         # Not `error > bound`, which a NaN would pass.
         assert error <= bound, f"{name} is off by {error:.1e}, more than {bound:.1e}"
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    assert actual.isfinite().all()
+    error = (actual.double() - exact).abs().max()
+    return float(error / exact.abs().max().clamp(min=1e-30))
+
+
+def assert_as_precise(draws: list[dict[str, tuple[float, float]]]) -> None:
+    """The typical error is at most four times that of the naive formulas, or 1e-6.
+
+    Typical is the median over draws: of a single draw, a sum that happens to cancel or a rounding
+    that happens to be exact makes the ratio of two errors 10 in either direction.
+    """
+    for name in draws[0]:
+        ours, naive = (statistics.median(draw[name][i] for draw in draws) for i in (0, 1))
+        assert ours <= max(4 * naive, 1e-6), f"{name}: error {ours:.1e}, naive {naive:.1e}"

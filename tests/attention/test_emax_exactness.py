@@ -1,13 +1,13 @@
 """EMAX against the naive formulas: values, maps and gradients."""
 
 import copy
-import statistics
 from typing import Any
 
 import pytest
 import torch
 from emax_testing import (
     VARIANTS,
+    assert_as_precise,
     assert_same,
     emax_results,
     force,
@@ -16,6 +16,7 @@ from emax_testing import (
     naive_results,
     randn,
     reference_of,
+    relative_error,
 )
 from torch import Tensor
 
@@ -218,23 +219,6 @@ def float32_errors(fast: EMAX, naive: NaiveEMAX, x: Tensor) -> dict[str, tuple[f
         name: (relative_error(actual[name], value), relative_error(rounded[name], value))
         for name, value in exact.items()
     }
-
-
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    assert actual.isfinite().all()
-    error = (actual.double() - exact).abs().max()
-    return float(error / exact.abs().max().clamp(min=1e-30))
-
-
-def assert_as_precise(draws: list[dict[str, tuple[float, float]]]) -> None:
-    """The typical error is at most four times that of the naive formulas, or 1e-6.
-
-    Typical is the median over draws: of a single draw, a sum that happens to cancel or a rounding
-    that happens to be exact makes the ratio of two errors 10 in either direction.
-    """
-    for name in draws[0]:
-        ours, naive = (statistics.median(draw[name][i] for draw in draws) for i in (0, 1))
-        assert ours <= max(4 * naive, 1e-6), f"{name}: error {ours:.1e}, naive {naive:.1e}"
 
 
 FLOAT32_LAYERS = [(3, (7, 5)), (40, (1, 1)), (96, (14, 14)), (256, (7, 5))]
