@@ -15,13 +15,13 @@ from ..training.config import UsageError
 from . import models, modules
 from .tables import marks, text_around, write_between
 
-__all__ = ["benchmark"]
+__all__ = ["benchmark", "benchmark_parser"]
 
 
 def benchmark(argv: Sequence[str] | None = None, prog: str = "emax benchmark") -> int:
     """Run the benchmark that the command line asks for; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    options = _parser(prog).parse_args(argv)
+    options = benchmark_parser(prog).parse_args(argv)
     try:
         torch.empty(1, device=options.device)
         if options.write is not None:
@@ -68,7 +68,8 @@ def _memory_format(options: argparse.Namespace) -> torch.memory_format:
     return torch.channels_last if options.channels_last else torch.contiguous_format
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
+def benchmark_parser(prog: str) -> argparse.ArgumentParser:
+    """Of the command line of `emax benchmark`."""
     parser = argparse.ArgumentParser(
         prog, description="Measure what the attention costs, against its peers in the same run."
     )
