@@ -368,6 +368,9 @@ def spatial_attention(fine: FineMaps, choice: Tensor, grouping: list[Tensor]) ->
     if len(grouping) == 0:
         return torch.sigmoid(fine.first + fine.second)
     mixing = mix_groups(torch.logsumexp(fine.conv_means, dim=-1), choice, grouping[0], grouping[1])
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if kernels.serve(fine.first):
+            return kernels.mix(fine.first, fine.second, mixing.first, mixing.second)
     mixed = torch.matmul(mixing.first, fine.first.flatten(2))
     mixed = mixed + torch.matmul(mixing.second, fine.second.flatten(2))
     return torch.sigmoid(mixed).view_as(fine.first)

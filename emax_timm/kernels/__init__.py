@@ -30,6 +30,7 @@ __all__ = [
     "kernels",
     "library_path",
     "load",
+    "mix",
     "pool",
     "products",
     "serve",
@@ -196,6 +197,11 @@ def fine_maps(
     return torch.ops.emax_timm.fine_maps(x, *_plain([*small, kernel, offset, *gn]), eps)
 
 
+def mix(first: Tensor, second: Tensor, first_weights: Tensor, second_weights: Tensor) -> Tensor:
+    """S from the fine maps [b, F, h, w] and `attention.functional.mix_groups`'s matrices."""
+    return torch.ops.emax_timm.mix(*_plain([first, second, first_weights, second_weights]))
+
+
 def pool(x: Tensor, spatial: Tensor) -> Tensor:
     """`attention.functional.pool_attended`."""
     return torch.ops.emax_timm.pool(x, *_plain([spatial]))
@@ -251,6 +257,10 @@ def _register_fakes() -> None:
         vector, image = [b, groups, d], [b, groups, h, w]
         shapes = (vector, image, image, vector, vector, vector)
         return tuple(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+    @register("emax_timm::mix")
+    def _(first: Tensor, *_: object) -> Tensor:
+        return torch.empty_like(first)
 
     @register("emax_timm::pool")
     def _(x: Tensor, spatial: Tensor) -> Tensor:

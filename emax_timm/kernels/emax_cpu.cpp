@@ -1,11 +1,11 @@
 // EMAX's passes over feature maps, for CPUs. `attention/functional.py` and `attention/analytic.py`
 // have the same in PyTorch and say what each computes; `docs/emax.md` derives it.
 //
-// The work is cut into tiles, one per sample and fine group. A tile is read once, whatever its dtype
-// and memory format, and stays in the cache for all that is done with it. What moves along rows and
-// columns reads it into float32 scratch memory with a zero behind each row and rows of zeros behind
-// the last, so that a shift by a row or a column is a shift of the pointer. All else takes an image
-// for one long row, and reads it where it is if it can.
+// The work is cut into tiles, one per sample and fine group. A tile is read once, whatever its
+// dtype and memory format, and stays in the cache for all that is done with it. What moves along
+// rows and columns reads it into float32 scratch memory with a zero behind each row and rows of
+// zeros behind the last, so that a shift by a row or a column is a shift of the pointer. All else
+// takes an image for one long row, and reads it where it is if it can.
 //
 // Letters: b batch, F fine groups, d channels of one, h and w height and width.
 
@@ -282,8 +282,8 @@ void border_means(const Shape& s, const float* X, const float* strips, const flo
   }
 }
 
-// A channel's product of gates, gate_h * gate_w, zero where there are no pixels: an infinity that an
-// earlier tile left there would reach this one.
+// A channel's product of gates, gate_h * gate_w, zero where there are no pixels: an infinity that
+// an earlier tile left there would reach this one.
 void gate_plane(const Shape& s, const float* gate, float* plane) {
   for (int64_t i = 0; i < s.h; ++i) {
     const Vec gate_row(gate[i]);
@@ -315,8 +315,8 @@ void gated_deviations(const Shape& s, const float* X, const float* gates, const 
   }
 }
 
-// means[o] = sum over c of (sum over taps of borders[c, tap] * conv[c, tap, o]) + bias[o]. A sum per
-// channel first: one long sum would round more. Rows of `conv` and the bias are `width` long.
+// means[o] = sum over c of (sum over taps of borders[c, tap] * conv[c, tap, o]) + bias[o]. A sum
+// per channel first: one long sum would round more. Rows of `conv` and the bias are `width` long.
 void conv_means_of(const Shape& s, const float* borders, const float* conv, const float* bias,
                    int64_t width, float* means) {
   for (int64_t o = 0; o < width; o += V) {
@@ -374,7 +374,8 @@ using FineMaps = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 template <typename T>
 FineMaps fine_maps_of(const Tensor& x, const Tensor& mixing, const Tensor& shift,
                       const Tensor& conv, const Tensor& conv_bias, const Tensor& kernel,
-                      const Tensor& offset, const Tensor& gn_weight, const Tensor& gn_bias, double eps) {
+                      const Tensor& offset, const Tensor& gn_weight, const Tensor& gn_bias,
+                      double eps) {
   const Shape s(x);
   const auto options = x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   const Tensor mean_out = at::empty({s.b, s.F, s.d}, options);
@@ -460,6 +461,59 @@ FineMaps fine_maps_of(const Tensor& x, const Tensor& mixing, const Tensor& shift
     }
   });
   return {mean_out, first, second, conv_mean_out, centre_out, rstd_out};
+}
+
+// -------------------------------------------------------------------------------------------------
+
+// S of the fine maps [b, F, h, w] and the matrices that mix them, [b, F, F]: sigmoid of the sum of
+// the two products. The fine groups of one coarse group have the same row in each, and few weights
+// in it that are not zero, so this is not left to matrix products.
+Tensor mix(const Tensor& first, const Tensor& second, const Tensor& first_weights,
+           const Tensor& second_weights) {
+  constexpr int64_t LENGTH = 32 * V;  // of a piece of a map
+  const int64_t b = first.size(0), F = first.size(1), pixels = first.size(2) * first.size(3);
+  TORCH_CHECK(first.sizes() == second.sizes() && first_weights.numel() == b * F * F &&
+                  second_weights.numel() == b * F * F,
+              "the maps have ", F, " groups, the matrices others");
+  const Tensor mixed = at::empty_like(first);
+  const float* const maps[2] = {first.const_data_ptr<float>(), second.const_data_ptr<float>()};
+  const float* const matrices[2] = {first_weights.const_data_ptr<float>(),
+                                    second_weights.const_data_ptr<float>()};
+  float* const out = mixed.data_ptr<float>();
+  const int64_t pieces = (pixels + LENGTH - 1) / LENGTH;
+  const int64_t grain = 1 + at::internal::GRAIN_SIZE / (F * LENGTH);
+  at::parallel_for(0, b * pieces, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t sample = piece / pieces, start = piece % pieces * LENGTH;
+      const int64_t length = std::min(LENGTH, pixels - start);
+      const auto map = [&](int64_t group) { return (sample * F + group) * pixels + start; };
+      for (int64_t group = 0; group < F; ++group) {
+        float* const to = out + map(group);
+        const int64_t row = (sample * F + group) * F;
+        const auto as_above = [&](const float* matrix) {
+          return std::equal(matrix + row, matrix + row + F, matrix + row - F);
+        };
+        if (group > 0 && as_above(matrices[0]) && as_above(matrices[1])) {
+          std::copy_n(out + map(group - 1), length, to);
+          continue;
+        }
+        float total[LENGTH] = {};
+        for (int which = 0; which < 2; ++which)
+          for (int64_t other = 0; other < F; ++other) {
+            const float weight = matrices[which][row + other];
+            if (weight == 0) continue;
+            const float* const from = maps[which] + map(other);
+            along(length, [&](int64_t at, int64_t count) {
+              fma(Vec(weight), load(from + at, count), load(total + at)).store(total + at);
+            });
+          }
+        along(length, [&](int64_t at, int64_t count) {
+          sigmoid(load(total + at)).store(to + at, count);
+        });
+      }
+    }
+  });
+  return mixed;
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -839,6 +893,8 @@ TORCH_LIBRARY(emax_timm, library) {
   library.def("fine_maps(Tensor x, Tensor mixing, Tensor shift, Tensor conv, "
               "Tensor conv_bias, Tensor kernel, Tensor offset, Tensor gn_weight, Tensor gn_bias, "
               "float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("mix(Tensor first, Tensor second, Tensor first_weights, Tensor second_weights) "
+              "-> Tensor");
   library.def("pool(Tensor x, Tensor spatial) -> Tensor");
   library.def("apply(Tensor x, Tensor spatial, Tensor scale, Tensor offset) -> Tensor");
   library.def("products(Tensor x, Tensor grad, Tensor spatial, Tensor scale) "
@@ -854,6 +910,7 @@ TORCH_LIBRARY(emax_timm, library) {
 
 TORCH_LIBRARY_IMPL(emax_timm, CPU, library) {
   library.impl("fine_maps", fine_maps);
+  library.impl("mix", mix);
   library.impl("pool", pool);
   library.impl("apply", apply);
   library.impl("products", products);
