@@ -56,7 +56,11 @@ def emax(x: Tensor, layer: Layer, sample: bool) -> Tensor:
 
 @outside_autocast
 def _emax(x: Tensor, layer: Layer, noise: Tensor | None) -> Tensor:
-    if kernels.exporting() or not torch.is_grad_enabled():
+    if kernels.exporting():
+        return emax_plain(x, layer, noise)
+    if not torch.is_grad_enabled():
+        if kernels.serve(x):
+            return kernels.forward(x, layer, noise)[0]
         return emax_plain(x, layer, noise)
     parts = _tensors(layer)
     constants = (layer.groups, layer.batch_vote, layer.eps, tuple(len(part) for part in parts))
@@ -90,7 +94,11 @@ class _EMAX(torch.autograd.Function):
     def forward(  # type: ignore[override]
         x: Tensor, constants: tuple[Any, ...], noise: Tensor | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        grouped, layer = prepare(x, _layer(constants, tensors))
+        layer = _layer(constants, tensors)
+        if kernels.serve(x):
+            out, *kept = kernels.forward(x, layer, noise)
+            return out, *(kept if layer.global_ else kept[:-1])
+        grouped, layer = prepare(x, layer)
         attended = attend(grouped, layer, noise)
         out = apply_attention(grouped, layer, attended).to(x.dtype)
         # Not a view to autograd, which would forbid networks to add to it in place.
@@ -123,10 +131,13 @@ class _EMAX(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _differentiable_gradients(x, original, noise, grad, weights)
         else:
-            grouped, layer = prepare(x, original)
-            grad = grad.to(grouped.dtype).unflatten(1, grouped.shape[1:3])
             with _no_autocast(x):
-                grads = _backward(grouped, grad, layer, fine, pooled, noise)
+                if kernels.serve(x):
+                    grads = kernels.backward(x, grad, original, fine, pooled, noise)
+                else:
+                    grouped, layer = prepare(x, original)
+                    grad = grad.to(grouped.dtype).unflatten(1, grouped.shape[1:3])
+                    grads = _backward(grouped, grad, layer, fine, pooled, noise)
             typed = zip(grads, [x, *weights], strict=True)
             grads = [g.view_as(tensor).to(tensor.dtype) for g, tensor in typed]
         return grads[0], *nothing[1 : -len(weights)], *grads[1:]
@@ -312,8 +323,6 @@ def _products(
     Returns:
         [b, F, d] twice and [b, F, h, w].
     """
-    if kernels.serve(x):
-        return kernels.products(x, grad, spatial, scale)
     product = x * grad
     with_map = torch.matmul(product.flatten(3), spatial.flatten(2).unsqueeze(-1)).squeeze(-1)
     return with_map, product.sum((3, 4)), _weigh(product, scale)
@@ -321,8 +330,6 @@ def _products(
 
 def _weigh(x: Tensor, weights: Tensor) -> Tensor:
     """Sums over d of x [b, F, d, h, w] times weights [b, F, d]: [b, F, h, w]."""
-    if kernels.serve(x):
-        return kernels.weigh(x, weights)
     return weigh_channels(x, weights.unsqueeze(2)).squeeze(2)
 
 
@@ -365,8 +372,7 @@ def _fine_maps_backward(
     matrix = conv3x3_weight.flatten(1)  # [d, d * 9]
     constant = torch.softmax(gn_bias, dim=0)  # [d]
     kernel = torch.matmul(constant, matrix).view(-1, 9)
-    backward = kernels.fine_maps_backward if kernels.serve(x) else _backward_pass
-    grad_x, grad_means, borders, grad_strips, strips, grad_kernel, grad_gn = backward(
+    grad_x, grad_means, borders, grad_strips, strips, grad_kernel, grad_gn = _backward_pass(
         x, grad, output, fine, weights, kernel, grads
     )
     grad_means = grad_means.flatten(0, 1)  # [b * F, d]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import kernels
+from ..kernels import exporting
 
 __all__ = ["EMAXMaps", "Layer", "emax_maps", "emax_plain"]
 
@@ -176,9 +176,6 @@ def fine_maps(x: Tensor, weights: list[Tensor], eps: float) -> FineMaps:
     constant = torch.softmax(gn_bias, dim=0)  # [d]
     kernel = torch.matmul(constant, conv3x3_weight.flatten(1)).view(-1, 9)  # [d, 9]
     offset = torch.dot(constant, conv3x3_bias)
-    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript would compile the rest)
-        if kernels.serve(x):
-            return FineMaps(*kernels.fine_maps(x, weights, kernel, offset, eps))
     rows, columns, gate_h, gate_w = strip_gates(x, weights[0], weights[1])
     mean = rows.mean(3)  # [b, F, d]
     deviation = deviations(x, mean, gate_h, gate_w)
@@ -216,7 +213,7 @@ def correlate(x: Tensor, kernel: Tensor) -> Tensor:
     """
     if torch.jit.is_scripting():
         return _conv2d(x, kernel)
-    if torch.is_grad_enabled() or kernels.exporting():
+    if torch.is_grad_enabled() or exporting():
         return _conv2d(x, kernel)
     return _sum_of_taps(x, kernel)
 
@@ -368,9 +365,6 @@ def spatial_attention(fine: FineMaps, choice: Tensor, grouping: list[Tensor]) ->
     if len(grouping) == 0:
         return torch.sigmoid(fine.first + fine.second)
     mixing = mix_groups(torch.logsumexp(fine.conv_means, dim=-1), choice, grouping[0], grouping[1])
-    if not torch.jit.is_scripting():  # noqa: SIM102
-        if kernels.serve(fine.first):
-            return kernels.mix(fine.first, fine.second, mixing.first, mixing.second)
     mixed = torch.matmul(mixing.first, fine.first.flatten(2))
     mixed = mixed + torch.matmul(mixing.second, fine.second.flatten(2))
     return torch.sigmoid(mixed).view_as(fine.first)
@@ -457,14 +451,11 @@ def outside_autocast(function: Callable) -> Callable:
 def prepare(x: Tensor, layer: Layer) -> tuple[Tensor, Layer]:
     """What the functions here compute with: x [b, c, h, w] as [b, F, d, h, w] and the parameters.
 
-    In float32 if x is half precision; the kernels take x as it is.
+    In float32 if x is half precision.
     """
     half = x.dtype == torch.float16 or x.dtype == torch.bfloat16
     dtype = torch.float32 if half else x.dtype
-    if not torch.jit.is_scripting():
-        half = half and not kernels.serve(x)
-    if half:
-        x = x.float()
+    x = x.to(dtype)
     cast = Layer(
         layer.groups,
         layer.batch_vote,
@@ -498,9 +489,6 @@ class Attended(NamedTuple):
 
 def pool_attended(x: Tensor, spatial: Tensor) -> Tensor:
     """Means over the image of x [b, F, d, h, w] times S [b, F, h, w]: [b, F, d]."""
-    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript would compile the rest)
-        if kernels.serve(x):
-            return kernels.pool(x, spatial)
     products = torch.matmul(x.flatten(3), spatial.flatten(2).unsqueeze(-1))
     return products.squeeze(-1) / (x.shape[3] * x.shape[4])
 
@@ -527,9 +515,6 @@ def apply_attention(x: Tensor, layer: Layer, attended: Attended) -> Tensor:
     """The output of a layer, [b, F, d, h, w], in x's dtype and memory format."""
     scale, offset = output_scale(attended.gates, layer.gamma, layer.residual_gate)
     scale, offset = scale.view_as(attended.fine.mean), offset.view_as(attended.fine.mean)
-    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript would compile the rest)
-        if kernels.serve(x):
-            return kernels.apply(x, attended.spatial, scale, offset)
     # x comes first: its memory format is the product's.
     return x * output_factor(scale, offset, attended.spatial)
 
