@@ -60,7 +60,7 @@ def _emax(x: Tensor, layer: Layer, noise: Tensor | None) -> Tensor:
         return emax_plain(x, layer, noise)
     if not torch.is_grad_enabled():
         if kernels.serve(x):
-            return kernels.forward(x, layer, noise)[0]
+            return kernels.forward(x, layer, noise, keep=False)[0]
         return emax_plain(x, layer, noise)
     parts = _tensors(layer)
     constants = (layer.groups, layer.batch_vote, layer.eps, tuple(len(part) for part in parts))
@@ -96,8 +96,7 @@ class _EMAX(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         layer = _layer(constants, tensors)
         if kernels.serve(x):
-            out, *kept = kernels.forward(x, layer, noise)
-            return out, *(kept if layer.global_ else kept[:-1])
+            return tuple(kernels.forward(x, layer, noise, keep=True))
         grouped, layer = prepare(x, layer)
         attended = attend(grouped, layer, noise)
         out = apply_attention(grouped, layer, attended).to(x.dtype)

@@ -1,6 +1,6 @@
 """EMAX's passes over feature maps in C++, for whoever has built them.
 
-`emax kernels build` compiles `emax_cpu.cpp` once per version of torch and kind of CPU. From then on
+`emax kernels build` compiles the sources beside this file once per version of torch and kind of CPU. From then on
 the attention uses it on CPUs for float32 and bfloat16 inputs; without it, or with EMAX_KERNELS=off,
 it computes the same in PyTorch. EMAX_KERNELS=require makes the lack of it an error.
 """
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,25 +23,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = [
     "KernelError",
-    "apply",
+    "backward",
     "build",
     "exporting",
-    "fine_maps",
-    "fine_maps_backward",
+    "forward",
     "kernels",
     "library_path",
     "load",
-    "mix",
-    "pool",
-    "products",
     "serve",
     "using",
-    "weigh",
 ]
 
 _logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("emax_cpu.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 MODES = ("auto", "off", "require")
 DTYPES = (torch.float32, torch.bfloat16)
 # ATen's vectors are as wide as these flags say, and the compiler must be told as well.
@@ -57,7 +54,8 @@ class KernelError(RuntimeError):
 def library_path() -> Path:
     """Where the kernels for this source, this torch and this CPU are once they are built."""
     root = os.environ.get("EMAX_KERNELS_DIR") or Path.home() / ".cache" / "emax_timm"
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]
+    code = b"".join(path.read_bytes() for path in [*SOURCES, *HEADERS])
+    digest = hashlib.sha256(code).hexdigest()[:12]
     capability = torch.backends.cpu.get_cpu_capability().replace(" ", "_")
     return Path(root) / f"emax_cpu-torch{torch.__version__}-{capability}-{digest}.so"
 
@@ -79,7 +77,7 @@ def build() -> Path:
         try:
             cpp_extension.load(
                 "emax_cpu",
-                [str(SOURCE)],
+                [str(path) for path in SOURCES],
                 extra_cflags=flags,
                 extra_ldflags=["-fopenmp"],
                 build_directory=folder,
@@ -188,99 +186,72 @@ def serve(x: Tensor) -> bool:
     )
 
 
-def fine_maps(
-    x: Tensor, weights: list[Tensor], kernel: Tensor, offset: Tensor, eps: float
-) -> tuple[Tensor, ...]:
-    """`attention.functional.fine_maps`, in the order of `FineMaps`."""
-    conv1x1_weight, conv1x1_bias, conv3x3_weight, conv3x3_bias, *gn = weights
-    small = [conv1x1_weight.flatten(1), conv1x1_bias, conv3x3_weight.flatten(1), conv3x3_bias]
-    return torch.ops.emax_timm.fine_maps(x, *_plain([*small, kernel, offset, *gn]), eps)
+class Layer(Protocol):
+    """What is read of `attention.functional.Layer`."""
+
+    groups: int
+    batch_vote: bool
+    eps: float
+    grouping: list[Tensor]
+    spatial: list[Tensor]
+    controller: list[Tensor]
+    channel: list[Tensor]
+    gamma: list[Tensor]
+    global_: list[Tensor]
+    residual_gate: list[Tensor]
 
 
-def mix(first: Tensor, second: Tensor, first_weights: Tensor, second_weights: Tensor) -> Tensor:
-    """S from the fine maps [b, F, h, w] and `attention.functional.mix_groups`'s matrices."""
-    return torch.ops.emax_timm.mix(*_plain([first, second, first_weights, second_weights]))
+def forward(x: Tensor, layer: Layer, noise: Tensor | None, keep: bool) -> list[Tensor]:
+    """The output of a layer.
+
+    With `keep` followed by what the backward pass needs: the fields of
+    `attention.functional.FineMaps`, and with a global gate the means of x * S, [b, F, d].
+    """
+    constants = (layer.groups, layer.batch_vote, layer.eps)
+    return torch.ops.emax_timm.forward(x, *_parts(layer), noise, *constants, keep)
 
 
-def pool(x: Tensor, spatial: Tensor) -> Tensor:
-    """`attention.functional.pool_attended`."""
-    return torch.ops.emax_timm.pool(x, *_plain([spatial]))
-
-
-def apply(x: Tensor, spatial: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    """x * (scale * S + offset), in x's dtype."""
-    return torch.ops.emax_timm.apply(x, *_plain([spatial, scale, offset]))
-
-
-def products(
-    x: Tensor, grad: Tensor, spatial: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention.analytic._products`."""
-    return torch.ops.emax_timm.products(x, grad, *_plain([spatial, scale]))
-
-
-def weigh(x: Tensor, weights: Tensor) -> Tensor:
-    """`attention.analytic._weigh`."""
-    return torch.ops.emax_timm.weigh(x, *_plain([weights]))
-
-
-def fine_maps_backward(
+def backward(
     x: Tensor,
     grad: Tensor,
-    output: Sequence[Tensor],
+    layer: Layer,
     fine: Sequence[Tensor],
-    weights: list[Tensor],
-    kernel: Tensor,
-    grads: Sequence[Tensor],
-) -> tuple[Tensor, ...]:
-    """`attention.analytic._backward_pass`."""
-    conv1x1_weight, conv1x1_bias, conv3x3_weight, _, *gn = weights
-    _, _, _, conv_means, centre, rstd = fine
-    first, second, score, mean, pooled = grads
-    small = [*output, pooled, first, second, score, mean, conv_means, centre, rstd]
-    small += [conv1x1_weight.flatten(1), conv1x1_bias, conv3x3_weight.flatten(1), kernel, *gn]
-    return torch.ops.emax_timm.fine_maps_backward(x, grad, *_plain(small))
+    pooled: Tensor,
+    noise: Tensor | None,
+) -> list[Tensor]:
+    """`attention.analytic._backward` of what `forward` has returned."""
+    constants = (layer.groups, layer.batch_vote, layer.eps)
+    kept = [*fine, pooled]
+    return torch.ops.emax_timm.backward(x, grad, *_parts(layer), noise, kept, *constants)
 
 
-def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """All but feature maps are read as contiguous memory."""
-    return [tensor.contiguous() for tensor in tensors]
+def _parts(layer: Layer) -> list[list[Tensor]]:
+    return [
+        layer.grouping,
+        layer.spatial,
+        layer.controller,
+        layer.channel,
+        layer.gamma,
+        layer.global_,
+        layer.residual_gate,
+    ]
 
 
 def _register_fakes() -> None:
     """Tell torch.compile what shapes the operators return."""
     register = torch.library.register_fake
 
-    @register("emax_timm::fine_maps")
-    def _(x: Tensor, *_: object) -> tuple[Tensor, ...]:
-        b, groups, d, h, w = x.shape
-        vector, image = [b, groups, d], [b, groups, h, w]
-        shapes = (vector, image, image, vector, vector, vector)
-        return tuple(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    @register("emax_timm::forward")
+    def _(x: Tensor, *arguments: Any) -> list[Tensor]:
+        global_gate, groups, keep = arguments[5], arguments[8], arguments[-1]
+        b, c, h, w = x.shape
+        vector, image = [b, groups, c // groups], [b, groups, h, w]
+        shapes = [vector, image, image, vector, vector, vector] + [vector] * bool(global_gate)
+        kept = (x.new_empty(shape, dtype=torch.float32) for shape in shapes if keep)
+        return [torch.empty_like(x), *kept]
 
-    @register("emax_timm::mix")
-    def _(first: Tensor, *_: object) -> Tensor:
-        return torch.empty_like(first)
-
-    @register("emax_timm::pool")
-    def _(x: Tensor, spatial: Tensor) -> Tensor:
-        return spatial.new_empty(x.shape[:3])
-
-    @register("emax_timm::apply")
-    def _(x: Tensor, *_: object) -> Tensor:
-        return torch.empty_like(x)
-
-    @register("emax_timm::products")
-    def _(x: Tensor, grad: Tensor, spatial: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        return torch.empty_like(scale), torch.empty_like(scale), torch.empty_like(spatial)
-
-    @register("emax_timm::weigh")
-    def _(x: Tensor, weights: Tensor) -> Tensor:
-        return weights.new_empty([*x.shape[:2], *x.shape[3:]])
-
-    @register("emax_timm::fine_maps_backward")
-    def _(x: Tensor, grad: Tensor, spatial: Tensor, *_: object) -> tuple[Tensor, ...]:
-        b, groups, d, h, w = x.shape
-        strips = [b, groups, d, h + w]
-        shapes = ([b, groups, d], [b, groups, d * 9], strips, strips, [d, 9], [2, d])
-        return torch.empty_like(x), *(spatial.new_empty(shape) for shape in shapes)
+    @register("emax_timm::backward")
+    def _(x: Tensor, grad: Tensor, grouping: object, *arguments: Any) -> list[Tensor]:
+        weights = (tensor for part in arguments[:6] for tensor in part)
+        grads = (torch.empty_like(tensor, dtype=torch.float32) for tensor in weights)
+        return [torch.empty_like(x), *grads]

@@ -1,0 +1,249 @@
+// The pass over a tile from which its fine maps follow, in the steps that `fine_maps` of
+// `attention/functional.py` has; the backward pass begins with them as well.
+#pragma once
+
+#include "tiles.h"
+
+namespace emax {
+
+// Weights of the convolutions and the norm, float32 and contiguous.
+struct Weights {
+  Tensor mixing, shift;         // conv1x1: [d, d], [d]
+  Tensor conv, conv_bias;       // conv3x3: [d, d * 9], [d]
+  Tensor gn_weight, gn_bias;    // [d]
+  Tensor constant, kernel;      // softmax(gn_bias) [d], and its product with conv3x3 [d, 9]
+  float offset;                 // and with conv3x3's bias
+  Tensor conv_by_input;         // conv3x3 with an input's weights for all outputs, padded by zeros
+  Tensor padded_bias;           // to whole vectors: [d * 9, width] and [width]
+  float eps;
+};
+
+Weights weights_of(const std::vector<Tensor>& spatial, double eps);
+
+// A few tiles, one behind the other, as one thread sees them. A strip holds the values of a
+// channel's rows, then of its columns; strips of all tiles stand in one row per channel.
+struct Work {
+  int64_t length;   // of the rows of strips
+  int64_t some;     // channels whose rows are added up at once
+  float* strips;    // means [d, length]
+  float* gates;     // in (0, 1) [d, length]
+  float* borders;   // [together, d * 9]
+  float* U;         // gated features of a tile less a constant near their mean, [d, pixels]
+  float* mask;      // ones [w]
+  float* rows;      // means of rows, [some * h]
+  float *shift, *square;  // [d]
+  Vec* vectors;     // whose lanes are to be added up
+
+  static int64_t rows_at_once(const Shape& s) { return std::max<int64_t>(1, 128 / s.h) * s.h; }
+  static int64_t vector_count(const Shape& s) { return rows_at_once(s) + 2 * s.d + V; }
+  static int64_t size(const Shape& s) {
+    return 2 * s.d * round_up(s.together * s.strip(), V) + s.together * s.d * TAPS +
+           s.d * s.pixels() + s.lines * V + rows_at_once(s) + 2 * s.d + vector_count(s) * V +
+           32 * 10;
+  }
+  Work(const Shape& s, Scratch& scratch)
+      : length(round_up(s.together * s.strip(), V)), some(rows_at_once(s) / s.h) {
+    strips = scratch.take(s.d * length);
+    gates = scratch.take(s.d * length);
+    borders = scratch.take(s.together * s.d * TAPS);
+    U = scratch.take(s.d * s.pixels());
+    mask = scratch.take(s.lines * V);
+    rows = scratch.take(rows_at_once(s));
+    shift = scratch.take(s.d);
+    square = scratch.take(s.d);
+    vectors = reinterpret_cast<Vec*>(scratch.take(vector_count(s) * V));
+    std::fill_n(mask, s.w, 1.f);
+  }
+};
+
+// Means of rows and columns, and of all, of a tile's images.
+template <int N>
+void strip_means(const Shape& s, const float* images, int64_t channel, Work& work, float* strips,
+                 float* mean) {
+  const int64_t lines = N ? N : s.lines, rest = s.rest(), h = s.h, w = s.w, length = work.length;
+  const Vec per_row(1.f / h);
+  Vec* const totals = work.vectors + work.some * h;
+  for (int64_t begin = 0; begin < s.d; begin += work.some) {
+    const int64_t end = std::min(begin + work.some, s.d);
+    Vec* row = work.vectors;
+    for (int64_t c = begin; c < end; ++c) {
+      const float* from = images + c * channel;
+      float* const columns = strips + c * length + h;
+      Vec column[N ? N : 1];
+      if (!N) std::fill_n(columns, w, 0.f);
+      for (int64_t i = 0; i < h; ++i, from += w) {
+        Vec total(0);
+        for (int64_t v = 0; v < lines; ++v) {
+          const int64_t count = v + 1 < lines ? V : rest;
+          const Vec value = load(from + v * V, count);
+          total = total + value;
+          if constexpr (N) column[v] = column[v] + value;
+          else (load(columns + v * V, count) + value).store(columns + v * V, count);
+        }
+        *row++ = total;
+      }
+      if constexpr (N)
+        for (int64_t v = 0; v < N; ++v)
+          (column[v] * per_row).store(columns + v * V, v + 1 < N ? V : rest);
+      else
+        along(w, [&](int64_t at, int64_t count) {
+          (load(columns + at, count) * per_row).store(columns + at, count);
+        });
+    }
+    lane_sums(work.vectors, (end - begin) * h, work.rows, 1.f / w);
+    for (int64_t c = begin; c < end; ++c) {
+      Vec total(0);
+      along(h, [&](int64_t at, int64_t count) {
+        const Vec value = load(work.rows + (c - begin) * h + at, count);
+        value.store(strips + c * length + at, count);
+        total = total + value;
+      });
+      totals[c] = total;
+    }
+  }
+  lane_sums(totals, s.d, mean, 1.f / h);
+}
+
+// out[o] = f(sum over c of matrix[o, c] * in[c] + bias[o]) on rows of strips; `matrix` has strides.
+template <int OUT, int VECTORS, typename F>
+void mix_block(const Shape& s, const float* matrix, int64_t out_stride, int64_t in_stride,
+               const float* bias, const float* in, float* out, int64_t length, F f) {
+  Vec total[OUT][VECTORS];
+  for (int k = 0; k < OUT; ++k)
+    for (int v = 0; v < VECTORS; ++v) total[k][v] = Vec(bias ? bias[k] : 0.f);
+  for (int64_t c = 0; c < s.d; ++c) {
+    Vec value[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) value[v] = load(in + c * length + v * V);
+    for (int k = 0; k < OUT; ++k) {
+      const Vec weight(matrix[k * out_stride + c * in_stride]);
+      for (int v = 0; v < VECTORS; ++v) total[k][v] = fma(weight, value[v], total[k][v]);
+    }
+  }
+  for (int k = 0; k < OUT; ++k)
+    for (int v = 0; v < VECTORS; ++v) f(total[k][v]).store(out + k * length + v * V);
+}
+template <int OUT, typename F>
+void mix_outputs(const Shape& s, const float* matrix, int64_t out_stride, int64_t in_stride,
+                 const float* bias, const float* in, float* out, int64_t length, F f) {
+  constexpr int TWO = V == 16 ? 2 : 1;  // what the registers hold
+  int64_t at = 0;
+  for (; at + TWO * V <= length; at += TWO * V)
+    mix_block<OUT, TWO>(s, matrix, out_stride, in_stride, bias, in + at, out + at, length, f);
+  for (; at < length; at += V)
+    mix_block<OUT, 1>(s, matrix, out_stride, in_stride, bias, in + at, out + at, length, f);
+}
+template <typename F>
+void mix_strips(const Shape& s, const float* matrix, int64_t out_stride, int64_t in_stride,
+                const float* bias, const float* in, float* out, int64_t length, F f) {
+  int64_t o = 0;
+  const auto run = [&](auto outputs) {
+    mix_outputs<outputs>(s, matrix + o * out_stride, out_stride, in_stride, bias ? bias + o : bias,
+                         in, out + o * length, length, f);
+  };
+  for (; o + 8 <= s.d; o += 8) run(std::integral_constant<int, 8>());
+  for (; o < s.d; ++o) run(std::integral_constant<int, 1>());
+}
+
+// What each tap of a zero-padded 3x3 kernel sees of a channel, averaged over the output: [d, 9].
+inline void border_means(const Shape& s, const float* images, int64_t channel, const float* strips,
+                         int64_t length, const float* mean, float* borders) {
+  const float per_row = 1.f / s.h, per_column = 1.f / s.w, per_pixel = 1.f / s.pixels();
+  for (int64_t c = 0; c < s.d; ++c) {
+    const float *const x = images + c * channel, *const end = x + (s.h - 1) * s.w;
+    const float* const strip = strips + c * length;
+    float* const taps = borders + c * TAPS;
+    // The upper taps miss the last row, the lower ones the first; likewise the columns.
+    const float above = strip[s.h - 1] * per_row, below = strip[0] * per_row;
+    const float left = strip[s.h + s.w - 1] * per_column, right = strip[s.h] * per_column;
+    const float upper = mean[c] - above, lower = mean[c] - below;
+    taps[0] = upper - left + end[s.w - 1] * per_pixel;
+    taps[1] = upper;
+    taps[2] = upper - right + end[0] * per_pixel;
+    taps[3] = mean[c] - left;
+    taps[4] = mean[c];
+    taps[5] = mean[c] - right;
+    taps[6] = lower - left + x[s.w - 1] * per_pixel;
+    taps[7] = lower;
+    taps[8] = lower - right + x[0] * per_pixel;
+  }
+}
+
+// Of each channel, minus a constant that is near the mean of the gated features.
+inline void find_shifts(const Shape& s, const float* gates, const float* mean, Work& work) {
+  for (int64_t c = 0; c < s.d; ++c) {
+    const float* const gate = gates + c * work.length;
+    Vec h(0), w(0);
+    along(s.h, [&](int64_t at, int64_t count) { h = h + load(gate + at, count); });
+    along(s.w, [&](int64_t at, int64_t count) { w = w + load(gate + s.h + at, count); });
+    work.vectors[c] = h;
+    work.vectors[s.d + c] = w;
+  }
+  lane_sums(work.vectors, s.d, work.shift, 1.f / s.h);
+  lane_sums(work.vectors + s.d, s.d, work.square, 1.f / s.w);
+  along(s.d, [&](int64_t at, int64_t count) {
+    const Vec gate = load(work.shift + at, count) * load(work.square + at, count);
+    (gate * load(mean + at, count).neg()).store(work.shift + at, count);
+  });
+}
+
+// The gated features less a constant near their mean, and their first two moments. Rows are stored
+// in whole vectors: what is behind the end of one is overwritten by the next.
+template <int N>
+void deviations(const Shape& s, const float* images, int64_t channel, const float* gates,
+                const float* mean, Work& work, float* centre) {
+  const int64_t lines = N ? N : s.lines, rest = s.rest(), h = s.h, w = s.w;
+  find_shifts(s, gates, mean, work);
+  Vec mask[N ? N : 1];
+  for (int64_t v = 0; v < N; ++v) mask[v] = load(work.mask + v * V);
+  Vec *const totals = work.vectors, *const squares = work.vectors + s.d;
+  for (int64_t c = 0; c < s.d; ++c) {
+    const float *x = images + c * channel, *const gate_h = gates + c * work.length;
+    const float* const gate_w = gate_h + h;
+    float* u = work.U + c * s.pixels();
+    const Vec shift(work.shift[c]);
+    Vec column[N ? N : 1], shifts[N ? N : 1], total[N ? N : 1], square[N ? N : 1];
+    for (int64_t v = 0; v < N; ++v) {
+      column[v] = load(gate_w + v * V, v + 1 < N ? V : rest);
+      shifts[v] = shift * mask[v];
+    }
+    for (int64_t i = 0; i < h; ++i, x += w, u += w) {
+      const Vec row(gate_h[i]);
+      for (int64_t v = 0; v < lines; ++v) {
+        const int64_t k = N ? v : 0, count = v + 1 < lines ? V : rest;
+        if constexpr (!N) {
+          column[0] = load(gate_w + v * V, count);
+          shifts[0] = shift * load(work.mask + v * V);
+        }
+        const Vec value = fma(load(x + v * V, count) * column[k], row, shifts[k]);
+        value.store(u + v * V);
+        total[k] = total[k] + value;
+        square[k] = fma(value, value, square[k]);
+      }
+    }
+    for (int64_t v = 1; v < N; ++v) {
+      total[0] = total[0] + total[v];
+      square[0] = square[0] + square[v];
+    }
+    totals[c] = total[0];
+    squares[c] = square[0];
+  }
+  lane_sums(totals, s.d, centre, 1.f / s.pixels());
+  lane_sums(squares, s.d, work.square, 1.f / s.pixels());
+}
+
+// What both passes need of tiles, of which `images` holds `count`: strips, gates and borders, and
+// their means [count, d].
+inline void begin_tiles(const Shape& s, const Weights& weights, const float* const* images,
+                        int64_t channel, int64_t count, Work& work, float* mean) {
+  for (int64_t t = 0; t < count; ++t)
+    with_lines(s.lines, [&](auto n) {
+      strip_means<n>(s, images[t], channel, work, work.strips + t * s.strip(), mean + t * s.d);
+    });
+  mix_strips(s, weights.mixing.const_data_ptr<float>(), s.d, 1,
+             weights.shift.const_data_ptr<float>(), work.strips, work.gates, work.length, sigmoid);
+  for (int64_t t = 0; t < count; ++t)
+    border_means(s, images[t], channel, work.strips + t * s.strip(), work.length, mean + t * s.d,
+                 work.borders + t * s.d * TAPS);
+}
+
+}  // namespace emax

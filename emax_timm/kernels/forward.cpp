@@ -1,0 +1,323 @@
+// The attention and its output. All samples go through the passes below a few at a time, so that
+// what one pass has read is still in the cache for the next.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "grouping.h"
+#include "layer.h"
+
+namespace emax {
+
+namespace {
+
+// What the backward pass needs of the fine maps, in the order of `FineMaps`, and their scores.
+// Where it is not to be kept, memory for the samples of a chunk serves all chunks.
+struct Fine {
+  std::vector<Tensor> kept;
+  Tensor scores;
+  float *mean, *first, *second, *conv_means, *centre, *rstd, *score;
+
+  Fine(const Shape& s, int64_t samples, const at::TensorOptions& options)
+      : scores(at::empty({samples, s.F}, options)) {
+    const Tensor vector = at::empty({samples, s.F, s.d}, options);
+    const Tensor map = at::empty({samples, s.F, s.h, s.w}, options);
+    kept = {vector, map, at::empty_like(map), at::empty_like(vector), at::empty_like(vector),
+            at::empty_like(vector)};
+    start(s, 0);
+  }
+
+  // Lets tiles have their numbers in the batch, where the first one in memory is that of a sample.
+  void start(const Shape& s, int64_t sample) {
+    const int64_t vector = sample * s.F * s.d, map = sample * s.F * s.pixels();
+    const auto data = [&](int number) { return kept[number].data_ptr<float>(); };
+    mean = data(0) - vector;
+    first = data(1) - map;
+    second = data(2) - map;
+    conv_means = data(3) - vector;
+    centre = data(4) - vector;
+    rstd = data(5) - vector;
+    score = scores.data_ptr<float>() - sample * s.F;
+  }
+};
+
+// means[t][o] = sum over c of (sum over taps of borders[t][c, tap] * conv[c, tap, o]) + bias[o]. A
+// sum per channel first: one long sum would round more. Rows of `conv` and the bias are `width`
+// long.
+template <int TILES>
+void conv_means(const Shape& s, const float* borders, const float* conv, const float* bias,
+                int64_t width, float* means) {
+  const int64_t size = s.d * TAPS;
+  for (int64_t o = 0; o < width; o += V) {
+    Vec total[TILES];
+    for (int t = 0; t < TILES; ++t) total[t] = load(bias + o);
+    for (int64_t c = 0; c < s.d; ++c) {
+      Vec channel[TILES];
+      for (int64_t k = c * TAPS; k < (c + 1) * TAPS; ++k) {
+        const Vec weight = load(conv + k * width + o);
+        for (int t = 0; t < TILES; ++t)
+          channel[t] = fma(Vec(borders[t * size + k]), weight, channel[t]);
+      }
+      for (int t = 0; t < TILES; ++t) total[t] = total[t] + channel[t];
+    }
+    for (int t = 0; t < TILES; ++t)
+      total[t].store(means + t * s.d + o, std::min(V, s.d - o));
+  }
+}
+
+// The images of the nine taps, and the weighted sum of U on top of `level`, of BLOCK vectors. It
+// computes more than it reads: meanwhile a part of `next` comes into the cache.
+template <int BLOCK>
+void weigh_block(const Shape& s, const float* images, int64_t channel, const float* U,
+                 const float* kernel, const float* scale, float level, int64_t at, int64_t count,
+                 float* taps, int64_t tap_stride, float* second, const float* next) {
+  Vec tap[TAPS][BLOCK], weighted[BLOCK];
+  for (int k = 0; k < BLOCK; ++k) weighted[k] = Vec(level);
+  const float *x = images + at, *u = U + at;
+  for (int64_t c = 0; c < s.d; ++c, x += channel, u += s.pixels()) {
+    Vec value[BLOCK];
+    const Vec a(scale[c]);
+    for (int k = 0; k < BLOCK; ++k) __builtin_prefetch(next + (at * s.d + (c * BLOCK + k) * V), 0, 2);
+    for (int k = 0; k < BLOCK; ++k) {
+      value[k] = load(x + k * V, count);
+      weighted[k] = fma(a, load(u + k * V, count), weighted[k]);
+    }
+    for (int t = 0; t < TAPS; ++t) {
+      const Vec weight(kernel[c * TAPS + t]);
+      for (int k = 0; k < BLOCK; ++k) tap[t][k] = fma(weight, value[k], tap[t][k]);
+    }
+  }
+  for (int k = 0; k < BLOCK; ++k) {
+    weighted[k].store(second + at + k * V, count);
+    for (int t = 0; t < TAPS; ++t) tap[t][k].store(taps + t * tap_stride + at + k * V, count);
+  }
+}
+
+// The two terms of a tile's fine map.
+class MapWork {
+ public:
+  static int64_t tap_stride(const Shape& s) { return s.plane + 2 * halo(s); }
+  static int64_t halo(const Shape& s) { return round_up(s.w + 1, V); }
+  static int64_t size(const Shape& s) { return 2 * s.d + TAPS * tap_stride(s) + 32 * 4; }
+  MapWork(const Shape& s, Scratch& scratch) : tap_stride_(tap_stride(s)) {
+    softmax_ = scratch.take(s.d);
+    scale_ = scratch.take(s.d);
+    taps_ = scratch.take(TAPS * tap_stride_) + halo(s);
+  }
+
+  void run(const Shape& s, const Weights& weights, const float* images, int64_t channel,
+           const Work& work, const float* conv_means, const float* centre, float* rstd,
+           float* score, float* first, float* second, const float* next) {
+    *score = softmax(s.d, conv_means, softmax_);
+    const float level = channel_scales(s, weights, work, centre, rstd);
+    const float* const kernel = weights.kernel.const_data_ptr<float>();
+    const auto weigh = [&](int64_t at, int64_t count, auto block) {
+      weigh_block<block>(s, images, channel, work.U, kernel, scale_, level, at, count, taps_,
+                         tap_stride_, second, next);
+    };
+    constexpr int BLOCK = V == 16 ? 2 : 1;  // what the registers hold
+    int64_t at = 0;
+    for (; at + BLOCK * V <= s.pixels(); at += BLOCK * V)
+      weigh(at, V, std::integral_constant<int, BLOCK>());
+    for (; at < s.pixels(); at += V)
+      weigh(at, std::min(V, s.pixels() - at), std::integral_constant<int, 1>());
+    add_taps(s, weights.offset, first);
+  }
+
+ private:
+  // second = sum over d of scale * U + level
+  float channel_scales(const Shape& s, const Weights& weights, const Work& work,
+                       const float* centre, float* rstd) {
+    const auto* const gn_weight = weights.gn_weight.const_data_ptr<float>();
+    const auto* const gn_bias = weights.gn_bias.const_data_ptr<float>();
+    Vec level(0);
+    along(s.d, [&](int64_t at, int64_t count) {
+      const Vec mean = load(centre + at, count);
+      const Vec variance = at::vec::maximum(load(work.square + at, count) - mean * mean, Vec(0));
+      const Vec inverse = Vec(1) / (variance + Vec(weights.eps)).sqrt();
+      const Vec share = load(softmax_ + at, count);
+      const Vec scale = share * load(gn_weight + at, count) * inverse;
+      inverse.store(rstd + at, count);
+      scale.store(scale_ + at, count);
+      level = level + share * load(gn_bias + at, count) - scale * mean;
+    });
+    return sum(level);
+  }
+
+  // first = what the taps pass to each pixel. Images are moved as long rows, without the columns
+  // that would come in from the row above or below.
+  void add_taps(const Shape& s, float offset, float* first) {
+    for (int t = 0; t < TAPS; t += 3)
+      for (int64_t i = 0; i < s.h; ++i) {
+        taps_[t * tap_stride_ + i * s.w + s.w - 1] = 0;
+        taps_[(t + 2) * tap_stride_ + i * s.w] = 0;
+      }
+    along(s.pixels(), [&](int64_t at, int64_t count) {
+      Vec even(offset), odd(0);
+      for (int t = 0; t < TAPS; ++t) {
+        const Vec tap = load(taps_ + t * tap_stride_ + at + (t / 3 - 1) * s.w + t % 3 - 1);
+        if (t % 2) odd = odd + tap;
+        else even = even + tap;
+      }
+      (even + odd).store(first + at, count);
+    });
+  }
+
+  int64_t tap_stride_;
+  float *softmax_, *scale_, *taps_;
+};
+
+template <typename T>
+void fine_maps(const Shape& s, const Tensor& x, const Weights& weights, int64_t begin_tile,
+               int64_t end_tile, const Fine& fine) {
+  const int64_t width = round_up(s.d, V);
+  const Images<const T> tiles(s, x);
+  const auto* const conv = weights.conv_by_input.const_data_ptr<float>();
+  const auto* const bias = weights.padded_bias.const_data_ptr<float>();
+  at::parallel_for(begin_tile, end_tile, s.grain(), [&](int64_t begin, int64_t end) {
+    const int64_t channel = tiles.channel();
+    Scratch scratch(Work::size(s) + MapWork::size(s) + s.together * (tiles.scratch() + 32));
+    Work work(s, scratch);
+    MapWork map(s, scratch);
+    float* const copies = scratch.take(s.together * tiles.scratch());
+    std::vector<const float*> images(s.together);
+    for (int64_t tile = begin; tile < end; tile += s.together) {
+      const int64_t count = std::min(s.together, end - tile);
+      for (int64_t t = 0; t < count; ++t)
+        images[t] = tiles.read(tile + t, copies + t * tiles.scratch());
+      begin_tiles(s, weights, images.data(), channel, count, work, fine.mean + tile * s.d);
+      float* const conv_out = fine.conv_means + tile * s.d;
+      if (count == 4)
+        conv_means<4>(s, work.borders, conv, bias, width, conv_out);
+      else
+        for (int64_t t = 0; t < count; ++t)
+          conv_means<1>(s, work.borders + t * s.d * TAPS, conv, bias, width, conv_out + t * s.d);
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t one = tile + t, vector = one * s.d, map_at = one * s.pixels();
+        with_lines(s.lines, [&](auto n) {
+          deviations<n>(s, images[t], channel, work.gates + t * s.strip(), fine.mean + vector, work,
+                        fine.centre + vector);
+        });
+        map.run(s, weights, images[t], channel, work, fine.conv_means + vector,
+                fine.centre + vector, fine.rstd + vector, fine.score + one, fine.first + map_at,
+                fine.second + map_at, tiles.ahead(one + s.together));
+      }
+    }
+  });
+}
+
+// Means of x * S over the image.
+template <typename T>
+void pool(const Shape& s, const Tensor& x, const float* maps, const Choice& choice,
+          int64_t begin_tile, int64_t end_tile, float* pooled) {
+  const Images<const T> tiles(s, x);
+  at::parallel_for(begin_tile, end_tile, s.grain(), [&](int64_t begin, int64_t end) {
+    Scratch scratch(tiles.scratch());
+    std::vector<Vec> totals(s.d + V);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const float* const map = maps + choice.holder(tile, s.F) * s.pixels();
+      const float* const x = tiles.read(tile, scratch.all());
+      const auto run = [&](int64_t c, auto channels) {  // that share the loads of the map
+        Vec total[channels];
+        along(s.pixels(), [&](int64_t at, int64_t count) {
+          const Vec value = load(map + at, count);
+          for (int k = 0; k < channels; ++k)
+            total[k] = fma(load(x + (c + k) * tiles.channel() + at, count), value, total[k]);
+        });
+        for (int k = 0; k < channels; ++k) totals[c + k] = total[k];
+      };
+      int64_t c = 0;
+      for (; c + 4 <= s.d; c += 4) run(c, std::integral_constant<int, 4>());
+      for (; c < s.d; ++c) run(c, std::integral_constant<int, 1>());
+      lane_sums(totals.data(), s.d, pooled + tile * s.d, 1.f / s.pixels());
+    }
+  });
+}
+
+// out = x * (scale * S + offset)
+template <typename T>
+void apply(const Shape& s, const Tensor& x, const float* maps, const Choice& choice,
+           const float* scales, const float* offsets, int64_t begin_tile, int64_t end_tile,
+           const Tensor& out) {
+  const Images<const T> xs(s, x);
+  const Images<T> ys(s, out);
+  at::parallel_for(begin_tile, end_tile, s.grain(), [&](int64_t begin, int64_t end) {
+    Scratch from(xs.scratch()), to(ys.scratch());
+    // From the last tile on, which is the likeliest to be in the cache.
+    for (int64_t tile = end - 1; tile >= begin; --tile) {
+      const float* const map = maps + choice.holder(tile, s.F) * s.pixels();
+      const float* x = xs.read(tile, from.all());
+      float* y = ys.place(tile, to.all());
+      for (int64_t c = 0; c < s.d; ++c, x += xs.channel(), y += ys.channel()) {
+        const Vec a(scales[tile * s.d + c]), b(offsets[tile * s.d + c]);
+        along(s.pixels(), [&](int64_t at, int64_t count) {
+          (load(x + at, count) * fma(a, load(map + at, count), b)).store(y + at, count);
+        });
+      }
+      ys.write(tile, to.all());
+    }
+  });
+}
+
+template <typename T>
+std::vector<Tensor> forward_of(const Shape& s, const Tensor& x, const Layer& layer,
+                               const std::optional<Tensor>& noise, bool keep) {
+  const auto options = x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
+  const Weights weights = weights_of(layer.spatial, layer.eps);
+  const int64_t together = std::min(samples_together(s, layer), s.b);
+  const int64_t remembered = keep ? s.b : together, c = s.F * s.d;
+  Fine fine(s, remembered, options);
+  const bool pools = !layer.global.empty();
+  const Tensor out = at::empty_like(x);
+  const Tensor spatial = at::empty({together, s.F, s.h, s.w}, options);
+  const Tensor pooled = pools ? at::empty({remembered, s.F, s.d}, options) : fine.kept[0];
+  for (int64_t sample = 0; sample < s.b; sample += together) {
+    const int64_t count = std::min(together, s.b - sample), base = keep ? 0 : sample;
+    const int64_t begin = sample * s.F, end = begin + count * s.F;
+    const auto rows = [&](const Tensor& values) {
+      return values.view({remembered, c}).narrow(0, sample - base, count);
+    };
+    fine.start(s, base);
+    fine_maps<T>(s, x, weights, begin, end, fine);
+    std::optional<Tensor> drawn;
+    if (noise) drawn = noise->narrow(0, sample, count);
+    const Choice choice = choose_groups(layer, rows(fine.kept[0]), drawn, sample);
+    float* const maps = spatial.data_ptr<float>() - begin * s.pixels();
+    mix(s, choice, sample, count, fine.first, fine.second, fine.score, maps);
+    if (pools)
+      pool<T>(s, x, maps, choice, begin, end, pooled.data_ptr<float>() - base * c);
+    const Gates gates = mean_gates(layer, rows(fine.kept[0]), rows(pooled));
+    apply<T>(s, x, maps, choice, gates.scale.const_data_ptr<float>() - begin * s.d,
+             gates.offset.const_data_ptr<float>() - begin * s.d, begin, end, out);
+  }
+  std::vector<Tensor> outputs{out};
+  if (!keep) return outputs;
+  outputs.insert(outputs.end(), fine.kept.begin(), fine.kept.end());
+  if (pools) outputs.push_back(pooled);
+  return outputs;
+}
+
+std::vector<Tensor> forward(const Tensor& x, at::TensorList grouping, at::TensorList spatial,
+                            at::TensorList controller, at::TensorList channel,
+                            at::TensorList gamma, at::TensorList global,
+                            at::TensorList residual_gate, const std::optional<Tensor>& noise,
+                            int64_t groups, bool batch_vote, double eps, bool keep) {
+  const Layer layer(grouping, spatial, controller, channel, gamma, global, residual_gate,
+                    batch_vote, eps);
+  layer.check(x, groups);
+  const Shape s(x, groups);
+  return x.scalar_type() == at::kBFloat16 ? forward_of<at::BFloat16>(s, x, layer, noise, keep)
+                                          : forward_of<float>(s, x, layer, noise, keep);
+}
+
+}  // namespace
+
+}  // namespace emax
+
+TORCH_LIBRARY_FRAGMENT(emax_timm, library) {
+  library.def("forward(Tensor x, Tensor[] grouping, Tensor[] spatial, Tensor[] controller, "
+              "Tensor[] channel, Tensor[] gamma, Tensor[] global_, Tensor[] residual_gate, "
+              "Tensor? noise, int groups, bool batch_vote, float eps, bool keep) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(emax_timm, CPU, library) { library.impl("forward", emax::forward); }

@@ -1,0 +1,82 @@
+// Vectors of floats, as wide as the CPU has them: what ATen's vectors lack.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+namespace emax {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t V = Vec::size();
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// The first `count` floats; zeros behind them.
+inline Vec load(const float* from, int64_t count = V) { return Vec::loadu(from, count); }
+
+inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return at::vec::fmadd(a, b, c); }
+
+inline Vec sigmoid(const Vec& x) { return Vec(1) / (Vec(1) + x.neg().exp()); }
+
+// Calls f(place, count) for the vectors of a row, of which the last may be short.
+template <typename F>
+void along(int64_t length, F f) {
+  int64_t at = 0;
+  for (; at + V <= length; at += V) f(at, V);
+  if (at < length) f(at, length - at);
+}
+
+inline float sum(const Vec& values) {
+  return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, values);
+}
+
+// out[i] = factor * sum over the lanes of rows[i]. V rows are added up pair by pair, which takes a
+// third of the operations of single sums. What is behind the last row is read, and must be there.
+inline void lane_sums(const Vec* rows, int64_t count, float* out, float factor) {
+  Vec level[V / 2];
+  const auto add = [](const Vec& a, const Vec& b) {
+    const auto pair = at::vec::deinterleave2(a, b);
+    return pair.first + pair.second;
+  };
+  for (int64_t at = 0; at < count; at += V) {
+    for (int64_t i = 0; i < V / 2; ++i) level[i] = add(rows[at + 2 * i], rows[at + 2 * i + 1]);
+    for (int64_t half = V / 4; half > 0; half /= 2)
+      for (int64_t i = 0; i < half; ++i) level[i] = add(level[2 * i], level[2 * i + 1]);
+    (level[0] * Vec(factor)).store(out + at, std::min(V, count - at));
+  }
+}
+
+// Softmax of d logits; returns their logsumexp.
+inline float softmax(int64_t d, const float* logits, float* out) {
+  const float highest = *std::max_element(logits, logits + d);
+  float total = 0;
+  along(d, [&](int64_t at, int64_t count) {
+    (load(logits + at, count) - Vec(highest)).exp().store(out + at, count);
+    for (int64_t c = at; c < at + count; ++c) total += out[c];
+  });
+  along(d, [&](int64_t at, int64_t count) {
+    (load(out + at, count) / Vec(total)).store(out + at, count);
+  });
+  return highest + std::log(total);
+}
+
+// Calls f with the number of vectors in a row as a constant where it is a common one, else with 0.
+template <typename F>
+void with_lines(int64_t lines, F f) {
+  switch (lines) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 7: return f(std::integral_constant<int, 7>());
+    default: return f(std::integral_constant<int, 0>());
+  }
+}
+
+}  // namespace emax
