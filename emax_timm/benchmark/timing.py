@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean, median, quantiles
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import timm
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "interleaved",
     "machine",
     "mean_ratio",
+    "measured",
     "milliseconds",
 ]
 
@@ -32,12 +33,15 @@ class Measured(NamedTuple):
     """Upper quartile."""
 
 
+Name = TypeVar("Name")
+
+
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]],
+    calls: Mapping[Name, Callable[[], Any]],
     rounds: int,
     device: torch.device,
     seconds: float = 0.01,
-) -> dict[str, Measured]:
+) -> dict[Name, Measured]:
     """Time functions in turn, so that a slow spell of the machine hits all of them.
 
     Args:
@@ -51,13 +55,13 @@ def interleaved(
         call()
         call()
         repeats[name] = max(1, round(seconds / max(_duration(call, 1, device), 1e-9)))
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[Name, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         # The order changes, so that nobody always follows the same neighbour.
         order = list(calls)[number % len(calls) :] + list(calls)[: number % len(calls)]
         for name in order:
             found[name].append(_duration(calls[name], repeats[name], device))
-    return {name: _measured(times) for name, times in found.items()}
+    return {name: measured(times) for name, times in found.items()}
 
 
 def _duration(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
@@ -76,7 +80,8 @@ def _duration(call: Callable[[], Any], repeats: int, device: torch.device) -> fl
     return (time.perf_counter() - begin) / repeats
 
 
-def _measured(times: Sequence[float]) -> Measured:
+def measured(times: Sequence[float]) -> Measured:
+    """Median and quartiles."""
     if len(times) == 1:
         return Measured(times[0], times[0], times[0])
     low, _, high = quantiles(times, n=4, method="inclusive")
@@ -113,7 +118,7 @@ def described(facts: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in facts.items())
 
 
-def milliseconds(measured: Measured) -> str:
+def milliseconds(times: Measured) -> str:
     """The median, and the quartiles in brackets."""
-    median, low, high = (f"{1000 * value:.3g}" for value in measured)
+    median, low, high = (f"{1000 * value:.3g}" for value in times)
     return f"{median} ({low}-{high})"
