@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -97,9 +98,13 @@ def _growth(options: argparse.Namespace) -> Result:
     found = growth.measure_growth(
         base, options.steps, options.rounds, *_tensors(options), options.systems
     )
+    report = growth.report_growth(found)
     if options.plot is not None:
         growth.draw_growth(found, options.plot)
-    return found, growth.report_growth(found)
+        if options.write is not None:
+            picture = Path(os.path.relpath(options.plot, options.write.parent)).as_posix()
+            report = f"![Time and memory along each axis]({picture})\n\n{report}"
+    return found, report
 
 
 def _settings(options: argparse.Namespace) -> Result:
@@ -156,7 +161,7 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
     text = "with train/ of classes; else the sample of Fashion-MNIST"
     one.add_argument("--data-dir", type=Path, metavar="DIR", help=text)
 
-    one = _command(commands, _growth, "how time and memory grow with the input", rounds=7)
+    one = _command(commands, _growth, "how time and memory grow with the input", rounds=5)
     _add_systems(one, modules.SYSTEMS)
     _add_tensors(one)
     text = "from which channels, side and batch are halved and doubled"
@@ -172,7 +177,7 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
     _add_device(one)
     _add_shapes(one)
 
-    one = _command(commands, _startup, "import and creation in fresh processes", rounds=11)
+    one = _command(commands, _startup, "import and creation in fresh processes", rounds=7)
     _add_networks(one)
     return parser
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..training.config import UsageError
 from .modules import PASSES, kernels_serve
 from .tables import heading, row
-from .timing import Measured, described
+from .timing import Measured, described, digits
 
 __all__ = ["measure_settings", "report_settings"]
 
@@ -122,7 +122,7 @@ def report_settings(found: dict[str, Any]) -> str:
                 for name, times in setting["times"][passes].items()
             }
             cells = [_name(setting)]
-            cells += [f"{1000 * geometric_mean(medians[name]):.3g}" for name in systems]
+            cells += [digits(1000 * geometric_mean(medians[name])) for name in systems]
             cells += [_ratio(medians[ours], medians[peer]) for ours, peer in pairs]
             lines.append(row(cells))
         lines.append("")
@@ -135,8 +135,9 @@ def report_settings(found: dict[str, Any]) -> str:
 
 
 def _name(setting: dict[str, Any]) -> str:
-    layout = setting["memory_format"].removesuffix("_format")
-    return f"{setting['dtype']}, {layout}, {setting['machine']['instructions']}"
+    instructions = setting["machine"].get("instructions")  # a GPU has none to choose among
+    words = [setting["dtype"], setting["memory_format"].removesuffix("_format"), instructions]
+    return ", ".join(filter(None, words))
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> str:

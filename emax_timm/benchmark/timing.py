@@ -15,6 +15,7 @@ from .. import __version__
 __all__ = [
     "Measured",
     "described",
+    "digits",
     "interleaved",
     "machine",
     "mean_ratio",
@@ -95,9 +96,10 @@ def mean_ratio(ours: Sequence[Measured], theirs: Sequence[Measured]) -> float:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What was measured on, and with which versions."""
+    gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+        **({} if gpu else {"instructions": torch.backends.cpu.get_cpu_capability()}),
         "threads": torch.get_num_threads(),
         "emax_timm": __version__,
         "torch": torch.__version__,
@@ -120,5 +122,10 @@ def described(facts: dict[str, Any]) -> str:
 
 def milliseconds(times: Measured) -> str:
     """The median, and the quartiles in brackets."""
-    median, low, high = (f"{1000 * value:.3g}" for value in times)
+    median, low, high = (digits(1000 * value) for value in times)
     return f"{median} ({low}-{high})"
+
+
+def digits(value: float) -> str:
+    """Three of them, or all before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
