@@ -154,7 +154,7 @@ PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 def test_benchmarks_of_the_page_on_performance_are_understood() -> None:
     """As are the commands that made the tables: what they measure takes minutes."""
     lines = [line for block in blocks("bash", PERFORMANCE) for line in block.splitlines()]
-    lines += re.findall(r"^Made by `(emax benchmark .*)`:", PERFORMANCE + README, re.MULTILINE)
+    lines += re.findall(r"^Made by `(emax benchmark [^`]*)`", PERFORMANCE + README, re.MULTILINE)
     commands = [shlex.split(line)[2:] for line in lines if line.startswith("emax benchmark ")]
     assert {command[0] for command in commands} == {
         *("modules", "models", "onnx", "train", "growth", "settings", "startup")

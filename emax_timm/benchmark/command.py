@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def benchmark(argv: Sequence[str] | None = None, prog: str = "emax benchmark") -
     try:
         if options.write is not None:
             text_around(options.write, options.mark)  # refused before anything is measured
+        start = time.monotonic()
         result = options.run(options)
         if result is None:
             return 0
@@ -39,7 +41,8 @@ def benchmark(argv: Sequence[str] | None = None, prog: str = "emax benchmark") -
         print(report)
         if options.write is not None:
             command = shlex.join([*prog.split(), *argv])
-            write_between(options.write, options.mark, f"Made by `{command}`:\n\n{report}\n")
+            made = f"Made by `{command}` in {time.monotonic() - start:.0f} seconds"
+            write_between(options.write, options.mark, f"{made}:\n\n{report}\n")
         if options.json is not None:
             text = json.dumps(found, indent=2) + "\n"
             replace_file(options.json, lambda temporary: temporary.write_text(text))

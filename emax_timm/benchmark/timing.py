@@ -69,10 +69,11 @@ def _duration(call: Callable[[], Any], repeats: int, device: torch.device) -> fl
     """Seconds per call."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
+        with torch.cuda.device(device):  # whose stream it is that is timed
+            start.record()
+            for _ in range(repeats):
+                call()
+            end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000 / repeats
     begin = time.perf_counter()
