@@ -46,7 +46,7 @@ class Exponent(NamedTuple):
 
     value: float
     error: float
-    """Standard error; NaN for two points, through which every line fits."""
+    """Standard error."""
 
 
 def measure_growth(
@@ -77,17 +77,18 @@ def measure_growth(
     if systems is None:
         served = kernels_serve(device, dtype)
         systems = [name for name in SYSTEMS if served or "C++" not in name]
-    series = {axis: _series(axis, base, steps) for axis in AXES}
+    on_axis = {axis: [n for n in systems if axis != "factor" or has_factor(n)] for axis in AXES}
+    series = {axis: _series(axis, base, steps) for axis, names in on_axis.items() if names}
     found: dict[Point, Any] = {}
     # All axes share the base.
     points = list(dict.fromkeys(point for along in series.values() for point in along))
     for point in tqdm(points, "points", leave=False, disable=None):
         x = torch.randn(point[:4], device=device, dtype=dtype).to(memory_format=memory_format)
-        served_by = [name for name in systems if point.factor == base.factor or has_factor(name)]
-        found[point] = measure_shape(served_by, x, rounds, point.factor)
+        names = [name for name in systems if point.factor == base.factor or has_factor(name)]
+        found[point] = measure_shape(names, x, rounds, point.factor)
     axes: dict[str, Any] = {}
     for axis, along in series.items():
-        names = [name for name in systems if axis != "factor" or has_factor(name)]
+        names = on_axis[axis]
         results = [found[point] for point in along]
         costs: dict[str, Any] = {
             passes: {name: [times[passes][name].median for times, _ in results] for name in names}
@@ -124,14 +125,15 @@ def _series(axis: str, base: Point, steps: int) -> list[Point]:
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> Exponent:
-    """The slope of log(cost) over log(size), by least squares."""
+    """The slope of log(cost) over log(size), at three sizes or more, by least squares."""
+    if min(costs) <= 0:  # some layers keep nothing
+        return Exponent(math.nan, math.nan)
     x, y = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
     mean_x, mean_y = fmean(x), fmean(y)
     spread = sum((a - mean_x) ** 2 for a in x)
     slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
     rest = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
-    free = len(x) - 2
-    return Exponent(slope, math.sqrt(rest / free / spread) if free else math.nan)
+    return Exponent(slope, math.sqrt(rest / (len(x) - 2) / spread))
 
 
 def report_growth(found: dict[str, Any]) -> str:
@@ -161,8 +163,7 @@ def report_growth(found: dict[str, Any]) -> str:
 
 
 def _cell(fitted: Exponent) -> str:
-    error = "" if math.isnan(fitted.error) else f" ± {fitted.error:.2f}"
-    return f"{fitted.value:.2f}{error}"
+    return "-" if math.isnan(fitted.value) else f"{fitted.value:.2f} ± {fitted.error:.2f}"
 
 
 def check_drawing() -> None:

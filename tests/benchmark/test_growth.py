@@ -21,7 +21,6 @@ def test_exponents_are_those_of_numpy() -> None:
     (slope, _), covariance = np.polyfit(np.log(sizes), np.log(costs), 1, cov=True)
     fitted = exponent(sizes.tolist(), costs.tolist())
     assert fitted == pytest.approx((slope, math.sqrt(covariance[0, 0])))
-    assert math.isnan(exponent([1, 2], [1, 2]).error)
 
 
 def test_every_axis_is_measured_and_drawn(
@@ -54,6 +53,11 @@ def test_every_axis_is_measured_and_drawn(
     text = plot.read_text()
     assert text.count("SE: ") == 3 * 3
     assert text.count("EMAX: ") == 3 * 4
+
+
+def test_a_layer_that_keeps_nothing_has_no_exponent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark([*SMALL, "--systems", "copy"]) == 0
+    assert "| copy | - | - | - |\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
