@@ -1,5 +1,9 @@
 """EMAX attention in timm backbones; importing this package registers the models with timm."""
 
+# Before torch's compiler, which the attention asks for: the other way round Python collects garbage
+# once more while it loads both, which takes 0.2 seconds.
+import timm  # noqa: F401
+
 from .attention import EMAX, EMAXMaps, create_attention, set_grouping
 from .models import insert_attention
 

@@ -20,6 +20,7 @@ from emax_timm.attention import ATTENTIONS
 from emax_timm.benchmark import markdown, measure, model_names
 from emax_timm.benchmark.command import benchmark_parser
 from emax_timm.benchmark.plan import plan
+from emax_timm.benchmark.tables import text_around
 from emax_timm.training import TrainConfig, train
 from emax_timm.training.config import from_mapping, parse_settings
 from emax_timm.training.data import SAMPLES
@@ -153,11 +154,15 @@ PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 def test_benchmarks_of_the_page_on_performance_are_understood() -> None:
     """As are the commands that made the tables: what they measure takes minutes."""
     lines = [line for block in blocks("bash", PERFORMANCE) for line in block.splitlines()]
-    lines += re.findall(r"^Made by `(emax benchmark .*)`:", PERFORMANCE + README, re.MULTILINE)
+    lines += re.findall(r"^Made by `(emax benchmark [^`]*)`", PERFORMANCE + README, re.MULTILINE)
     commands = [shlex.split(line)[2:] for line in lines if line.startswith("emax benchmark ")]
-    assert {"modules", "models"} == {command[0] for command in commands}
+    assert {command[0] for command in commands} == {
+        *("modules", "models", "onnx", "train", "growth", "settings", "startup")
+    }
     for command in commands:
-        benchmark_parser("emax benchmark").parse_args(command)
+        options = benchmark_parser("emax benchmark").parse_args(command)
+        if options.write is not None:
+            text_around(ROOT / options.write, options.mark)
 
 
 WEIGHTS = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")

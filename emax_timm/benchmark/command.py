@@ -2,20 +2,28 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..files import replace_file
+from ..hub.verify import ExportError
 from ..training.config import UsageError
-from . import models, modules
+from ..training.distributed import open_world
+from ..training.options import TrainConfig
+from . import growth, models, modules, onnx_speed, settings, startup, train_speed
 from .tables import marks, text_around, write_between
 
 __all__ = ["benchmark", "benchmark_parser"]
+
+Result = tuple[dict[str, Any], str]
+"""Figures, and the report of them."""
 
 
 def benchmark(argv: Sequence[str] | None = None, prog: str = "emax benchmark") -> int:
@@ -23,49 +31,103 @@ def benchmark(argv: Sequence[str] | None = None, prog: str = "emax benchmark") -
     argv = sys.argv[1:] if argv is None else list(argv)
     options = benchmark_parser(prog).parse_args(argv)
     try:
-        torch.empty(1, device=options.device)
         if options.write is not None:
             text_around(options.write, options.mark)  # refused before anything is measured
-        found, report = options.run(options)
+        start = time.monotonic()
+        result = options.run(options)
+        if result is None:
+            return 0
+        found, report = result
         print(report)
         if options.write is not None:
             command = shlex.join([*prog.split(), *argv])
-            write_between(options.write, options.mark, f"Made by `{command}`:\n\n{report}\n")
+            made = f"Made by `{command}` in {time.monotonic() - start:.0f} seconds"
+            write_between(options.write, options.mark, f"{made}:\n\n{report}\n")
         if options.json is not None:
             text = json.dumps(found, indent=2) + "\n"
             replace_file(options.json, lambda temporary: temporary.write_text(text))
-    except (OSError, RuntimeError, AssertionError, UsageError) as error:
+    except (OSError, RuntimeError, AssertionError, ExportError, UsageError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
-def _modules(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _modules(options: argparse.Namespace) -> Result:
     found = modules.measure_modules(
-        options.shapes,
-        options.rounds,
-        torch.device(options.device),
-        getattr(torch, options.dtype),
-        _memory_format(options),
-        options.systems,
+        options.shapes, options.rounds, *_tensors(options), options.systems
     )
     return found, modules.report_modules(found)
 
 
-def _models(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    setting = models.Setting(
-        options.batch_size,
-        options.img_size,
-        torch.device(options.device),
-        getattr(torch, options.dtype),
-        _memory_format(options),
-    )
+def _models(options: argparse.Namespace) -> Result:
+    setting = models.Setting(options.batch_size, options.img_size, *_tensors(options))
     found = models.measure_models(options.models, setting, options.rounds, options.systems)
     return found, models.report_models(found)
 
 
-def _memory_format(options: argparse.Namespace) -> torch.memory_format:
-    return torch.channels_last if options.channels_last else torch.contiguous_format
+def _onnx(options: argparse.Namespace) -> Result:
+    tensors = _device(options), torch.float32, torch.contiguous_format
+    setting = models.Setting(options.batch_size, options.img_size, *tensors)
+    found = onnx_speed.measure_onnx(options.models, setting, options.rounds, options.systems)
+    return found, onnx_speed.report_onnx(found)
+
+
+def _train(options: argparse.Namespace) -> Result | None:
+    """None on all ranks but the first, which tells for all."""
+    data: dict[str, Any] = {"dataset": "sample/fashion_mnist", "train_split": "train.tar"}
+    if options.data_dir is not None:
+        data = {"data_dir": str(options.data_dir)}
+    config = TrainConfig(
+        **train_speed.RECIPE,
+        **data,
+        model=options.model,
+        img_size=options.img_size,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        pin_mem=torch.cuda.is_available(),
+        amp=options.amp,
+        device=options.device,
+        epochs=1 + options.rounds,
+    )
+    with open_world(options.device) as world:
+        found = train_speed.compare(config, world)
+    return (found, train_speed.report(found)) if world.is_primary else None
+
+
+def _growth(options: argparse.Namespace) -> Result:
+    if options.plot is not None:
+        growth.check_drawing()
+    base = growth.Point(*options.shape, factor=options.factor)
+    found = growth.measure_growth(
+        base, options.steps, options.rounds, *_tensors(options), options.systems
+    )
+    report = growth.report_growth(found)
+    if options.plot is not None:
+        growth.draw_growth(found, options.plot)
+        if options.write is not None:
+            picture = Path(os.path.relpath(options.plot, options.write.parent)).as_posix()
+            report = f"![Time and memory along each axis]({picture})\n\n{report}"
+    return found, report
+
+
+def _settings(options: argparse.Namespace) -> Result:
+    device = _device(options)
+    found = settings.measure_settings(options.shapes, options.rounds, device, options.systems)
+    return found, settings.report_settings(found)
+
+
+def _startup(options: argparse.Namespace) -> Result:
+    found = startup.measure_startup(options.models, options.rounds)
+    return found, startup.report_startup(found)
+
+
+def _device(options: argparse.Namespace) -> torch.device:
+    return torch.empty(1, device=options.device).device  # an error if it is not there
+
+
+def _tensors(options: argparse.Namespace) -> tuple[torch.device, torch.dtype, torch.memory_format]:
+    layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    return _device(options), getattr(torch, options.dtype), layout
 
 
 def benchmark_parser(prog: str) -> argparse.ArgumentParser:
@@ -74,29 +136,60 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
         prog, description="Measure what the attention costs, against its peers in the same run."
     )
     commands = parser.add_subparsers(title="what is measured", required=True, metavar="WHAT")
-    one = _command(commands, "modules", "single layers", modules.SYSTEMS, rounds=21)
-    one.add_argument(
-        "--shapes",
-        nargs="+",
-        type=_shape,
-        default=modules.SHAPES,
-        metavar="BxCxHxW",
-        help="of the input; ResNet-50's",
-    )
-    one.set_defaults(run=_modules)
-    one = _command(commands, "models", "whole networks", models.SYSTEMS, rounds=7)
-    one.add_argument(
-        "--models", nargs="+", default=models.BASES, metavar="NAME", help="plain twins' names"
-    )
-    one.add_argument("--batch-size", "-b", type=_count, default=8, metavar="N", help="of images")
-    one.add_argument("--img-size", type=_count, default=224, metavar="N", help="side in pixels")
-    one.set_defaults(run=_models)
+
+    one = _command(commands, _modules, "single layers", rounds=21)
+    _add_systems(one, modules.SYSTEMS)
+    _add_tensors(one)
+    _add_shapes(one)
+
+    one = _command(commands, _models, "whole networks", rounds=7)
+    _add_systems(one, models.SYSTEMS)
+    _add_tensors(one)
+    _add_networks(one)
+    _add_images(one, batch=8, size=224)
+
+    one = _command(commands, _onnx, "whole networks in ONNX Runtime", rounds=21)
+    _add_systems(one, onnx_speed.SYSTEMS)
+    one.set_defaults(systems=onnx_speed.SYSTEMS)
+    _add_device(one)
+    _add_networks(one)
+    _add_images(one, batch=1, size=224)
+
+    one = _command(commands, _train, "the training loop, against timm's", rounds=5)
+    one.add_argument("--model", default="resnet10t_emax", metavar="NAME", help="of a timm model")
+    _add_device(one)
+    _add_images(one, batch=64, size=32)
+    one.add_argument("--workers", "-j", type=int, default=0, metavar="N", help="of the loaders")
+    one.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
+    text = "with train/ of classes; else the sample of Fashion-MNIST"
+    one.add_argument("--data-dir", type=Path, metavar="DIR", help=text)
+
+    one = _command(commands, _growth, "how time and memory grow with the input", rounds=5)
+    _add_systems(one, modules.SYSTEMS)
+    _add_tensors(one)
+    text = "from which channels, side and batch are halved and doubled"
+    shape = (8, 256, 28, 28)
+    one.add_argument("--shape", type=_shape, default=shape, metavar="BxCxHxW", help=text)
+    one.add_argument("--factor", type=_count, default=32, metavar="N", help="likewise")
+    one.add_argument("--steps", type=_count, default=2, metavar="N", help="how often")
+    one.add_argument("--plot", type=Path, metavar="FILE", help="also draw the curves, an SVG")
+
+    text = "single layers in other layouts, types and instructions"
+    one = _command(commands, _settings, text, rounds=21)
+    _add_systems(one, modules.SYSTEMS)
+    _add_device(one)
+    _add_shapes(one)
+
+    one = _command(commands, _startup, "import and creation in fresh processes", rounds=7)
+    _add_networks(one)
     return parser
 
 
 def _command(
-    commands: Any, name: str, text: str, systems: Sequence[str], rounds: int
+    commands: Any, run: Callable[[argparse.Namespace], Result | None], text: str, rounds: int
 ) -> argparse.ArgumentParser:
+    """With what all of them have; named as the function that runs it."""
+    name = run.__name__.removeprefix("_")
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
@@ -104,19 +197,53 @@ def _command(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    names = f"of {'; '.join(systems)}; all that can be had"
-    parser.add_argument("--systems", nargs="+", choices=systems, metavar="NAME", help=names)
     parser.add_argument("--rounds", type=_count, default=rounds, metavar="N", help="of turns")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, …")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
-    parser.add_argument("--channels-last", action="store_true", help="instead of contiguous")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     mark = f"benchmark {name}"
     begin, end = marks(mark)
     text = f"also put the tables between the lines {begin} and {end} of FILE"
     parser.add_argument("--write", type=Path, metavar="FILE", help=text)
-    parser.set_defaults(mark=mark)
+    parser.set_defaults(run=run, mark=mark)
     return parser
+
+
+def _add_systems(parser: argparse.ArgumentParser, systems: Sequence[str]) -> None:
+    text = f"of {'; '.join(systems)}; the usual ones that can be had"
+    parser.add_argument("--systems", nargs="+", choices=systems, metavar="NAME", help=text)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, …")
+
+
+def _add_tensors(parser: argparse.ArgumentParser) -> None:
+    _add_device(parser)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
+    parser.add_argument("--channels-last", action="store_true", help="instead of contiguous")
+
+
+def _add_shapes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        type=_shape,
+        default=modules.SHAPES,
+        metavar="BxCxHxW",
+        help="of the input; ResNet-50's",
+    )
+
+
+def _add_networks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--models", nargs="+", default=models.BASES, metavar="NAME", help="plain twins' names"
+    )
+
+
+def _add_images(parser: argparse.ArgumentParser, batch: int, size: int) -> None:
+    parser.add_argument(
+        "--batch-size", "-b", type=_count, default=batch, metavar="N", help="of images"
+    )
+    parser.add_argument("--img-size", type=_count, default=size, metavar="N", help="side in pixels")
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -19,7 +19,18 @@ from .modules import computed, differ_in_groups, kernels_serve
 from .tables import heading, row
 from .timing import Measured, described, interleaved, machine, milliseconds
 
-__all__ = ["BASES", "SYSTEMS", "Setting", "measure_models", "report_models"]
+__all__ = [
+    "BASES",
+    "NETWORKS",
+    "SYSTEMS",
+    "Setting",
+    "check_networks",
+    "inference",
+    "make_network",
+    "measure_models",
+    "random_images",
+    "report_models",
+]
 
 BASES = ["resnet50", "convnext_tiny"]
 INFERENCE, STEP, PEAK = "inference", "training step", "peak memory"
@@ -81,11 +92,7 @@ def measure_models(
     if systems is None:
         served = kernels_serve(setting.device, setting.dtype)
         systems = [name for name in SYSTEMS if served or "C++" not in name]
-    names = [base + NETWORKS[system.partition(", ")[0]] for base in bases for system in systems]
-    for name in names:
-        if not timm.is_model(name):
-            spelt = nearest(name, timm.list_models())
-            raise UsageError(f"there is no model {name}; the nearest name is {spelt}")
+    check_networks(bases, systems)
     models: dict[str, Any] = {}
     for base in bases:
         torch.compiler.reset()
@@ -93,9 +100,9 @@ def measure_models(
             system: None if "compiled" in system else _peak_of_a_process(base, system, setting)
             for system in tqdm(systems, f"{base}, {PEAK}", leave=False, disable=None)
         }
-        networks = {system: _network(base, system, setting) for system in systems}
+        networks = {system: make_network(base, system, setting) for system in systems}
         times: dict[str, dict[str, Measured]] = {}
-        for what, make in ((INFERENCE, _inference), (STEP, _training_step)):
+        for what, make in ((INFERENCE, inference), (STEP, _training_step)):
             calls = {
                 system: computed(system, make(network, setting))
                 for system, network in networks.items()
@@ -116,7 +123,17 @@ def measure_models(
     }
 
 
-def _network(base: str, system: str, setting: Setting) -> nn.Module:
+def check_networks(bases: Sequence[str], systems: Sequence[str]) -> None:
+    """Raise UsageError, with the nearest name, if one of the networks does not exist."""
+    names = [base + NETWORKS[system.partition(", ")[0]] for base in bases for system in systems]
+    for name in names:
+        if not timm.is_model(name):
+            spelt = nearest(name, timm.list_models())
+            raise UsageError(f"there is no model {name}; the nearest name is {spelt}")
+
+
+def make_network(base: str, system: str, setting: Setting) -> nn.Module:
+    """The network that a system makes of a plain one, in training mode."""
     name, _, way = system.partition(", ")
     compared = name not in ("plain", "EMAX")
     options: dict[str, Any] = {"attn_kwargs": {"gate_init": None}} if compared else {}
@@ -128,13 +145,15 @@ def _network(base: str, system: str, setting: Setting) -> nn.Module:
     return network
 
 
-def _images(setting: Setting) -> Tensor:
+def random_images(setting: Setting) -> Tensor:
+    """Normal numbers, [b, 3, h, w]."""
     images = torch.randn(setting.batch, 3, setting.size, setting.size, dtype=setting.dtype)
     return images.to(setting.device, memory_format=setting.memory_format)
 
 
-def _inference(network: nn.Module, setting: Setting) -> Callable[[], Any]:
-    images = _images(setting)
+def inference(network: nn.Module, setting: Setting) -> Callable[[], Any]:
+    """A call of the network in evaluation."""
+    images = random_images(setting)
 
     @torch.no_grad()
     def call() -> Tensor:
@@ -144,7 +163,7 @@ def _inference(network: nn.Module, setting: Setting) -> Callable[[], Any]:
 
 
 def _training_step(network: nn.Module, setting: Setting) -> Callable[[], Any]:
-    images = _images(setting)
+    images = random_images(setting)
     labels = torch.arange(setting.batch, device=setting.device)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
 
@@ -164,7 +183,7 @@ def _peak_of_a_process(base: str, system: str, setting: Setting) -> int:
 
 def _peak(base: str, system: str, setting: Setting) -> int:
     """Bytes, of this process so far, once it has trained for three steps."""
-    network = _network(base, system, setting)
+    network = make_network(base, system, setting)
     step = computed(system, _training_step(network, setting))
     for _ in range(3):
         step()

@@ -23,20 +23,25 @@ from .timing import (
 )
 
 __all__ = [
+    "IN_CPP",
+    "PASSES",
+    "SAVED",
     "SHAPES",
     "SYSTEMS",
     "Bound",
     "computed",
     "differ_in_groups",
+    "has_factor",
     "kernels_serve",
     "measure_modules",
+    "measure_shape",
     "report_modules",
     "saved_bytes",
 ]
 
 # Batch, channels, height and width: ResNet-50's four stages at 224 x 224.
 SHAPES = [(8, 256, 56, 56), (8, 512, 28, 28), (8, 1024, 14, 14), (8, 2048, 7, 7)]
-LAYERS: dict[str, Callable[[int], nn.Module]] = {
+LAYERS: dict[str, Callable[..., nn.Module]] = {
     "copy": lambda channels: Copy(),
     "naive EMAX": NaiveEMAX,
     "EMAX": ATTENTIONS["emax"],
@@ -125,16 +130,12 @@ def measure_modules(
     times: dict[str, dict[str, list[Measured]]] = {passes: {} for passes in PASSES}
     saved: dict[str, list[float]] = {}
     for shape in shapes:
-        torch.compiler.reset()
-        layers = {name: _layer(name, shape[1]).to(device, dtype) for name in systems}
         x = torch.randn(shape, device=device, dtype=dtype).to(memory_format=memory_format)
-        for name, layer in layers.items():
-            kept = computed(name, partial(saved_bytes, layer.train(), x))()
-            saved.setdefault(name, []).append(kept / (x.numel() * x.element_size()))
-        for passes, make in zip(PASSES, (_forward, _both), strict=True):
-            calls = {name: computed(name, make(layer, x)) for name, layer in layers.items()}
-            for name, measured in interleaved(calls, rounds, device).items():
-                times[passes].setdefault(name, []).append(measured)
+        measured, kept = measure_shape(systems, x, rounds)
+        for name in systems:
+            saved.setdefault(name, []).append(kept[name] / (x.numel() * x.element_size()))
+            for passes in PASSES:
+                times[passes].setdefault(name, []).append(measured[passes][name])
     return {
         "machine": machine(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -146,14 +147,45 @@ def measure_modules(
     }
 
 
+def measure_shape(
+    systems: Sequence[str], x: Tensor, rounds: int, factor: int | None = None
+) -> tuple[dict[str, dict[str, Measured]], dict[str, int]]:
+    """Time systems on one input, and count what they keep of it.
+
+    Args:
+        x: [b, c, h, w].
+        factor: Of those that have one; None for their default.
+
+    Returns:
+        `times[passes][system]`, and the bytes that each system keeps for the backward pass.
+    """
+    torch.compiler.reset()
+    layers = {name: _layer(name, x.shape[1], factor).to(x.device, x.dtype) for name in systems}
+    saved = {
+        name: computed(name, partial(saved_bytes, layer.train(), x))()
+        for name, layer in layers.items()
+    }
+    times = {}
+    for passes, make in zip(PASSES, (_forward, _both), strict=True):
+        calls = {name: computed(name, make(layer, x)) for name, layer in layers.items()}
+        times[passes] = interleaved(calls, rounds, x.device)
+    return times, saved
+
+
 def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for such tensors in this process."""
     return device.type == "cpu" and dtype in kernels.DTYPES and kernels.load()
 
 
-def _layer(system: str, channels: int) -> nn.Module:
+def has_factor(system: str) -> bool:
+    """Whether it groups channels, by an upper bound of the number of groups."""
+    return system.partition(", ")[0] in ("naive EMAX", "EMAX", "EMA")
+
+
+def _layer(system: str, channels: int, factor: int | None) -> nn.Module:
     name, _, way = system.partition(", ")
-    layer: Any = LAYERS[name](channels)
+    options = {} if factor is None or not has_factor(system) else {"factor": factor}
+    layer: Any = LAYERS[name](channels, **options)
     differ_in_groups(layer)
     if way == "compiled":
         layer = torch.compile(layer, dynamic=False, fullgraph=True)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean, median, quantiles
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import timm
 import torch
@@ -15,9 +15,11 @@ from .. import __version__
 __all__ = [
     "Measured",
     "described",
+    "digits",
     "interleaved",
     "machine",
     "mean_ratio",
+    "measured",
     "milliseconds",
 ]
 
@@ -32,12 +34,15 @@ class Measured(NamedTuple):
     """Upper quartile."""
 
 
+Name = TypeVar("Name")
+
+
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]],
+    calls: Mapping[Name, Callable[[], Any]],
     rounds: int,
     device: torch.device,
     seconds: float = 0.01,
-) -> dict[str, Measured]:
+) -> dict[Name, Measured]:
     """Time functions in turn, so that a slow spell of the machine hits all of them.
 
     Args:
@@ -51,23 +56,24 @@ def interleaved(
         call()
         call()
         repeats[name] = max(1, round(seconds / max(_duration(call, 1, device), 1e-9)))
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[Name, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         # The order changes, so that nobody always follows the same neighbour.
         order = list(calls)[number % len(calls) :] + list(calls)[: number % len(calls)]
         for name in order:
             found[name].append(_duration(calls[name], repeats[name], device))
-    return {name: _measured(times) for name, times in found.items()}
+    return {name: measured(times) for name, times in found.items()}
 
 
 def _duration(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
     """Seconds per call."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            call()
-        end.record()
+        with torch.cuda.device(device):  # whose stream it is that is timed
+            start.record()
+            for _ in range(repeats):
+                call()
+            end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000 / repeats
     begin = time.perf_counter()
@@ -76,7 +82,8 @@ def _duration(call: Callable[[], Any], repeats: int, device: torch.device) -> fl
     return (time.perf_counter() - begin) / repeats
 
 
-def _measured(times: Sequence[float]) -> Measured:
+def measured(times: Sequence[float]) -> Measured:
+    """Median and quartiles."""
     if len(times) == 1:
         return Measured(times[0], times[0], times[0])
     low, _, high = quantiles(times, n=4, method="inclusive")
@@ -90,9 +97,10 @@ def mean_ratio(ours: Sequence[Measured], theirs: Sequence[Measured]) -> float:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What was measured on, and with which versions."""
+    gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+        **({} if gpu else {"instructions": torch.backends.cpu.get_cpu_capability()}),
         "threads": torch.get_num_threads(),
         "emax_timm": __version__,
         "torch": torch.__version__,
@@ -113,7 +121,12 @@ def described(facts: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in facts.items())
 
 
-def milliseconds(measured: Measured) -> str:
+def milliseconds(times: Measured) -> str:
     """The median, and the quartiles in brackets."""
-    median, low, high = (f"{1000 * value:.3g}" for value in measured)
+    median, low, high = (digits(1000 * value) for value in times)
     return f"{median} ({low}-{high})"
+
+
+def digits(value: float) -> str:
+    """Three of them, or all before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"

@@ -1,16 +1,13 @@
-"""`python -m emax_timm.benchmark.train_speed`: does our training loop cost more than timm's?
+"""`emax benchmark train`: does our training loop cost more than timm's?
 
 Our `Trainer`, and a plain loop as in timm's train.py over timm's same parts, train the same model
 on the same images with the same augmentation, an epoch each in turn. Neither validates nor writes
 checkpoints. Under torchrun both train on all its ranks.
 """
 
-import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -26,15 +23,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..training.build import build_trainer
-from ..training.config import UsageError
 from ..training.data import image_mode, mixup_options, open_split
-from ..training.distributed import World, open_world
+from ..training.distributed import World
 from ..training.evaluate import autocast
 from ..training.options import TrainConfig
 from ..training.runlog import Timing
 from ..training.trainer import Trainer
+from .tables import heading, row
+from .timing import described, machine
 
-__all__ = ["Epoch", "compare", "our_epochs", "report", "timms_epochs", "train_speed"]
+__all__ = ["NAMES", "RECIPE", "Epoch", "compare", "our_epochs", "report", "timms_epochs"]
 
 # What a recipe asks of the loop and of the loader.
 RECIPE: dict[str, Any] = {
@@ -61,24 +59,6 @@ class Epoch(NamedTuple):
     timing: Timing
 
 
-def train_speed(argv: Sequence[str] | None = None) -> int:
-    """Print the comparison that the command line asks for; returns the exit status."""
-    prog = "python -m emax_timm.benchmark.train_speed"
-    options = _parser(prog).parse_args(argv)
-    config = _config(options)
-    try:
-        with open_world(options.device) as world:
-            found = compare(config, world)
-            if world.is_primary:
-                print(report(found))
-                if options.json is not None:
-                    options.json.write_text(json.dumps(found, indent=2) + "\n")
-    except (OSError, UsageError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def compare(config: TrainConfig, world: World) -> dict[str, Any]:
     """Medians over all epochs but each loop's first, and the ratios ours / timm's of its pairs."""
     trainer = build_trainer(config, world)
@@ -92,10 +72,9 @@ def compare(config: TrainConfig, world: World) -> dict[str, Any]:
     ratios = [(a.seconds / a.steps) / (b.seconds / b.steps) for a, b in pairs[1:]]
     cpu_ratios = [(a.cpu / a.steps) / (b.cpu / b.steps) for a, b in pairs[1:]]
     return {
+        "machine": machine(world.device),
         "model": config.model,
-        "device": str(world.device),
         "ranks": world.size,
-        "threads": torch.get_num_threads(),
         "workers": config.workers,
         "batch_size": config.batch_size,
         "epochs": len(ratios),
@@ -223,68 +202,25 @@ def _medians(epochs: Sequence[Epoch]) -> dict[str, float]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """What `compare` has found: medians as a Markdown table, ratios with the least and greatest."""
+    """What `compare` has found, as Markdown."""
     columns = ("ms/step", "data wait", "compute", "CPU ms", "images/s", "steps", "images")
-    lines = [["loop", *columns], ["---", *["---:"] * len(columns)]]
-    for name, row in found["loops"].items():
-        values = list(row.values())
+    lines = heading(["loop", *columns])
+    for name, figures in found["loops"].items():
+        values = list(figures.values())
         milliseconds = [f"{1000 * value:.1f}" for value in values[:4]]
-        lines.append([name, *milliseconds, *(f"{value:.0f}" for value in values[4:])])
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    for cells in lines:
-        cells[:] = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-    settings = ("model", "device", "ranks", "threads", "workers", "batch_size", "epochs")
+        lines.append(row([name, *milliseconds, *(f"{value:.0f}" for value in values[4:])]))
+    each = f"batch {found['batch_size']} on each of {found['ranks']} ranks"
     return "\n".join(
         [
-            *(f"| {' | '.join(cells)} |" for cells in lines),
+            *lines,
             "",
-            f"Time per step, ours / timm's: {_spread(found['ratios'])}",
-            f"CPU time per step, ours / timm's: {_spread(found['cpu_ratios'])}",
-            ", ".join(f"{name}: {found[name]}" for name in settings),
+            f"Time per step, ours / timm's: {_spread(found['ratios'])}; CPU time per step: "
+            f"{_spread(found['cpu_ratios'])}. Medians of {found['epochs']} epochs in turns, the "
+            f"least and greatest ratio in brackets. {found['model']}, {each}, {found['workers']} "
+            f"workers; {described(found['machine'])}.",
         ]
     )
 
 
 def _spread(values: Sequence[float]) -> str:
     return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
-def _config(options: argparse.Namespace) -> TrainConfig:
-    data: dict[str, Any] = {"dataset": "sample/fashion_mnist", "train_split": "train.tar"}
-    if options.data_dir is not None:
-        data = {"data_dir": str(options.data_dir)}
-    return TrainConfig(
-        **RECIPE,
-        **data,
-        model=options.model,
-        img_size=options.img_size,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        pin_mem=torch.cuda.is_available(),
-        amp=options.amp,
-        device=options.device,
-        epochs=1 + options.epochs,
-    )
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog,
-        description="Compare the speed of our training loop with that of timm's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", default="resnet10t_emax", help="name of a timm model")
-    parser.add_argument("--img-size", type=int, default=32, metavar="N", help="side in pixels")
-    parser.add_argument("--batch-size", "-b", type=int, default=64, metavar="N", help="per rank")
-    parser.add_argument("--workers", "-j", type=int, default=0, metavar="N", help="of the loaders")
-    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="measured, after one")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
-    parser.add_argument("--device", default="", help="cpu, cuda, … as for train.py")
-    parser.add_argument("--data-dir", type=Path, help="with train/ of classes, not the sample")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(train_speed())

@@ -9,7 +9,7 @@ import torch
 
 from emax_timm.benchmark.command import benchmark
 from emax_timm.benchmark.model_table import activation_bytes
-from emax_timm.benchmark.models import Setting, _network, _peak_of_a_process
+from emax_timm.benchmark.models import Setting, _peak_of_a_process, make_network
 from emax_timm.benchmark.tables import marks
 
 SMALL = ["--models", "resnet18", "--img-size", "32", "--batch-size", "2", "--rounds", "1"]
@@ -51,7 +51,7 @@ def test_the_peak_grows_by_what_autograd_keeps() -> None:
 def test_compared_attentions_are_the_published_ones() -> None:
     setting = Setting(1, 32, torch.device("cpu"), torch.float32, torch.contiguous_format)
     published = timm.create_model("resnet18_se", attn_kwargs={"gate_init": None})
-    ours = _network("resnet18", "SE", setting)
+    ours = make_network("resnet18", "SE", setting)
     assert ours.state_dict().keys() == published.state_dict().keys()
 
 

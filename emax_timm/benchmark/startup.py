@@ -1,0 +1,90 @@
+"""`emax benchmark startup`: how long the import and the creation of a model take, against timm's.
+
+Each is measured in a fresh process, for the first creation in a process does more than the next.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .models import BASES, check_networks
+from .tables import heading, row
+from .timing import Measured, described, machine, measured, milliseconds
+
+__all__ = ["BASES", "measure_startup", "report_startup"]
+
+CHILD = """
+import importlib, json, sys, time
+package, name = sys.argv[1:]
+start = time.perf_counter()
+importlib.import_module(package)
+imported = time.perf_counter()
+import timm
+timm.create_model(name)
+print(json.dumps([imported - start, time.perf_counter() - imported]))
+"""
+THEIRS, OURS = "timm", "emax_timm"
+# Seconds that our import may add to timm's; time of a creation over that of the plain twin.
+IMPORT, CREATION = 0.3, 1.5
+
+
+def measure_startup(bases: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Time imports and creations in turns.
+
+    Args:
+        bases: Names of plain networks; with EMAX they are created beside them.
+        rounds: How often each is measured, after one round that fills the disk's cache.
+
+    Returns:
+        `imports[package]` and `creations[model]`, seconds as in `Measured`.
+
+    Raises:
+        UsageError: If there is no such network.
+    """
+    check_networks(bases, ["plain", "EMAX"])
+    pairs = [pair for base in bases for pair in ((THEIRS, base), (OURS, f"{base}_emax"))]
+    imports: dict[str, list[float]] = {THEIRS: [], OURS: []}
+    creations: dict[str, list[float]] = {name: [] for _, name in pairs}
+    for number in tqdm(range(1 + rounds), "processes", leave=False, disable=None):
+        for package, name in pairs:
+            command = [sys.executable, "-c", CHILD, package, name]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            if number > 0:
+                imported, created = json.loads(done.stdout)
+                imports[package].append(imported)
+                creations[name].append(created)
+    return {
+        "machine": machine(torch.device("cpu")),
+        "rounds": rounds,
+        "imports": {package: measured(times) for package, times in imports.items()},
+        "creations": {name: measured(times) for name, times in creations.items()},
+    }
+
+
+def report_startup(found: dict[str, Any]) -> str:
+    """What `measure_startup` has found, as Markdown."""
+    imports, creations = found["imports"], found["creations"]
+    lines = heading(["", "ms"])
+    lines += [row([f"import {name}", milliseconds(Measured(*t))]) for name, t in imports.items()]
+    lines += [row([f"create {name}", milliseconds(Measured(*t))]) for name, t in creations.items()]
+    added = Measured(*imports[OURS]).median - Measured(*imports[THEIRS]).median
+    lines += ["", *heading(["bound", "at most", "", ""])]
+    lines.append(_verdict(f"import {OURS} - import {THEIRS}, seconds", IMPORT, added))
+    for base, twin in zip(*[iter(creations)] * 2, strict=True):
+        ratio = Measured(*creations[twin]).median / Measured(*creations[base]).median
+        lines.append(_verdict(f"create {twin} / create {base}", CREATION, ratio))
+    lines += [
+        "",
+        f"Medians of {found['rounds']} interleaved rounds of fresh processes, quartiles in "
+        f"brackets; imports are measured once for each model. {described(found['machine'])}.",
+    ]
+    return "\n".join(lines)
+
+
+def _verdict(name: str, bound: float, value: float) -> str:
+    return row([name, f"{bound:.2f}", f"{value:.2f}", "holds" if value <= bound else "missed"])
