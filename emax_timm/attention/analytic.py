@@ -138,10 +138,10 @@ class _EMAX(torch.autograd.Function):
                     grouped, layer = prepare(x, original)
                     grad = grad.to(grouped.dtype).unflatten(1, grouped.shape[1:3])
                     if torch.compiler.is_compiling():
-                        ready = grad[:1, :1, :1, :1, :1] == 0
+                        ready = grad[:1, :1, :1].sum((3, 4), keepdim=True) == 0  # one channel's
                         grouped = _when(ready, grouped)
-                        maps = (_when(ready[0], image) for image in (fine.first, fine.second))
-                        fine = FineMaps(fine.mean, *maps, *fine[3:])
+                        first, second = _when(ready[0], fine.first), _when(ready[0], fine.second)
+                        fine = fine._replace(first=first, second=second)
                     grads = _backward(grouped, grad, layer, fine, pooled, noise)
             typed = zip(grads, [x, *weights], strict=True)
             grads = [g.view_as(tensor).to(tensor.dtype) for g, tensor in typed]
