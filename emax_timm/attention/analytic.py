@@ -101,8 +101,6 @@ class _EMAX(torch.autograd.Function):
         grouped, layer = prepare(x, layer)
         attended = attend(grouped, layer, noise)
         out = apply_attention(grouped, layer, attended).to(x.dtype)
-        # Not a view to autograd, which would forbid networks to add to it in place.
-        out = torch.ops.aten._unsafe_view(out, x.shape)
         # torch.compile refuses the same tensor twice.
         pooled = [attended.pooled] if layer.global_ else []
         return out, *attended.fine, *pooled

@@ -532,11 +532,12 @@ def attend(x: Tensor, layer: Layer, noise: Tensor | None) -> Attended:
 
 
 def apply_attention(x: Tensor, layer: Layer, attended: Attended) -> Tensor:
-    """The output of a layer, [b, F, d, h, w], in x's dtype and memory format."""
+    """The output of a layer, [b, c, h, w], in the dtype and memory format of x [b, F, d, h, w]."""
     scale, offset = output_scale(attended.gates, layer.gamma, layer.residual_gate)
     scale, offset = scale.view_as(attended.fine.mean), offset.view_as(attended.fine.mean)
-    # x comes first: its memory format is the product's.
-    return x * output_factor(scale, offset, attended.spatial)
+    # x comes first: its memory format is the product's. The product has four dimensions: of a view
+    # of five the compiler would make a copy for channels_last.
+    return x.flatten(1, 2) * output_factor(scale, offset, attended.spatial).flatten(1, 2)
 
 
 def draw_noise(x: Tensor, layer: Layer, sample: bool) -> Tensor | None:
@@ -574,4 +575,4 @@ def emax_plain(x: Tensor, layer: Layer, noise: Tensor | None) -> Tensor:
     """Apply a layer to x [b, c, h, w], keeping layout and dtype; autograd sees each operation."""
     grouped, layer = prepare(x, layer)
     out = apply_attention(grouped, layer, attend(grouped, layer, noise))
-    return out.flatten(1, 2).to(x.dtype)
+    return out.to(x.dtype)
