@@ -100,8 +100,6 @@ class _EMAX(torch.autograd.Function):
         grouped, layer = prepare(x, layer)
         attended = attend(grouped, layer, noise)
         out = apply_attention(grouped, layer, attended).to(x.dtype)
-        # Not a view to autograd, which would forbid networks to add to it in place.
-        out = torch.ops.aten._unsafe_view(out, x.shape)
         # torch.compile refuses the same tensor twice.
         pooled = [attended.pooled] if layer.global_ else []
         return out, *attended.fine, *pooled
@@ -136,10 +134,25 @@ class _EMAX(torch.autograd.Function):
                 else:
                     grouped, layer = prepare(x, original)
                     grad = grad.to(grouped.dtype).unflatten(1, grouped.shape[1:3])
+                    if torch.compiler.is_compiling():
+                        ready = grad[:1, :1, :1].sum((3, 4), keepdim=True) == 0  # one channel's
+                        grouped = _when(ready, grouped)
+                        first, second = _when(ready[0], fine.first), _when(ready[0], fine.second)
+                        fine = fine._replace(first=first, second=second)
                     grads = _backward(grouped, grad, layer, fine, pooled, noise)
             typed = zip(grads, [x, *weights], strict=True)
             grads = [g.view_as(tensor).to(tensor.dtype) for g, tensor in typed]
         return grads[0], *nothing[1 : -len(weights)], *grads[1:]
+
+
+def _when(ready: Tensor, x: Tensor) -> Tensor:
+    """x, whatever `ready` holds, but not before it is there.
+
+    `ready` comes from the gradient of the output. What follows from saved tensors alone
+    torch.compile would compute in the forward pass, as far as it occurs there or costs a matrix
+    product, and keep for the backward pass: a third of x at 14 x 14.
+    """
+    return torch.where(ready, x, x)
 
 
 def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -413,12 +426,7 @@ def _backward_pass(
     h, w = x.shape[3], x.shape[4]
     pixels = h * w
     rows, columns, gate_h, gate_w = strip_gates(x, conv1x1_weight, conv1x1_bias)
-    if torch.compiler.is_compiling():
-        # The same, in operations that the compiler does not take for those of the forward pass: it
-        # would keep their result for here.
-        deviation = -deviations(-x, -fine.mean, gate_h, gate_w)
-    else:
-        deviation = deviations(x, fine.mean, gate_h, gate_w)
+    deviation = deviations(x, fine.mean, gate_h, gate_w)
 
     # second = sum over d of scale * (deviation - centre) + softmax * gn_bias
     softmax = torch.softmax(fine.conv_means, dim=-1)  # [b, F, d]
