@@ -9,6 +9,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 from hub_server import Hub, serve
@@ -20,6 +21,7 @@ from emax_timm.attention import ATTENTIONS
 from emax_timm.benchmark import markdown, measure, model_names
 from emax_timm.benchmark.command import benchmark_parser
 from emax_timm.benchmark.plan import plan
+from emax_timm.cli import main
 from emax_timm.training import TrainConfig, train
 from emax_timm.training.config import from_mapping, parse_settings
 from emax_timm.training.data import SAMPLES
@@ -204,6 +206,25 @@ def test_readme_set_up_commands_are_two() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     assert "readme_command train.py" in ci
     assert "readme_command pytest" in ci
+
+
+def test_readme_picture_is_what_its_command_draws(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("matplotlib", "pytorch_grad_cam"):
+        pytest.importorskip(package)
+    (line,) = [line for line in programs() if line.startswith("emax visualize ")]
+    assert "](docs/attention.png)" in README
+    monkeypatch.chdir(workplace)
+    words = shlex.split(line)[1:]
+    words[words.index("--output") + 1] = str(tmp_path / "attention")
+    assert main(words) == 0
+    drawn, expected = (
+        np.asarray(Image.open(path).convert("RGB")).astype(int)
+        for path in (tmp_path / "attention" / "001-boot-spatial.png", ROOT / "docs/attention.png")
+    )
+    assert drawn.shape == expected.shape
+    assert abs(drawn - expected).mean() < 1  # of 255: rounding differs between machines
 
 
 @pytest.mark.slow

@@ -38,13 +38,14 @@ def grad_cam(
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     except ImportError as error:
         raise ImportError(GRAD_CAM_NEEDED) from error
-    model = copy.deepcopy(unwrap_model(model))
-    try:
-        target = model.get_submodule(layer)
-    except AttributeError:
-        raise ValueError(f"{type(model).__name__} has no layer {layer}") from None
     targets: Any = None
     if classes is not None:
         targets = [ClassifierOutputTarget(int(index)) for index in classes]
-    with torch.inference_mode(False), torch.enable_grad(), GradCAM(model, [target]) as cam:
-        return torch.from_numpy(cam(images.clone(), targets))
+    with torch.inference_mode(False), torch.enable_grad():
+        copied = copy.deepcopy(unwrap_model(model))
+        try:
+            target = copied.get_submodule(layer)
+        except AttributeError:
+            raise ValueError(f"{type(copied).__name__} has no layer {layer}") from None
+        with GradCAM(copied, [target]) as cam:
+            return torch.from_numpy(cam(images.clone(), targets))

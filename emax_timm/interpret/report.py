@@ -50,16 +50,16 @@ a { color: var(--link); }
 nav ul { padding-left: 1.2rem; columns: 16rem; }
 p, figcaption { color: var(--soft); max-width: 46rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; overflow-wrap: normal; }
+table { border-collapse: collapse; }
 th, td { padding: 0.3rem 0.8rem; border-bottom: 1px solid var(--line); text-align: left;
-  vertical-align: top; }
+  white-space: nowrap; }
 td { font-variant-numeric: tabular-nums; }
-td:first-child { overflow-wrap: anywhere; min-width: 6rem; }
 figure { margin: 1.25rem 0; }
+figcaption { margin-top: 0.4rem; }
 /* The pictures have a white ground, in the dark too. */
 img { display: block; max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
 /* On a phone they would be too small to read: they scroll instead. */
-@media (max-width: 40rem) { img.wide { max-width: none; width: 44rem; } }
+@media (max-width: 40rem) { img { max-width: 44rem; } }
 </style>
 </head>
 <body>
@@ -124,7 +124,7 @@ def _figure(drawing: Drawing, file_format: str) -> str:
     source = f"data:{MEDIA_TYPES[file_format]};base64,{data}"
     text = escape(drawing.text)
     return (
-        f'<figure>{_scrolling(text)}<img class="wide" alt="{text}" src="{source}"></div>\n'
+        f'<figure>{_scrolling(text)}<img alt="{text}" src="{source}"></div>\n'
         f"<figcaption>{text}</figcaption></figure>"
     )
 

@@ -43,6 +43,7 @@ def choices_figure(choices: Choices) -> Any:
     grid[0].invert_yaxis()  # and, as they share it, those of all
     for axis in grid[len(choices) :]:
         axis.remove()
+    figure.supxlabel("share of the images", fontsize="medium")
     handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6)
     return figure
