@@ -20,6 +20,7 @@ from timm_suite import ALL
 from emax_timm.attention import ATTENTIONS
 from emax_timm.benchmark import markdown, measure, model_names
 from emax_timm.benchmark.command import benchmark_parser
+from emax_timm.benchmark.faithfulness import MEASURES, faithfulness_parser
 from emax_timm.benchmark.plan import plan
 from emax_timm.cli import main
 from emax_timm.training import TrainConfig, train
@@ -181,6 +182,34 @@ def test_commands_of_the_page_on_weights_run(workplace: Path) -> None:
         assert hub.repos["me/resnet10t_emax.clothes"].tags
 
 
+INTERPRETABILITY = (ROOT / "docs" / "interpretability.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_commands_of_the_page_on_interpretability_run(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [line for block in blocks("bash", INTERPRETABILITY) for line in block.splitlines()]
+    assert len(lines) == 2
+    for name in ("runs", "boot.png", "coat.png"):
+        (tmp_path / name).symlink_to(workplace / name)
+    (tmp_path / "photographs").symlink_to(workplace / "imagenet" / "validation")
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        words = shlex.split(line)
+        assert main(words[1:]) == 0
+        assert Path(words[words.index("--output") + 1], "report.html").exists()
+
+
+def test_tables_of_the_page_on_interpretability_are_of_the_command_named_there() -> None:
+    prefix = "python -m emax_timm.benchmark.faithfulness"
+    (line,) = re.findall(rf"^Made by `{prefix} ?(.*)`:", INTERPRETABILITY, re.MULTILINE)
+    options = faithfulness_parser().parse_args(shlex.split(line))
+    assert options.write == Path("docs/interpretability.md")
+    for title, _ in MEASURES.values():
+        assert f"\n| {title} | " in INTERPRETABILITY
+
+
 @pytest.mark.parametrize(
     ("page", "expected"),
     [
@@ -211,8 +240,6 @@ def test_readme_set_up_commands_are_two() -> None:
 def test_readme_picture_is_what_its_command_draws(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for package in ("matplotlib", "pytorch_grad_cam"):
-        pytest.importorskip(package)
     (line,) = [line for line in programs() if line.startswith("emax visualize ")]
     assert "](docs/attention.png)" in README
     monkeypatch.chdir(workplace)

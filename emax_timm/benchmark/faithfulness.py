@@ -35,7 +35,17 @@ from ..samples.scenes import GROUPS, MEAN, STD, Items, compose, load_items
 from ..training.config import UsageError
 from .tables import heading, marks, row, text_around, write_between
 
-__all__ = ["Scenes", "faithfulness", "make_scenes", "maps_of", "rate", "report", "trained"]
+__all__ = [
+    "MEASURES",
+    "Scenes",
+    "faithfulness",
+    "faithfulness_parser",
+    "make_scenes",
+    "maps_of",
+    "rate",
+    "report",
+    "trained",
+]
 
 MARK = "faithfulness"
 _PROG = "python -m emax_timm.benchmark.faithfulness"
@@ -53,9 +63,7 @@ MEASURES = {
 
 
 class Scenes(NamedTuple):
-    """Normalised images [n, 1, s, s], the classes of their items [n], and where these are, bool
-    [n, s, s].
-    """
+    """Images [n, 1, s, s], normalised; their items' classes [n]; and where these are [n, s, s]."""
 
     images: Tensor
     labels: Tensor
@@ -146,6 +154,7 @@ def maps_of(model: Any, scenes: Scenes) -> dict[str, Tensor]:
         maps[f"Grad-CAM, {layer}"] = torch.cat(cams)
     for layer, feature in zip(LAYERS, features[1:], strict=True):  # the first are the stem's
         maps[f"features, {layer}"] = heatmap(feature.abs(), size)
+    maps["constant"] = torch.zeros(n, SIZE, SIZE)
     # As coarse as the maps of the last layers, and the same for all networks.
     coarse = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     maps["random"] = heatmap(coarse, size)
@@ -207,7 +216,7 @@ def report(results: dict[tuple[str, int], dict[str, Any]]) -> str:
 def faithfulness(argv: Sequence[str] | None = None) -> int:
     """Train and rate as the command line says, print the tables; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    options = _parser().parse_args(argv)
+    options = faithfulness_parser().parse_args(argv)
     try:
         if options.write is not None:
             text_around(options.write, MARK)  # refused before anything is trained
@@ -239,7 +248,7 @@ def _results(options: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any
     return results
 
 
-def _parser() -> argparse.ArgumentParser:
+def faithfulness_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROG,
         description="Train small networks on scenes, and rate their maps.",

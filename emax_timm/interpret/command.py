@@ -77,9 +77,7 @@ def visualize(argv: Sequence[str] | None = None, prog: str = "emax visualize") -
         files = make_report(config, name, model, compared, sources)
         with writing_to(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-            if config.overwrite and (output / REPORT).exists():
-                remove(output)
-            write_folder(output, files)
+            _put(output, files)
     except (ImportError, UsageError, WriteError) as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -175,6 +173,16 @@ def _check_output(config: VisualizeConfig) -> Path:
         probe.mkdir(exist_ok=True)
         probe.rmdir()
     return output
+
+
+def _put(output: Path, files: dict[str, bytes]) -> None:
+    """Write the folder; an earlier report goes when the new one is complete on the disk."""
+    if not (output / REPORT).exists():
+        return write_folder(output, files)
+    fresh = output.with_name(f"{output.name}.new")
+    write_folder(fresh, files)
+    remove(output)
+    fresh.rename(output)
 
 
 def _check_packages(config: VisualizeConfig) -> None:

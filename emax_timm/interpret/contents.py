@@ -32,6 +32,10 @@ from .set_figures import choices_figure, course_figure, gates_figure
 __all__ = ["Findings", "Seen", "image_section", "look", "model_sections"]
 
 
+ALL = "all images"
+MAX_BARS = 400  # in the figure of the group counts
+
+
 class Seen(NamedTuple):
     """What a model makes of an image: it, [c, h, w], its maps, and its logits."""
 
@@ -72,15 +76,22 @@ def look(
         with capture_attention(model) as maps:
             logits = model(images)
         for index, source in enumerate(part):
-            found.images[source.label] += 1
+            label = source.label or ALL
+            found.images[label] += 1
             own = single(maps, index)
+            if not all(map(_is_finite, own.values())):
+                raise RuntimeError(f"its attention to {source.path} is not finite")
             for name, layer in own.items():
                 if isinstance(layer, EMAXMaps):
                     classes = found.choices.setdefault(name, {})
-                    classes.setdefault(source.label, Counter())[int(layer.group_count)] += 1
+                    classes.setdefault(label, Counter())[int(layer.group_count)] += 1
             if source in chosen:
                 found.seen.append(Seen(source, images[index], own, logits[index]))
     return found
+
+
+def _is_finite(maps: Maps) -> bool:
+    return all(bool(value.isfinite().all()) for value in maps if value is not None)
 
 
 def model_sections(
@@ -101,11 +112,11 @@ def model_sections(
         figure = figure_bytes(course_figure(course), file_format)
         sections.append(Section("Training", "", (), [Drawing("training", text, figure)]))
     if found.choices:
-        choices = {
-            layer: {label or "all images": counts for label, counts in sorted(classes.items())}
-            for layer, classes in found.choices.items()
-        }
+        choices = {layer: dict(sorted(by.items())) for layer, by in found.choices.items()}
         text = "how often each group count is chosen, by layer and class"
+        if len(choices) * len(found.images) > MAX_BARS:
+            text = "how often each group count is chosen, by layer; the classes are in the table"
+            choices = {layer: {ALL: sum(by.values(), Counter())} for layer, by in choices.items()}
         figure = figure_bytes(choices_figure(choices), file_format)
         about = "The number of images, and the group count that most of them choose in each layer."
         table = _choice_table(found)
@@ -135,7 +146,7 @@ def _choice_table(found: Findings) -> list[list[str]]:
         for classes in found.choices.values():
             ((count, chosen),) = classes[label].most_common(1)
             cells.append(f"{count} ({chosen / images:.0%})")
-        rows.append([label or "all images", str(images), *cells])
+        rows.append([label, str(images), *cells])
     return rows
 
 

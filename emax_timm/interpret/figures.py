@@ -6,6 +6,7 @@ Dimension letters: c channels, h w height and width, F finest group count, K can
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -299,7 +300,7 @@ def comparison_figure(
         for axis in cells:
             axis.set_axis_off()
         cells[0].imshow(picture)
-        cells[0].set_title(name, fontsize="small")
+        cells[0].set_title("\n".join(textwrap.wrap(name[-60:], 20)), fontsize="small")
         for axis, (stage, layer) in zip(cells[1:], layers.items(), strict=False):
             found = maps[layer]
             axis.set_title(stage, fontsize="small")
@@ -336,6 +337,6 @@ def _overlay(axis: Any, picture: np.ndarray, spatial: Tensor, figure: Any) -> No
     axis.imshow(picture)
     drawn = axis.imshow(heat.numpy(), **HEAT, vmin=low, vmax=max(high, low + 1e-6))
     bar = figure.colorbar(drawn, ax=axis, location="bottom", shrink=0.9, pad=0.02, aspect=16)
-    ticks = [low, high] if high > low else [low]
-    bar.set_ticks(ticks, labels=[f"{value:.3f}" for value in ticks])
+    ticks = {f"{value:.3f}": value for value in (low, high)}  # one where they would be the same
+    bar.set_ticks(list(ticks.values()), labels=list(ticks))
     bar.ax.tick_params(labelsize="x-small")

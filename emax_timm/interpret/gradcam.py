@@ -42,7 +42,7 @@ def grad_cam(
     if classes is not None:
         targets = [ClassifierOutputTarget(int(index)) for index in classes]
     with torch.inference_mode(False), torch.enable_grad():
-        copied = copy.deepcopy(unwrap_model(model))
+        copied = copy.deepcopy(unwrap_model(model)).requires_grad_()
         try:
             target = copied.get_submodule(layer)
         except AttributeError:

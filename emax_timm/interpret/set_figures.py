@@ -65,7 +65,7 @@ def gates_figure(model: nn.Module) -> Any:
         [gate.max().item() - mean for mean, gate in zip(means, gates, strict=True)],
     ]
     right.errorbar(means, names, xerr=spread, fmt="o", capsize=3)
-    right.set(title="residual gate: mean, least and greatest channel")
+    right.set(title="residual gate, mean and range")
     right.invert_yaxis()
     for axis in (left, right):
         axis.axvline(0, color="grey", linewidth=0.8)

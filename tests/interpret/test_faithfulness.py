@@ -93,7 +93,6 @@ SMALL = "--seeds 0 1 --attentions emax cbam --steps 1 --train-scenes 64 --test-s
 def test_benchmark_rates_every_map_and_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("pytorch_grad_cam")
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- faithfulness: begin -->\n<!-- faithfulness: end -->\nb\n")
     arguments = [*SMALL.split(), "--output", str(tmp_path / "runs"), "--write", str(page)]
@@ -102,13 +101,16 @@ def test_benchmark_rates_every_map_and_goes_on_where_it_was(
     assert tables.strip() in page.read_text()
     assert "Made by `python -m emax_timm.benchmark.faithfulness --seeds 0 1" in page.read_text()
     kinds = [f"{k}, layer{i}" for k in ("attention", "Grad-CAM", "features") for i in range(1, 5)]
-    for name in [*kinds, "random", "centre", "the object itself"]:
+    for name in [*kinds, "constant", "random", "centre", "the object itself"]:
         assert tables.count(f"\n| {name} | ") == 3, name
     # The object's own mask always points at the object.
     assert "| the object itself | 100.0 ± 0.0 | 100.0 ± 0.0 |" in tables
     ratings = sorted((tmp_path / "runs").glob("*.json"))
     assert len(ratings) == 4
+    # A map without contrast hits as often as chance: the share of the object.
+    area = benchmark.make_scenes(load_items("test"), 8, benchmark.TEST_SEED).masks.double().mean()
     found: Any = [json.loads(path.read_text()) for path in ratings]
+    assert found[0]["constant"]["pointing"] == pytest.approx(100 * area.item())
     assert found[0]["random"]["pointing"] == found[3]["random"]["pointing"]
 
     def fail(*_: Any) -> None:

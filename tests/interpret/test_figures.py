@@ -28,8 +28,6 @@ from emax_timm.interpret.figures import (
 )
 from emax_timm.interpret.set_figures import choices_figure, course_figure, gates_figure
 
-pytest.importorskip("matplotlib")
-
 
 @pytest.fixture(scope="module")
 def model() -> Any:

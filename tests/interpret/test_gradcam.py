@@ -11,8 +11,6 @@ import torch.nn.functional as F
 
 from emax_timm.interpret import grad_cam
 
-pytest.importorskip("pytorch_grad_cam")
-
 
 def network() -> Any:
     torch.manual_seed(0)

@@ -23,12 +23,9 @@ from training_testing import files_in, only_line
 from emax_timm import EMAX
 from emax_timm.cli import main
 from emax_timm.hub.predict import predictions
-from emax_timm.interpret import attention_of
+from emax_timm.interpret import attention_of, contents
 from emax_timm.interpret.images import find_images, spread
 from emax_timm.training.data import SAMPLES
-
-pytest.importorskip("matplotlib")
-pytest.importorskip("pytorch_grad_cam")
 
 DEFAULT = "test_resnet_emax.fashion_mnist"
 
@@ -61,7 +58,7 @@ def report(clothes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for attention in ("ema", "cbam", "se"):
         torch.manual_seed(0)
         model = timm.create_model("test_resnet_emax", attn_layer=attention, num_classes=3)
-        timm.models.save_for_hf(model, folder / attention, safe_serialization=True)
+        timm.models.save_for_hf(model, str(folder / attention), safe_serialization=True)
         others.append(f"local-dir:{folder / attention}")
     arguments = ["--images", clothes, "--output", folder / "report", "--max-images", "4"]
     assert main(["visualize", *map(str, arguments), "--compare", *others]) == 0
@@ -249,6 +246,30 @@ def test_wrong_usage_is_one_line_and_nothing_is_written(
     assert files_in(Path("full")) == {"thesis.tex"}
 
 
+def test_many_classes_are_drawn_as_one(
+    clothes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contents, "MAX_BARS", 11)  # four layers and three classes are more
+    arguments = ["--images", clothes, "--output", tmp_path / "out", "--max-images", "1"]
+    assert main(["visualize", *map(str, arguments), "--no-grad-cam"]) == 0
+    page = Parsed(tmp_path / "out" / "report.html")
+    assert "by layer; the classes are in the table" in str(page.pictures[1]["alt"])
+    assert {"3_dress", "5_sandal", "8_bag"} <= {row[0] for row in page.rows if row}
+
+
+def test_attention_that_is_not_finite_is_one_line(
+    clothes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Any = timm.create_model(DEFAULT, pretrained=True)
+    torch.nn.init.constant_(model.layer2[0].se.conv1x1.weight, float("nan"))
+    timm.models.save_for_hf(model, str(tmp_path / "nan"), safe_serialization=True)
+    image = files(clothes / "8_bag")[0]
+    arguments = ["--images", image, "--output", tmp_path / "out", "-m", f"local-dir:{tmp_path}/nan"]
+    assert main(["visualize", *map(str, arguments)]) == 2
+    assert only_line(capsys.readouterr().err).endswith(f"its attention to {image} is not finite")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("package", ["matplotlib", "pytorch_grad_cam"])
 def test_missing_package_is_named_before_anything_else(
     package: str,
@@ -264,11 +285,16 @@ def test_missing_package_is_named_before_anything_else(
     assert not (tmp_path / "out").exists()
 
 
-def test_full_disk_leaves_nothing(
-    clothes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("earlier", [False, True])
+def test_full_disk_leaves_what_was_there(
+    earlier: bool, clothes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     arguments = ["--images", str(files(clothes / "8_bag")[0]), "--output", str(tmp_path / "out")]
+    if earlier:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "report.html").write_text("the earlier one")
+        arguments.append("--overwrite")
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
         status = main(["visualize", *arguments, "--no-grad-cam"])
@@ -276,7 +302,7 @@ def test_full_disk_leaves_nothing(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 2
     assert "the disk is full" in only_line(capsys.readouterr().err)
-    assert files_in(tmp_path) == set()
+    assert files_in(tmp_path) == ({"out/report.html"} if earlier else set())
 
 
 def test_images_of_folders_have_classes_and_those_drawn_are_spread(clothes: Path) -> None:
