@@ -340,3 +340,6 @@ def _overlay(axis: Any, picture: np.ndarray, spatial: Tensor, figure: Any) -> No
     ticks = {f"{value:.3f}": value for value in (low, high)}  # one where they would be the same
     bar.set_ticks(list(ticks.values()), labels=list(ticks))
     bar.ax.tick_params(labelsize="x-small")
+    # Within the bar, not to touch its neighbours'.
+    for label, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=False):
+        label.set_horizontalalignment(side)
