@@ -64,7 +64,10 @@ def test_readme_python_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_python_of_the_docs_runs(page: Path) -> None:
+def test_python_of_the_docs_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     source = "\n".join(blocks("python", page.read_text(encoding="utf-8")))
     exec(compile(source, page.name, "exec"), {})
 
