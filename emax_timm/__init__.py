@@ -5,7 +5,16 @@
 import timm  # noqa: F401
 
 from .attention import EMAX, EMAXMaps, create_attention, set_grouping
+from .interpret import capture_attention, visualize_attention
 from .models import insert_attention
 
-__all__ = ["EMAX", "EMAXMaps", "create_attention", "insert_attention", "set_grouping"]
+__all__ = [
+    "EMAX",
+    "EMAXMaps",
+    "capture_attention",
+    "create_attention",
+    "insert_attention",
+    "set_grouping",
+    "visualize_attention",
+]
 __version__ = "0.1.0"

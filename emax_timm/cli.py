@@ -10,6 +10,7 @@ from .hub.export import export
 from .hub.predict import predict
 from .hub.publish import publish
 from .hub.weights import weights
+from .interpret.command import visualize
 from .kernels import kernels
 from .training import train, validate
 from .training.config import nearest
@@ -25,6 +26,7 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "kernels": (kernels, "build the attention's kernels for CPUs"),
     "export": (export, "export one with torch.export or to ONNX"),
     "predict": (predict, "classify images"),
+    "visualize": (visualize, "draw what a model attends to in images"),
     "publish": (publish, "publish the weights of a run on the Hugging Face Hub"),
     "weights": (weights, "verify published weights, or pin them"),
 }

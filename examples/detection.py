@@ -2,9 +2,10 @@
 
     python examples/detection.py [--output FOLDER]
 
-The scenes are composed of the Fashion-MNIST items in the package (see scenes.py): training scenes
-of the training items, test scenes of the test items. Everything starts from random weights, so
-this shows how the parts fit together and that they learn, not what the detector could reach.
+The scenes are composed of the Fashion-MNIST items in the package (see emax_timm/samples/scenes.py):
+training scenes of the training items, test scenes of the test items. Everything starts from random
+weights, so this shows how the parts fit together and that they learn, not what the detector could
+reach.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
-from scenes import GROUPS, MEAN, STD, Scene, compose, load_items
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.rpn import AnchorGenerator
@@ -24,6 +24,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 import emax_timm  # noqa: F401  (registers the models with timm)
+from emax_timm.samples.scenes import GROUPS, MEAN, STD, Scene, compose, load_items
 
 SIZE = 96
 

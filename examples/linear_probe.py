@@ -17,11 +17,11 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from scenes import SAMPLE
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import emax_timm  # noqa: F401  (registers the models with timm)
+from emax_timm.samples.scenes import SAMPLE
 
 # Without a checkpoint: the quickstart's architecture and input. `resolve_data_config` takes the
 # rest from the model, as it takes everything from a checkpoint's folder.

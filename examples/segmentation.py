@@ -3,8 +3,9 @@
     pip install 'emax-timm[downstream]'
     python examples/segmentation.py [--output FOLDER]
 
-The scenes are composed of the Fashion-MNIST items in the package (see scenes.py): training scenes
-of the training items, test scenes of the test items. Everything starts from random weights.
+The scenes are composed of the Fashion-MNIST items in the package (see emax_timm/samples/scenes.py):
+training scenes of the training items, test scenes of the test items. Everything starts from random
+weights.
 """
 
 import argparse
@@ -14,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from scenes import GROUPS, MEAN, STD, Items, compose, load_items
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 import emax_timm  # noqa: F401  (registers the models with timm, where smp finds them)
+from emax_timm.samples.scenes import GROUPS, MEAN, STD, Items, compose, load_items
 
 try:
     import segmentation_models_pytorch as smp

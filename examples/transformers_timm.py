@@ -23,11 +23,11 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from scenes import SAMPLE
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch import Tensor, nn
 
 import emax_timm  # noqa: F401  (registers the models with timm, where transformers finds them)
+from emax_timm.samples.scenes import SAMPLE
 
 try:
     import transformers

@@ -9,6 +9,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 from hub_server import Hub, serve
@@ -19,8 +20,10 @@ from timm_suite import ALL
 from emax_timm.attention import ATTENTIONS
 from emax_timm.benchmark import markdown, measure, model_names
 from emax_timm.benchmark.command import benchmark_parser
+from emax_timm.benchmark.faithfulness import MEASURES, faithfulness_parser
 from emax_timm.benchmark.plan import plan
 from emax_timm.benchmark.tables import text_around
+from emax_timm.cli import main
 from emax_timm.training import TrainConfig, train
 from emax_timm.training.config import from_mapping, parse_settings
 from emax_timm.training.data import SAMPLES
@@ -62,7 +65,10 @@ def test_readme_python_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_python_of_the_docs_runs(page: Path) -> None:
+def test_python_of_the_docs_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     source = "\n".join(blocks("python", page.read_text(encoding="utf-8")))
     exec(compile(source, page.name, "exec"), {})
 
@@ -184,6 +190,34 @@ def test_commands_of_the_page_on_weights_run(workplace: Path) -> None:
         assert hub.repos["me/resnet10t_emax.clothes"].tags
 
 
+INTERPRETABILITY = (ROOT / "docs" / "interpretability.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_commands_of_the_page_on_interpretability_run(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [line for block in blocks("bash", INTERPRETABILITY) for line in block.splitlines()]
+    assert len(lines) == 2
+    for name in ("runs", "boot.png", "coat.png"):
+        (tmp_path / name).symlink_to(workplace / name)
+    (tmp_path / "photographs").symlink_to(workplace / "imagenet" / "validation")
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        words = shlex.split(line)
+        assert main(words[1:]) == 0
+        assert Path(words[words.index("--output") + 1], "report.html").exists()
+
+
+def test_tables_of_the_page_on_interpretability_are_of_the_command_named_there() -> None:
+    prefix = "python -m emax_timm.benchmark.faithfulness"
+    (line,) = re.findall(rf"^Made by `{prefix} ?(.*)`:", INTERPRETABILITY, re.MULTILINE)
+    options = faithfulness_parser().parse_args(shlex.split(line))
+    assert options.write == Path("docs/interpretability.md")
+    for title, _ in MEASURES.values():
+        assert f"\n| {title} | " in INTERPRETABILITY
+
+
 @pytest.mark.parametrize(
     ("page", "expected"),
     [
@@ -209,6 +243,23 @@ def test_readme_set_up_commands_are_two() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     assert "readme_command train.py" in ci
     assert "readme_command pytest" in ci
+
+
+def test_readme_picture_is_what_its_command_draws(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = [line for line in programs() if line.startswith("emax visualize ")]
+    assert "](docs/attention.png)" in README
+    monkeypatch.chdir(workplace)
+    words = shlex.split(line)[1:]
+    words[words.index("--output") + 1] = str(tmp_path / "attention")
+    assert main(words) == 0
+    drawn, expected = (
+        np.asarray(Image.open(path).convert("RGB")).astype(int)
+        for path in (tmp_path / "attention" / "001-boot-spatial.png", ROOT / "docs/attention.png")
+    )
+    assert drawn.shape == expected.shape
+    assert abs(drawn - expected).mean() < 1  # of 255: rounding differs between machines
 
 
 @pytest.mark.slow

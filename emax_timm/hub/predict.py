@@ -1,7 +1,7 @@
 """The `emax predict` command."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from ..training.images import BrokenImageError, open_image
 from ..training.models import create_model
 from ..training.options import option
 
-__all__ = ["Prediction", "predict", "predictions"]
+__all__ = ["DEFAULT_MODEL", "Prediction", "class_namer", "predict", "predictions"]
 
 DEFAULT_MODEL = "test_resnet_emax.fashion_mnist"
 
@@ -87,7 +87,7 @@ def predictions(
     data_config = resolve_data_config(model=model)
     transform: Any = create_transform(**data_config)
     mode = "RGB" if data_config["input_size"][0] == 3 else "L"
-    names = _class_names(model)
+    names = class_namer(model)
     for path in map(Path, paths):
         try:
             image = open_image(path, mode, exif_orientation)
@@ -100,7 +100,7 @@ def predictions(
         yield path, [Prediction(names(index), value) for index, value in pairs]
 
 
-def _class_names(model: Any) -> Any:
+def class_namer(model: Any) -> Callable[[int], str]:
     """A function from a class's index to its name."""
     cfg = model.pretrained_cfg
     labels, described = cfg.get("label_names"), cfg.get("label_descriptions") or {}

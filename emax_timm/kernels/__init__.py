@@ -1,8 +1,9 @@
 """EMAX's passes over feature maps in C++, for whoever has built them.
 
-`emax kernels build` compiles the sources beside this file once per version of torch and kind of CPU. From then on
-the attention uses it on CPUs for float32 and bfloat16 inputs; without it, or with EMAX_KERNELS=off,
-it computes the same in PyTorch. EMAX_KERNELS=require makes the lack of it an error.
+`emax kernels build` compiles the sources beside this file once per version of torch and kind of
+CPU. From then on the attention uses them on CPUs for float32 and bfloat16 inputs; without them, or
+with EMAX_KERNELS=off, it computes the same in PyTorch. EMAX_KERNELS=require makes the lack of them
+an error.
 """
 
 import argparse

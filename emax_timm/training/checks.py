@@ -51,6 +51,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "reprob": (0, 1),
     "model_ema_decay": (0, 1),
     "top": (1, float("inf")),
+    "max_images": (1, float("inf")),
 }
 
 

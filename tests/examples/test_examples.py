@@ -1,6 +1,5 @@
 """The examples as users start them, with less work, and the scenes that they are made of."""
 
-import importlib.util
 import json
 import os
 import re
@@ -8,7 +7,6 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou, masks_to_boxes
 
+from emax_timm.samples import scenes
 from emax_timm.training import train
 
 ROOT = Path(__file__).parents[2]
@@ -56,17 +55,7 @@ def needs(package: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def scenes() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scenes", EXAMPLES / "scenes.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def items(scenes: ModuleType) -> Any:
+def items() -> Any:
     return scenes.load_items("test")
 
 
@@ -76,13 +65,13 @@ def test_items_have_the_groups_of_their_classes(items: Any) -> None:
     assert np.bincount(items.groups).tolist() == [0, 500, 100, 300, 100]
 
 
-def test_items_of_the_splits_differ(scenes: ModuleType, items: Any) -> None:
+def test_items_of_the_splits_differ(items: Any) -> None:
     training = scenes.load_items("train").pixels
     assert len(training) == 4000
     assert not {image.tobytes() for image in items.pixels} & {image.tobytes() for image in training}
 
 
-def test_scene_boxes_are_those_of_its_masks(scenes: ModuleType, items: Any) -> None:
+def test_scene_boxes_are_those_of_its_masks(items: Any) -> None:
     random = np.random.default_rng(0)
     counts = set()
     for _ in range(50):
@@ -102,7 +91,7 @@ def test_scene_boxes_are_those_of_its_masks(scenes: ModuleType, items: Any) -> N
     assert counts >= {2, 3, 4}
 
 
-def test_scene_shows_the_items_themselves(scenes: ModuleType, items: Any) -> None:
+def test_scene_shows_the_items_themselves(items: Any) -> None:
     def tight(pixels: np.ndarray) -> bytes:
         rows, columns = np.nonzero(pixels)
         return pixels[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].tobytes()
@@ -123,7 +112,7 @@ def test_scene_shows_the_items_themselves(scenes: ModuleType, items: Any) -> Non
             assert groups[shown.numpy().tobytes()] == group
 
 
-def test_scenes_follow_from_the_seed(scenes: ModuleType, items: Any) -> None:
+def test_scenes_follow_from_the_seed(items: Any) -> None:
     first, again, other = (scenes.compose(items, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first.image, other.image)
@@ -131,7 +120,7 @@ def test_scenes_follow_from_the_seed(scenes: ModuleType, items: Any) -> None:
     assert torch.equal(scenes.compose(items, np.random.default_rng(0)).image, first.image)
 
 
-def test_scene_leaves_out_what_has_no_place(scenes: ModuleType, items: Any) -> None:
+def test_scene_leaves_out_what_has_no_place(items: Any) -> None:
     random = np.random.default_rng(0)
     scene = scenes.compose(items, random, size=40, count=(4, 4), side=(36, 40))
     assert 1 <= len(scene.boxes) < 4

@@ -1,8 +1,8 @@
-"""Scenes composed of Fashion-MNIST items, with exact boxes and masks, for the other examples.
+"""Scenes composed of Fashion-MNIST items, with exact boxes and masks.
 
 The items are the real images of the sample that comes with the package. A scene takes a few of
 them at random, scales them, and puts them beside each other on a noisy canvas, so that no
-brightness tells an item from the canvas.
+brightness tells an item from the canvas. Fragments of other items may clutter it.
 """
 
 from pathlib import Path
@@ -14,13 +14,14 @@ from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 
-import emax_timm
+__all__ = ["GROUPS", "MEAN", "SAMPLE", "STD", "Items", "Scene", "compose", "load_items"]
 
-SAMPLE = Path(emax_timm.__file__).parent / "samples" / "fashion_mnist"
+SAMPLE = Path(__file__).parent / "fashion_mnist"
 MEAN, STD = 0.25, 0.3  # of a scene's pixels, about
 
 # What the scenes' classes are, from 1 (0 is the canvas), and the sample's labels in each.
 GROUPS = {"top": (0, 2, 3, 4, 6), "trousers": (1,), "shoe": (5, 7, 9), "bag": (8,)}
+FRAGMENT = 12  # pixels
 GROUP_OF = {label: 1 + i for i, labels in enumerate(GROUPS.values()) for label in labels}
 
 
@@ -65,6 +66,7 @@ def compose(
     size: int = 96,
     count: tuple[int, int] = (2, 4),
     side: tuple[int, int] = (24, 44),
+    clutter: int = 0,
 ) -> Scene:
     """A random scene.
 
@@ -74,18 +76,20 @@ def compose(
         size: Height and width of the canvas.
         count: Least and most items; one that finds no free place is left out.
         side: Least and greatest height and width to which an item's image is scaled.
+        clutter: Fragments of items, `FRAGMENT` pixels at most in height and width, on the canvas.
     """
     canvas = random.integers(0, 96, (size, size), dtype=np.uint8)
+    for _ in range(clutter):
+        item = _scaled_item(items, random, side)[1]
+        y, x = (int(random.integers(0, max(1, length - FRAGMENT))) for length in item.shape)
+        piece = item[y : y + FRAGMENT, x : x + FRAGMENT]
+        y, x = (int(random.integers(0, size - length, endpoint=True)) for length in piece.shape)
+        box = np.s_[y : y + piece.shape[0], x : x + piece.shape[1]]
+        canvas[box] = np.where(piece > 0, piece, canvas[box])
     instances = np.zeros((size, size), dtype=np.int64)
     boxes, groups = [], []
     for _ in range(random.integers(*count, endpoint=True)):
-        group = random.integers(1, len(GROUPS), endpoint=True)
-        index = random.choice(np.flatnonzero(items.groups == group))
-        scaled = int(random.integers(*side, endpoint=True))
-        image = Image.fromarray(items.pixels[index]).resize((scaled, scaled))
-        item = np.asarray(image)
-        rows, columns = np.flatnonzero(item.any(axis=1)), np.flatnonzero(item.any(axis=0))
-        item = item[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        group, item = _scaled_item(items, random, side)
         height, width = item.shape
         for _attempt in range(20):
             y = int(random.integers(0, size - height, endpoint=True))
@@ -105,3 +109,15 @@ def compose(
         torch.tensor(groups, dtype=torch.int64),
         torch.from_numpy(instances),
     )
+
+
+def _scaled_item(
+    items: Items, random: np.random.Generator, side: tuple[int, int]
+) -> tuple[int, np.ndarray]:
+    """The group of a random item, and its pixels at a random scale, cut out."""
+    group = int(random.integers(1, len(GROUPS), endpoint=True))
+    index = random.choice(np.flatnonzero(items.groups == group))
+    scaled = int(random.integers(*side, endpoint=True))
+    item = np.asarray(Image.fromarray(items.pixels[index]).resize((scaled, scaled)))
+    rows, columns = np.flatnonzero(item.any(axis=1)), np.flatnonzero(item.any(axis=0))
+    return group, item[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

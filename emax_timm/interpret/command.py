@@ -1,0 +1,251 @@
+"""The `emax visualize` command."""
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import resolve_data_config
+
+from ..files import WriteError, remove, write_folder, writing_to
+from ..hub.predict import DEFAULT_MODEL, class_namer
+from ..training import checkpoint
+from ..training.checks import check_bounds, check_model
+from ..training.config import UsageError, from_mapping, parse_settings
+from ..training.images import BrokenImageError, open_image
+from ..training.models import create_model
+from ..training.options import option
+from ..training.runlog import LAYERS, read_rows
+from .capture import capture_attention
+from .contents import image_section, look, model_sections
+from .figures import NEEDED
+from .gradcam import GRAD_CAM_NEEDED
+from .images import Source, find_images, spread
+from .report import MEDIA_TYPES, page
+
+__all__ = ["VisualizeConfig", "visualize"]
+
+REPORT = "report.html"
+
+
+@dataclass
+class VisualizeConfig:
+    """Draw what a model attends to in images: figures, and a report to open in a browser."""
+
+    model: str | None = option(
+        None,
+        "name of a timm model, local-dir:FOLDER (such as that of a run) or hf-hub:NAME (default: "
+        f"with --checkpoint the model of the config.json beside it, else {DEFAULT_MODEL})",
+        "-m",
+    )
+    images: list[str] = option(
+        [], "image files, and folders of them; folders in a folder are classes", metavar="PATH"
+    )
+    output: str | None = option(None, "folder to make", metavar="DIR")
+    checkpoint: str | None = option(None, "weights, a .safetensors file", metavar="FILE")
+    pretrained: bool = option(True, "published weights, without --checkpoint")
+    num_classes: int | None = option(None, "number of classes (default: the model's)")
+    model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
+    compare: list[str] = option(
+        [], "models, with their weights, to show beside it", metavar="MODEL"
+    )
+    grad_cam: bool = option(True, "draw Grad-CAM beside the attention")
+    max_images: int = option(12, "images to draw, as many of each class; all are counted")
+    top: int = option(3, "classes to name for each image")
+    batch_size: int = option(32, "images to run at a time", "-b")
+    format: str = option("png", "of the figures", choices=tuple(MEDIA_TYPES))
+    exif_orientation: bool = option(True, "turn images upright as their EXIF data say")
+    overwrite: bool = option(False, "replace an earlier report")
+
+
+def visualize(argv: Sequence[str] | None = None, prog: str = "emax visualize") -> int:
+    """Make the report as the command line says; returns the exit status."""
+    try:
+        settings = parse_settings(VisualizeConfig, argv, prog)
+        config = from_mapping(VisualizeConfig, settings, "the command line")
+        check_bounds(config)
+        sources = find_images(config.images)
+        output = _check_output(config)
+        _check_packages(config)
+        name = _model_name(config)
+        model = _load(config, name)
+        compared = {other: _load_compared(other) for other in config.compare}
+        files = make_report(config, name, model, compared, sources)
+        with writing_to(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            _put(output, files)
+    except (ImportError, UsageError, WriteError) as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(output / REPORT)
+    return 0
+
+
+def make_report(
+    config: VisualizeConfig,
+    name: str,
+    model: Any,
+    compared: dict[str, Any],
+    sources: Sequence[Source],
+) -> dict[str, bytes]:
+    """The files of the report by name.
+
+    Args:
+        config: The options.
+        name: Of the model.
+        model: In eval mode, as are those that are `compared`.
+        compared: Other models by name.
+        sources: The images.
+
+    Raises:
+        UsageError: For an image that cannot be read, or that a model does not take.
+    """
+
+    def open_source(source: Source) -> Image.Image:
+        try:
+            return open_image(source.path, "RGB", config.exif_orientation)
+        except BrokenImageError as error:
+            raise UsageError(f"broken image {source.path}: {error}") from None
+
+    try:
+        chosen = spread(sources, config.max_images)
+        found = look(model, sources, chosen, open_source, config.batch_size)
+        sections = model_sections(model, found, _course(config, name), config.format)
+        sections += [
+            image_section(
+                number,
+                model,
+                seen,
+                open_source,
+                compared,
+                class_namer(model) if model.num_classes else None,
+                config.top,
+                config.grad_cam,
+                config.format,
+            )
+            for number, seen in enumerate(found.seen, start=1)
+        ]
+    except RuntimeError as error:  # whatever a model makes of an image
+        raise UsageError(f"model {name}: {str(error).strip().splitlines()[0]}") from None
+    files = {
+        f"{drawing.name}.{config.format}": drawing.content
+        for section in sections
+        for drawing in section.drawings
+    }
+    text = _summary(config, name, model, len(sources), len(found.seen))
+    html = page(f"What {name} attends to", text, sections, config.format)
+    return {REPORT: html.encode(), **files}
+
+
+def _summary(config: VisualizeConfig, name: str, model: Any, images: int, drawn: int) -> str:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = " x ".join(map(str, resolve_data_config(model=model)["input_size"]))
+    weights = f"from {config.checkpoint}" if config.checkpoint else "initial ones"
+    if config.pretrained and not config.checkpoint:
+        weights = "published ones" if not name.startswith("local-dir:") else "those of the folder"
+    drawing = "all of them drawn" if drawn == images else f"{drawn} of them drawn"
+    return (
+        f"{type(model).__name__} of {parameters / 1e6:.2f} million parameters on images of {size}; "
+        f"weights: {weights}. {images} image{'s' * (images > 1)}, {drawing}. Attention is the "
+        "weight, between 0 and 1, that a place or a channel is multiplied with; the bar below a "
+        "heatmap tells its range."
+    )
+
+
+def _check_output(config: VisualizeConfig) -> Path:
+    if config.output is None:
+        raise UsageError("nowhere to write to: give --output DIR")
+    output = Path(config.output)
+    if output.exists():
+        if not output.is_dir():
+            raise UsageError(f"{output} is not a folder")
+        if any(output.iterdir()) and not (config.overwrite and (output / REPORT).is_file()):
+            hint = "--overwrite replaces it" if (output / REPORT).is_file() else "give another one"
+            raise UsageError(f"{output} is not empty; {hint}")
+    with writing_to(output):
+        # A folder that can be made beside it, and is not kept: what is wrong is known at once.
+        parent = next(folder for folder in output.absolute().parents if folder.exists())
+        probe = parent / f".{output.name}.partial"
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
+    return output
+
+
+def _put(output: Path, files: dict[str, bytes]) -> None:
+    """Write the folder; an earlier report goes when the new one is complete on the disk."""
+    if not (output / REPORT).exists():
+        return write_folder(output, files)
+    fresh = output.with_name(f"{output.name}.new")
+    write_folder(fresh, files)
+    remove(output)
+    fresh.rename(output)
+
+
+def _check_packages(config: VisualizeConfig) -> None:
+    needed = {"matplotlib": NEEDED}
+    if config.grad_cam:
+        needed["pytorch_grad_cam"] = f"{GRAD_CAM_NEEDED}, or --no-grad-cam"
+    for package, message in needed.items():
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise UsageError(message) from None
+
+
+def _model_name(config: VisualizeConfig) -> str:
+    if config.model is not None:
+        return config.model
+    if config.checkpoint is None:
+        return DEFAULT_MODEL
+    folder = Path(config.checkpoint).parent
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"there is no config.json beside {config.checkpoint}: give --model")
+    return f"local-dir:{folder}"
+
+
+def _load(config: VisualizeConfig, name: str) -> Any:
+    arguments = dict(config.model_kwargs)
+    if config.num_classes is not None:
+        arguments["num_classes"] = config.num_classes
+    check_model(name, arguments)
+    weights = Path(config.checkpoint) if config.checkpoint else None
+    if weights is not None:
+        checkpoint.read_weights(weights)
+    model = create_model(name, weights is None and config.pretrained, **arguments).eval()
+    if weights is not None:
+        checkpoint.load_weights(model, weights)
+    _check_attention(name, model)
+    return model
+
+
+def _load_compared(name: str) -> Any:
+    check_model(name, {})
+    model = create_model(name, pretrained=True).eval()
+    _check_attention(name, model)
+    return model
+
+
+def _check_attention(name: str, model: Any) -> None:
+    try:
+        with capture_attention(model):
+            pass
+    except ValueError:
+        raise UsageError(f"model {name} has no EMAX, EMA, CBAM, SE or ECA layer") from None
+
+
+def _course(config: VisualizeConfig, name: str) -> list[dict[str, Any]]:
+    """The statistics of the layers over the training of the run that the weights are from."""
+    if config.checkpoint:
+        folder = Path(config.checkpoint).parent
+    elif name.startswith("local-dir:"):
+        folder = Path(name.removeprefix("local-dir:"))
+    else:
+        return []
+    try:
+        return read_rows(folder / LAYERS)
+    except (OSError, json.JSONDecodeError):
+        return []

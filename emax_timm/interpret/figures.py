@@ -1,0 +1,345 @@
+"""Figures of what a model attends to in an image. matplotlib is imported when one is drawn.
+
+Every function returns a `matplotlib.figure.Figure`, which `figure_bytes` makes a PNG or SVG of.
+Dimension letters: c channels, h w height and width, F finest group count, K candidate counts.
+"""
+
+import io
+import re
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from ..attention import EMAXMaps
+from .capture import Maps, attention_of
+from .faithfulness import heatmap
+
+__all__ = [
+    "NEEDED",
+    "comparison_figure",
+    "figure_bytes",
+    "groups_figure",
+    "new_figure",
+    "one_per_stage",
+    "prepare",
+    "shown",
+    "single",
+    "spatial_figure",
+    "visualize_attention",
+    "weights_figure",
+]
+
+NEEDED = "figures need the package matplotlib: pip install 'emax-timm[viz]'"
+HEAT = {"cmap": "inferno", "alpha": 0.55}
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    try:
+        # Not pyplot, which has a state of its own and may look for a display.
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(NEEDED) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def figure_bytes(figure: Any, file_format: str = "png") -> bytes:
+    """The figure as a file, "png" or "svg"; the same figure gives the same bytes."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "emax_timm"}):
+        metadata = {"Date": None} if file_format == "svg" else None
+        figure.savefig(buffer, format=file_format, dpi=110, metadata=metadata)
+    return buffer.getvalue()
+
+
+def visualize_attention(
+    model: nn.Module, image: Image.Image | Tensor, layer: str | None = None
+) -> Any:
+    """Draw what a layer attends to in an image: places, channels, and all channels once more.
+
+    The three panels of EMAX's source: the spatial attention (the mean over the groups) as a heatmap
+    over the image, and the channel and the global weights as bars. A panel of something that
+    the layer does not have says so. The model runs in eval mode, and is left as it was.
+
+    Args:
+        model: With EMAX, EMA, CBAM, SE or ECA; see `capture_attention`.
+        image: A picture, which is prepared as the config of a timm model says, or a tensor
+            [c, h, w] or [1, c, h, w] that the model takes.
+        layer: A key of the captured maps; None for the last one with a spatial map of at
+            least 4 x 4.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If the model has no such layer, or none at all.
+    """
+    figure = new_figure(11, 3.6)
+    x = prepare(model, image) if isinstance(image, Image.Image) else image
+    x = x.unsqueeze(0) if x.dim() == 3 else x
+    if len(x) != 1:
+        raise ValueError(f"visualize_attention draws one image, not {len(x)}")
+    maps = single(attention_of(model, x), 0)
+    if layer is None:
+        layer = _last_with_places(maps)
+    if layer not in maps:
+        raise ValueError(f"there is no attention layer {layer!r}; there are {', '.join(maps)}")
+    found = maps[layer]
+    panels = figure.subplots(1, 3)
+    picture = shown(model, x[0])
+    if found.spatial is None:
+        panels[0].imshow(picture)
+        panels[0].set_title("no spatial attention")
+    else:
+        _overlay(panels[0], picture, found.spatial, figure)
+        panels[0].set_title("spatial attention, mean of the groups")
+    panels[0].set_axis_off()
+    global_ = found.global_ if isinstance(found, EMAXMaps) else None
+    for axis, title, values in (
+        (panels[1], "channel attention", found.channel),
+        (panels[2], "global attention", global_),
+    ):
+        if values is None:
+            axis.set_axis_off()
+            axis.set_title(f"no {title}")
+            continue
+        axis.bar(range(len(values)), values.numpy(), width=1)
+        axis.set(title=title, xlabel="channel", ylabel="weight", ylim=(0, 1))
+    figure.suptitle(layer or type(unwrap_model(model)).__name__)
+    return figure
+
+
+def prepare(model: nn.Module, image: Image.Image) -> Tensor:
+    """A picture as the model takes it, [c, h, w]; for a model of timm's, as its config says."""
+    config = resolve_data_config(model=cast(Any, unwrap_model(model)))
+    mode = "RGB" if config["input_size"][0] == 3 else "L"
+    return cast(Any, create_transform(**config))(image.convert(mode))
+
+
+def shown(model: nn.Module, x: Tensor) -> np.ndarray:
+    """An image that the model takes, [c, h, w], as a picture: [h, w, 3] in 0 to 1."""
+    cfg = getattr(unwrap_model(model), "pretrained_cfg", None) or {}
+    x = x.detach().float().cpu()
+    mean, std = (torch.tensor(cfg.get(key, ())).view(-1, 1, 1) for key in ("mean", "std"))
+    if len(x) == len(mean) == len(std):
+        x = (x * std + mean).clamp(0, 1)
+    else:
+        x = x - x.min()
+        x = x / x.max().clamp_min(1e-12)
+    if len(x) != 3:
+        x = x.mean(0, keepdim=True).expand(3, -1, -1)
+    return x.permute(1, 2, 0).numpy()
+
+
+def single(maps: Mapping[str, Maps], index: int) -> dict[str, Maps]:
+    """The maps of one image of a batch, without the dimension of the batch."""
+    return {
+        name: type(found)(*(None if value is None else value[index] for value in found))  # type: ignore[arg-type]
+        for name, found in maps.items()
+    }
+
+
+def one_per_stage(names: Sequence[str]) -> dict[str, str]:
+    """The last layer of each stage, by the stage's name: `layer4` has `layer4.1.se`."""
+    found = {}
+    for name in names:
+        match = re.match(r"\D*\d+", name)
+        found[match[0] if match else name] = name
+    return found
+
+
+def spatial_figure(
+    picture: np.ndarray,
+    maps: Mapping[str, Maps],
+    cams: Mapping[str, Tensor] | None = None,
+    groups: int = 2,
+) -> Any:
+    """Draw the spatial attention of a layer of each stage over the image.
+
+    The first row has the mean over the groups, the next ones single groups: of those that the layer
+    chose to make, the ones with the greatest contrast. Grad-CAM comes last.
+
+    Args:
+        picture: [h, w, 3] in 0 to 1.
+        maps: Of one image, as `single` gives them.
+        cams: Grad-CAM [h, w] by the stage's name.
+        groups: Single groups to draw at most.
+    """
+    stages = {
+        stage: cast(Tensor, maps[name].spatial)
+        for stage, name in one_per_stage([*maps]).items()
+        if maps[name].spatial is not None
+    }
+    chosen = {
+        stage: contrasting_groups(spatial, _count(maps[one_per_stage([*maps])[stage]]), groups)
+        for stage, spatial in stages.items()
+    }
+    rows = 1 + max((len(found) for found in chosen.values() if len(found) > 1), default=0)
+    height = rows + bool(cams)
+    figure = new_figure(2.0 * (1 + len(stages)), 2.05 * height + 0.3)
+    grid = figure.subplots(height, 1 + len(stages), squeeze=False)
+    for axis in grid.flat:
+        axis.set_axis_off()
+    grid[0, 0].imshow(picture)
+    grid[0, 0].set_title("input", fontsize="medium")
+    for column, (stage, spatial) in enumerate(stages.items(), start=1):
+        _overlay(grid[0, column], picture, spatial, figure)
+        side = "x".join(map(str, spatial.shape[1:]))
+        grid[0, column].set_title(f"{stage} ({side})\nmean", fontsize="medium")
+        for row, group in enumerate(chosen[stage][: rows - 1], start=1):
+            _overlay(grid[row, column], picture, spatial[group : group + 1], figure)
+            grid[row, column].set_title(f"group {group + 1}", fontsize="medium")
+        if cams and stage in cams:
+            grid[-1, column].imshow(picture)
+            grid[-1, column].imshow(cams[stage].numpy(), **HEAT, vmin=0, vmax=1)
+            grid[-1, column].set_title("Grad-CAM", fontsize="medium")
+    return figure
+
+
+def contrasting_groups(spatial: Tensor, count: int, limit: int) -> list[int]:
+    """Indices of fine groups, at most one of each coarse group, with the greatest contrast.
+
+    Args:
+        spatial: [F, h, w].
+        count: Of coarse groups; the maps of the fine groups in one are equal.
+        limit: Of groups.
+    """
+    first = range(0, len(spatial), len(spatial) // count)
+    contrast = [float(spatial[group].std(correction=0)) for group in first]
+    order = sorted(range(count), key=lambda i: contrast[i], reverse=True)
+    return sorted(first[i] for i in order[:limit])
+
+
+def weights_figure(maps: Mapping[str, Maps]) -> Any:
+    """Draw the channel and the global weights of a layer of each stage, in descending order."""
+    layers = one_per_stage([*maps])
+    parts: dict[str, Callable[[Maps], Tensor | None]] = {"channel": lambda found: found.channel}
+    if any(isinstance(maps[name], EMAXMaps) for name in layers.values()):
+        parts["global"] = lambda found: found.global_ if isinstance(found, EMAXMaps) else None
+    figure = new_figure(2.5 * len(layers), 2.2 * len(parts))
+    grid = figure.subplots(len(parts), len(layers), squeeze=False, sharey=True)
+    for row, (title, part) in zip(grid, parts.items(), strict=True):
+        for axis, (stage, name) in zip(row, layers.items(), strict=True):
+            values = part(maps[name])
+            if values is not None:
+                sorted_bars(axis, values)
+            axis.set(title=f"{stage}: {title}", ylim=(0, 1))
+        row[0].set_ylabel("weight")
+    for axis in grid[-1]:
+        axis.set_xlabel("channels, sorted")
+    return figure
+
+
+def sorted_bars(axis: Any, values: Tensor) -> None:
+    """Bars of weights [c] in descending order."""
+    axis.bar(range(len(values)), values.sort(descending=True).values.numpy(), width=1)
+
+
+def groups_figure(maps: Mapping[str, Maps], counts: Mapping[str, Sequence[int]]) -> Any:
+    """Draw the probabilities of the group counts, a row for each EMAX layer.
+
+    Args:
+        maps: Of one image.
+        counts: The candidates of each EMAX layer, ascending.
+    """
+    every = sorted({count for layer in counts.values() for count in layer})
+    table = np.full((len(counts), len(every)), np.nan)
+    for row, (name, candidates) in enumerate(counts.items()):
+        found = maps[name]
+        assert isinstance(found, EMAXMaps)
+        for count, probability in zip(candidates, found.group_probs.tolist(), strict=True):
+            table[row, every.index(count)] = probability
+    figure = new_figure(1.8 + 0.75 * max(4, len(every)), 0.9 + 0.36 * len(counts))
+    axis = figure.subplots()
+    axis.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(table):
+        if not np.isnan(value):
+            color = "white" if value > 0.6 else "black"
+            weight = "bold" if value == np.nanmax(table[row]) else "normal"
+            text = f"{value:.2f}"
+            axis.text(column, row, text, ha="center", va="center", color=color, fontweight=weight)
+    axis.set_xticks(range(len(every)), map(str, every))
+    axis.set_yticks(range(len(counts)), list(counts))
+    axis.set_xlabel("group count")
+    axis.set_title("probability of each group count", fontsize="medium")
+    return figure
+
+
+def comparison_figure(
+    pictures: Sequence[np.ndarray], models: Mapping[str, Mapping[str, Maps]]
+) -> Any:
+    """Draw what several models attend to in the same image, a row for each model.
+
+    A cell is a stage: the spatial attention (mean of the groups) over the image or, of an
+    attention without one, such as SE, the channel weights in descending order.
+
+    Args:
+        pictures: The image as each model takes it, [h, w, 3] in 0 to 1.
+        models: The maps of the image by the model's name.
+    """
+    stages = [one_per_stage([*maps]) for maps in models.values()]
+    columns = 1 + max(map(len, stages))
+    figure = new_figure(2.0 * columns, 2.15 * len(models) + 0.2)
+    grid = figure.subplots(len(models), columns, squeeze=False)
+    rows = zip(grid, pictures, models.items(), stages, strict=True)
+    for cells, picture, (name, maps), layers in rows:
+        for axis in cells:
+            axis.set_axis_off()
+        cells[0].imshow(picture)
+        cells[0].set_title("\n".join(textwrap.wrap(name[-60:], 20)), fontsize="small")
+        for axis, (stage, layer) in zip(cells[1:], layers.items(), strict=False):
+            found = maps[layer]
+            axis.set_title(stage, fontsize="small")
+            if found.spatial is not None:
+                _overlay(axis, picture, found.spatial, figure)
+            elif found.channel is not None:
+                axis.set_axis_on()
+                sorted_bars(axis, found.channel)
+                axis.set(ylim=(0, 1), xticks=[])
+                axis.set_title(f"{stage}: channels", fontsize="small")
+    return figure
+
+
+def _last_with_places(maps: Mapping[str, Maps]) -> str:
+    """The last layer whose spatial map is large enough to see something in it, else the last."""
+    spatial = {name: found.spatial for name, found in maps.items()}
+    large = [n for n, value in spatial.items() if value is not None and min(value.shape[1:]) >= 4]
+    return (large or [*maps])[-1]
+
+
+def _count(found: Maps) -> int:
+    """How many groups a layer makes: the chosen count of EMAX, all maps of another layer."""
+    if isinstance(found, EMAXMaps):
+        return int(found.group_count)
+    return 1 if found.spatial is None else len(found.spatial)
+
+
+def _overlay(axis: Any, picture: np.ndarray, spatial: Tensor, figure: Any) -> None:
+    """The mean of maps [n, h', w'] over an image, with a bar that tells the values."""
+    mean = spatial.mean(0)
+    low, high = mean.min().item(), mean.max().item()
+    # Rounding in the interpolation must not look like contrast.
+    heat = heatmap(spatial.unsqueeze(0), picture.shape[:2])[0].clamp(low, high)
+    axis.imshow(picture)
+    drawn = axis.imshow(heat.numpy(), **HEAT, vmin=low, vmax=max(high, low + 1e-6))
+    bar = figure.colorbar(drawn, ax=axis, location="bottom", shrink=0.9, pad=0.02, aspect=16)
+    ticks = {f"{value:.3f}": value for value in (low, high)}  # one where they would be the same
+    bar.set_ticks(list(ticks.values()), labels=list(ticks))
+    bar.ax.tick_params(labelsize="x-small")
+    # Within the bar, not to touch its neighbours'.
+    for label, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=False):
+        label.set_horizontalalignment(side)

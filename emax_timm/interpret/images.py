@@ -1,0 +1,66 @@
+"""Which images a report is about, and their classes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from ..training.config import UsageError
+
+__all__ = ["Source", "find_images", "spread"]
+
+
+class Source(NamedTuple):
+    """An image file, how the report calls it, and its class, "" where there are no classes."""
+
+    path: Path
+    name: str
+    label: str
+
+
+def find_images(paths: Sequence[str]) -> list[Source]:
+    """Files as they are, and the images in folders, sorted.
+
+    Where a folder holds folders, those are the classes of the images in them.
+
+    Raises:
+        UsageError: For a path that does not exist, and a folder without images.
+    """
+    if not paths:
+        raise UsageError("nothing to look at: give --images DIR or files")
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += _in_folder(path)
+        elif path.exists():
+            found.append(Source(path, path.name, ""))
+        else:
+            raise UsageError(f"{path} does not exist")
+    return found
+
+
+def _in_folder(folder: Path) -> list[Source]:
+    suffixes = Image.registered_extensions()
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in suffixes and path.is_file()
+    ]
+    if not files:
+        raise UsageError(f"{folder} holds no images")
+    names = [path.relative_to(folder) for path in files]
+    return [
+        Source(path, name.as_posix(), name.parts[0] if len(name.parts) > 1 else "")
+        for path, name in zip(files, names, strict=True)
+    ]
+
+
+def spread(sources: Sequence[Source], limit: int) -> list[Source]:
+    """At most `limit` of the images, as many of each class as there can be, in their order."""
+    seen: dict[str, int] = {}
+    ranked = []
+    for position, source in enumerate(sources):
+        seen[source.label] = seen.get(source.label, 0) + 1
+        ranked.append((seen[source.label], position))
+    return [sources[position] for _, position in sorted(sorted(ranked)[:limit], key=lambda r: r[1])]

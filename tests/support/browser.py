@@ -1,0 +1,134 @@
+"""A headless Chromium, spoken to in its DevTools protocol through a pair of pipes."""
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+__all__ = ["Page", "find_browser", "open_page"]
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def find_browser() -> str:
+    """The browser's program. Where there is none the test is skipped; in CI it fails."""
+    for name in NAMES:
+        if path := shutil.which(name):
+            return path
+    message = f"no browser ({', '.join(NAMES)}): apt-get install chromium"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+class Page:
+    """A page in the browser, and what the browser has told about it.
+
+    Args:
+        to_browser, from_browser: Ends of the pipes, messages in JSON with a zero byte after each.
+    """
+
+    def __init__(self, to_browser: int, from_browser: int) -> None:
+        self.to_browser, self.from_browser = to_browser, from_browser
+        self.events: list[dict[str, Any]] = []
+        self.sent, self.received, self.session = 0, b"", None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Ask the browser for something; its answer."""
+        self.sent += 1
+        message = {"id": self.sent, "method": method, "params": parameters}
+        if self.session is not None:
+            message["sessionId"] = self.session
+        os.write(self.to_browser, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next()
+            if answer.get("id") == self.sent:
+                assert "error" not in answer, (method, answer)
+                return answer["result"]
+            self.events.append(answer)
+
+    def open(self, path: Path, width: int, height: int, dark: bool = False) -> None:
+        """Show a file at a size in pixels, and wait until it is loaded."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            **{"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
+        )
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.events.clear()
+        self.call("Page.navigate", url=path.resolve().as_uri())
+        while not self.told("Page.loadEventFired"):
+            self.events.append(self._next())
+        # What the page would do later, it has done once this is answered after its idle time.
+        self.evaluate("new Promise(done => setTimeout(done, 300))")
+
+    def told(self, method: str) -> list[dict[str, Any]]:
+        """The parameters of the events of a kind since the page was opened."""
+        return [event["params"] for event in self.events if event.get("method") == method]
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of a JavaScript expression, or of its promise."""
+        options = {"returnByValue": True, "awaitPromise": True}
+        answer = self.call("Runtime.evaluate", expression=expression, **options)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def screenshot(self, path: Path) -> None:
+        """Save the whole page as a PNG."""
+        answer = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        path.write_bytes(base64.b64decode(answer["data"]))
+
+    def _next(self, timeout: float = 60) -> dict[str, Any]:
+        end = time.monotonic() + timeout
+        while b"\0" not in self.received:
+            ready, _, _ = select.select([self.from_browser], [], [], end - time.monotonic())
+            assert ready, "the browser does not answer"
+            read = os.read(self.from_browser, 1 << 20)
+            assert read, "the browser has ended"
+            self.received += read
+        message, _, self.received = self.received.partition(b"\0")
+        return json.loads(message)
+
+
+@contextmanager
+def open_page(profile: Path) -> Iterator[Page]:
+    """Start the browser with an empty profile in a folder; it ends with the context."""
+    browser = find_browser()
+    commands, answers = os.pipe(), os.pipe()
+
+    def connect() -> None:  # the browser reads from descriptor 3 and writes to 4
+        read, write = os.dup(commands[0]), os.dup(answers[1])
+        os.dup2(read, 3)
+        os.dup2(write, 4)
+
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    process = subprocess.Popen(
+        [browser, *flags, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"],
+        preexec_fn=connect,
+        close_fds=False,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(commands[0])
+    os.close(answers[1])
+    try:
+        yield Page(commands[1], answers[0])
+    finally:
+        process.kill()
+        process.wait()
+        os.close(commands[1])
+        os.close(answers[0])
