@@ -16,11 +16,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+if TYPE_CHECKING:
+    from ..attention.functional import Layer
 
 __all__ = [
     "KernelError",
@@ -187,22 +190,7 @@ def serve(x: Tensor) -> bool:
     )
 
 
-class Layer(Protocol):
-    """What is read of `attention.functional.Layer`."""
-
-    groups: int
-    batch_vote: bool
-    eps: float
-    grouping: list[Tensor]
-    spatial: list[Tensor]
-    controller: list[Tensor]
-    channel: list[Tensor]
-    gamma: list[Tensor]
-    global_: list[Tensor]
-    residual_gate: list[Tensor]
-
-
-def forward(x: Tensor, layer: Layer, noise: Tensor | None, keep: bool) -> list[Tensor]:
+def forward(x: Tensor, layer: "Layer", noise: Tensor | None, keep: bool) -> list[Tensor]:
     """The output of a layer.
 
     With `keep` followed by what the backward pass needs: the fields of
@@ -215,7 +203,7 @@ def forward(x: Tensor, layer: Layer, noise: Tensor | None, keep: bool) -> list[T
 def backward(
     x: Tensor,
     grad: Tensor,
-    layer: Layer,
+    layer: "Layer",
     fine: Sequence[Tensor],
     pooled: Tensor,
     noise: Tensor | None,
@@ -226,7 +214,7 @@ def backward(
     return torch.ops.emax_timm.backward(x, grad, *_parts(layer), noise, kept, *constants)
 
 
-def _parts(layer: Layer) -> list[list[Tensor]]:
+def _parts(layer: "Layer") -> list[list[Tensor]]:
     return [
         layer.grouping,
         layer.spatial,
