@@ -137,6 +137,15 @@ void map_gradient(const Shape& s, const Tensor& x, const float* maps, const Choi
   });
 }
 
+// The gradients of an empty batch.
+std::vector<Tensor> zeros_like(const Tensor& x, const Layer& layer) {
+  std::vector<Tensor> grads{at::zeros_like(x)};
+  for (const auto* part : {&layer.spatial, &layer.controller, &layer.channel, &layer.gamma,
+                           &layer.global, &layer.residual_gate})
+    for (const Tensor& weight : *part) grads.push_back(at::zeros_like(weight));
+  return grads;
+}
+
 template <typename T>
 std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& grad,
                                 const Layer& layer, const std::optional<Tensor>& noise,
@@ -203,6 +212,7 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
                             grad_second, chunk(grad_score, 1)};
     fine_maps_backward<T>(s, x, grad, weights, choice, inputs, kept, begin, end, tile_grads);
   }
+  if (s.b == 0) return zeros_like(x, layer);
   std::vector<Tensor> grads{tile_grads.x};
   const std::vector<Tensor> spatial_grads = tile_grads.weights(weights);
   grads.insert(grads.end(), spatial_grads.begin(), spatial_grads.end());
