@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
@@ -186,6 +187,7 @@ def serve(x: Tensor) -> bool:
         and not exporting()
         # What counts operations on tensors without data cannot see into the kernels either.
         and not isinstance(x, FakeTensor)
+        and not is_batchedtensor(x)  # torch.vmap has no rule for them
         and load()
     )
 

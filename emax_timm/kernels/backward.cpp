@@ -137,13 +137,18 @@ void map_gradient(const Shape& s, const Tensor& x, const float* maps, const Choi
   });
 }
 
-// The gradients of an empty batch.
-std::vector<Tensor> zeros_like(const Tensor& x, const Layer& layer) {
-  std::vector<Tensor> grads{at::zeros_like(x)};
+// The gradients of x and of the parameters, in the parameters' shapes; undefined ones are those of an
+// empty batch.
+std::vector<Tensor> in_order(const Layer& layer, const Tensor& x, std::vector<Tensor> grads) {
+  size_t at = 0;
+  std::vector<Tensor> out{x};
   for (const auto* part : {&layer.spatial, &layer.controller, &layer.channel, &layer.gamma,
                            &layer.global, &layer.residual_gate})
-    for (const Tensor& weight : *part) grads.push_back(at::zeros_like(weight));
-  return grads;
+    for (const Tensor& weight : *part) {
+      const Tensor& grad = grads[at++];
+      out.push_back(grad.defined() ? grad.contiguous().view(weight.sizes()) : at::zeros_like(weight));
+    }
+  return out;
 }
 
 template <typename T>
@@ -212,16 +217,13 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
                             grad_second, chunk(grad_score, 1)};
     fine_maps_backward<T>(s, x, grad, weights, choice, inputs, kept, begin, end, tile_grads);
   }
-  if (s.b == 0) return zeros_like(x, layer);
-  std::vector<Tensor> grads{tile_grads.x};
-  const std::vector<Tensor> spatial_grads = tile_grads.weights(weights);
-  grads.insert(grads.end(), spatial_grads.begin(), spatial_grads.end());
+  std::vector<Tensor> grads = tile_grads.weights(weights);
   if (!layer.controller.empty()) grads.insert(grads.end(), controller, controller + 2);
   if (!layer.channel.empty()) grads.insert(grads.end(), small, small + 4);
   if (!layer.gamma.empty()) grads.push_back(small[4]);
   if (!layer.global.empty()) grads.insert(grads.end(), small + 5, small + 9);
   if (!layer.residual_gate.empty()) grads.push_back(small[9]);
-  return grads;
+  return in_order(layer, tile_grads.x, std::move(grads));
 }
 
 std::vector<Tensor> backward(const Tensor& x, const Tensor& grad, at::TensorList grouping,
