@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .. import models
+from .. import kernels, models
 from ..training.config import UsageError, nearest
 from .tables import marks, text_around, write_between
 
@@ -142,8 +142,9 @@ def _images(model: Any, batch: int) -> Tensor:
 
 def count_macs(model: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates for the images x [b, c, h, w]; leaves the model in evaluation mode."""
-    # Fused self-attention on the CPU is unknown to the counter.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    # Fused self-attention on the CPU and our kernels are unknown to the counter.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), kernels.using(False), counter:
         model.eval()(x)
     return counter.get_total_flops() // 2
 
