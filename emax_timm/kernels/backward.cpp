@@ -44,7 +44,7 @@ GateGrads gates_backward(const Layer& layer, const Gates& gates, const Tensor& m
   Tensor grad_global = grad_scale, grad_fused;
   if (!layer.residual_gate.empty()) {
     grad_global = grad_scale * layer.residual_gate[0];
-    accumulate(grads[9], (grad_scale * gates.global - grad_offset).sum(0));
+    accumulate(grads[9], (gates.global.defined() ? grad_scale * gates.global - grad_offset : grad_scale - grad_offset).sum(0));
   }
   GateGrads out;
   if (!layer.global.empty())
@@ -166,7 +166,7 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
   const Choice choice = choose_groups(layer, mean.view({s.b, c}), noise);
   // Of the fine groups' second terms; their softmax weighs the maps.
   const Tensor score = conv_means.logsumexp(-1).contiguous();
-  const int64_t together = std::min(samples_together(s, layer), s.b);
+  const int64_t together = std::min(s.b, std::max<int64_t>(1, at::get_num_threads() * 400000 / (s.F * s.d * s.plane)));
   const Tensor spatial = at::empty({together, s.F, s.h, s.w}, options);
   const Tensor grad_map = at::empty_like(spatial);
   const Tensor grad_maps = at::empty({2, together, s.F, s.h, s.w}, options);

@@ -11,20 +11,20 @@ namespace emax {
 
 namespace {
 
-// What the backward pass needs of the fine maps, in the order of `FineMaps`, and their scores.
+// What the backward pass needs: `FineMaps` in its order, and with a global gate the means of x * S.
 // Where it is not to be kept, memory for the samples of a chunk serves all chunks.
 struct Fine {
   std::vector<Tensor> kept;
   Tensor scores;
   float *mean, *first, *second, *conv_means, *centre, *rstd, *score;
+  float* pooled = nullptr;
 
-  Fine(const Shape& s, int64_t samples, const at::TensorOptions& options)
+  Fine(const Shape& s, const Layer& layer, int64_t samples, const at::TensorOptions& options)
       : scores(at::empty({samples, s.F}, options)) {
-    const Tensor vector = at::empty({samples, s.F, s.d}, options);
-    const Tensor map = at::empty({samples, s.F, s.h, s.w}, options);
-    kept = {vector, map, at::empty_like(map), at::empty_like(vector), at::empty_like(vector),
-            at::empty_like(vector)};
-    start(s, 0);
+    const std::vector<int64_t> vector{samples, s.F, s.d}, map{samples, s.F, s.h, s.w};
+    for (const auto& sizes : {vector, map, map, vector, vector, vector})
+      kept.push_back(at::empty(sizes, options));
+    if (!layer.global.empty()) kept.push_back(at::empty(vector, options));
   }
 
   // Lets tiles have their numbers in the batch, where the first one in memory is that of a sample.
@@ -37,6 +37,7 @@ struct Fine {
     conv_means = data(3) - vector;
     centre = data(4) - vector;
     rstd = data(5) - vector;
+    if (kept.size() > 6) pooled = data(6) - vector;
     score = scores.data_ptr<float>() - sample * s.F;
   }
 };
@@ -264,36 +265,35 @@ std::vector<Tensor> forward_of(const Shape& s, const Tensor& x, const Layer& lay
                                const std::optional<Tensor>& noise, bool keep) {
   const auto options = x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   const Weights weights = weights_of(layer.spatial, layer.eps);
-  const int64_t together = std::min(samples_together(s, layer), s.b);
-  const int64_t remembered = keep ? s.b : together, c = s.F * s.d;
-  Fine fine(s, remembered, options);
-  const bool pools = !layer.global.empty();
+  const int64_t c = s.F * s.d;
   const Tensor out = at::empty_like(x);
-  const Tensor spatial = at::empty({together, s.F, s.h, s.w}, options);
-  const Tensor pooled = pools ? at::empty({remembered, s.F, s.d}, options) : fine.kept[0];
-  for (int64_t sample = 0; sample < s.b; sample += together) {
-    const int64_t count = std::min(together, s.b - sample), base = keep ? 0 : sample;
-    const int64_t begin = sample * s.F, end = begin + count * s.F;
-    const auto rows = [&](const Tensor& values) {
-      return values.view({remembered, c}).narrow(0, sample - base, count);
-    };
-    fine.start(s, base);
-    fine_maps<T>(s, x, weights, begin, end, fine);
-    std::optional<Tensor> drawn;
-    if (noise) drawn = noise->narrow(0, sample, count);
-    const Choice choice = choose_groups(layer, rows(fine.kept[0]), drawn, sample);
-    float* const maps = spatial.data_ptr<float>() - begin * s.pixels();
-    mix(s, choice, sample, count, fine.first, fine.second, fine.score, maps);
-    if (pools)
-      pool<T>(s, x, maps, choice, begin, end, pooled.data_ptr<float>() - base * c);
-    const Gates gates = mean_gates(layer, rows(fine.kept[0]), rows(pooled));
-    apply<T>(s, x, maps, choice, gates.scale.const_data_ptr<float>() - begin * s.d,
-             gates.offset.const_data_ptr<float>() - begin * s.d, begin, end, out);
-  }
+  std::optional<Fine> kept;
+  if (keep) kept.emplace(s, layer, s.b, options);
+  by_samples(s, layer, [&](int64_t first_sample, int64_t last_sample, int64_t together) {
+    Fine fine = keep ? *kept : Fine(s, layer, together, options);
+    const Tensor spatial = at::empty({together, s.F, s.h, s.w}, options);
+    for (int64_t sample = first_sample; sample < last_sample; sample += together) {
+      const int64_t count = std::min(together, last_sample - sample), base = keep ? 0 : sample;
+      const int64_t begin = sample * s.F, end = begin + count * s.F;
+      const auto rows = [&](const Tensor& values) {
+        return values.view({-1, c}).narrow(0, sample - base, count);
+      };
+      fine.start(s, base);
+      fine_maps<T>(s, x, weights, begin, end, fine);
+      std::optional<Tensor> drawn;
+      if (noise) drawn = noise->narrow(0, sample, count);
+      const Tensor mean = rows(fine.kept[0]);
+      const Choice choice = choose_groups(layer, mean, drawn, sample);
+      float* const maps = spatial.data_ptr<float>() - begin * s.pixels();
+      mix(s, choice, sample, count, fine.first, fine.second, fine.score, maps);
+      if (fine.pooled) pool<T>(s, x, maps, choice, begin, end, fine.pooled);
+      const Gates gates = mean_gates(layer, mean, fine.pooled ? rows(fine.kept[6]) : Tensor());
+      apply<T>(s, x, maps, choice, gates.scale.const_data_ptr<float>() - begin * s.d,
+               gates.offset.const_data_ptr<float>() - begin * s.d, begin, end, out);
+    }
+  });
   std::vector<Tensor> outputs{out};
-  if (!keep) return outputs;
-  outputs.insert(outputs.end(), fine.kept.begin(), fine.kept.end());
-  if (pools) outputs.push_back(pooled);
+  if (keep) outputs.insert(outputs.end(), kept->kept.begin(), kept->kept.end());
   return outputs;
 }
 

@@ -17,10 +17,22 @@ std::vector<Tensor> plain(at::TensorList tensors) {
   return out;
 }
 
+// Calls f(place, count) for the vectors of all values of a tensor.
+template <typename F>
+void each(const Tensor& values, F f) {
+  float* const data = values.data_ptr<float>();
+  along(values.numel(), [&](int64_t at, int64_t count) { f(data + at, count); });
+}
+
 // The gate in (0, 1), [b, c], and its hidden units.
 std::pair<Tensor, Tensor> squeeze_excite(const Tensor& mean, const std::vector<Tensor>& weights) {
-  const Tensor hidden = linear(mean, weights[0].flatten(1), weights[1]).relu_();
-  return {linear(hidden, weights[2].flatten(1), weights[3]).sigmoid_(), hidden};
+  const Tensor hidden = linear(mean, weights[0], weights[1]);
+  each(hidden, [](float* at, int64_t count) {
+    at::vec::maximum(load(at, count), Vec(0)).store(at, count);
+  });
+  const Tensor gate = linear(hidden, weights[2], weights[3]);
+  each(gate, [](float* at, int64_t count) { sigmoid(load(at, count)).store(at, count); });
+  return {gate, hidden};
 }
 
 }  // namespace
@@ -39,8 +51,11 @@ Layer::Layer(at::TensorList grouping, at::TensorList spatial, at::TensorList con
       eps(eps) {
   if (this->grouping.empty()) return;
   const Tensor& same_group = this->grouping[0];  // [K, F, F]
-  for (int64_t k = 0; k < same_group.size(0); ++k)
-    members.push_back(same_group[k][0].sum().item<int64_t>());
+  const Tensor counts = same_group.select(1, 0).sum(-1).contiguous();
+  members.assign(counts.const_data_ptr<int64_t>(),
+                 counts.const_data_ptr<int64_t>() + counts.numel());
+  warmup = this->grouping[1].item<float>();
+  temperature = this->grouping[2].item<float>();
 }
 
 void Layer::check(const Tensor& x, int64_t groups) const {
@@ -64,20 +79,16 @@ Weights weights_of(const std::vector<Tensor>& spatial, double eps) {
 
 Choice choose_groups(const Layer& layer, const Tensor& mean, const std::optional<Tensor>& noise,
                      int64_t first) {
-  const int64_t b = mean.size(0);
-  Choice choice;
-  choice.taken.assign(first + b, 0);
-  if (layer.grouping.empty()) return choice;
-  choice.members = layer.members;
-  choice.warmup = layer.grouping[1].item<float>();
+  const int64_t b = mean.size(0), candidates = layer.members.size();
+  Choice choice{{}, layer.members, std::vector<int64_t>(first + b, 0), layer.warmup};
   if (layer.controller.empty()) return choice;
-  const int64_t candidates = choice.members.size();
   choice.soft = linear(mean, layer.controller[0], layer.controller[1]);
-  if (noise) choice.soft += *noise;
-  choice.soft /= layer.grouping[2].item<float>();
   std::vector<int64_t> votes(candidates, 0);
   for (int64_t i = 0; i < b; ++i) {
     float* const row = choice.soft.data_ptr<float>() + i * candidates;
+    const float* const drawn = noise ? noise->const_data_ptr<float>() + i * candidates : nullptr;
+    for (int64_t k = 0; k < candidates; ++k)
+      row[k] = (row[k] + (drawn ? drawn[k] : 0)) / layer.temperature;
     softmax(candidates, row, row);
     choice.taken[first + i] = std::max_element(row, row + candidates) - row;  // of equal ones the first
     ++votes[choice.taken[first + i]];
@@ -89,34 +100,43 @@ Choice choose_groups(const Layer& layer, const Tensor& mean, const std::optional
 
 Gates mean_gates(const Layer& layer, const Tensor& mean, const Tensor& pooled) {
   Gates gates;
+  const bool has_branch = !layer.gamma.empty(), has_global = !layer.global.empty();
+  const float gamma = has_branch ? *layer.gamma[0].const_data_ptr<float>() : 0;
+  const int64_t rows = mean.size(0), c = mean.size(1);
   gates.fused = pooled;
-  if (!layer.gamma.empty()) {
+  if (has_branch) {
     std::tie(gates.channel, gates.channel_hidden) = squeeze_excite(mean, layer.channel);
-    gates.fused = at::addcmul(pooled, gates.channel * layer.gamma[0], mean);
+    gates.fused = at::empty_like(mean);
   }
-  if (!layer.global.empty())
+  const auto data = [](const Tensor& values) {
+    return values.defined() ? values.const_data_ptr<float>() : nullptr;
+  };
+  const float *const channel = data(gates.channel), *const means = data(mean);
+  if (has_branch && has_global) {
+    const float* const from = data(pooled);
+    float* const fused = gates.fused.data_ptr<float>();
+    along(rows * c, [&](int64_t at, int64_t count) {
+      const Vec branch = Vec(gamma) * load(channel + at, count);
+      fma(branch, load(means + at, count), load(from + at, count)).store(fused + at, count);
+    });
+  }
+  if (has_global)
     std::tie(gates.global, gates.global_hidden) = squeeze_excite(gates.fused, layer.global);
-  else
-    gates.global = at::ones_like(mean);
-  gates.scale = gates.global;
-  if (!layer.residual_gate.empty()) {
-    gates.scale = gates.global * layer.residual_gate[0];
-    gates.offset = (1 - layer.residual_gate[0]).expand_as(mean);
-  }
-  if (!layer.gamma.empty()) {
-    const Tensor branch = gates.scale * gates.channel * layer.gamma[0];
-    gates.offset = gates.offset.defined() ? gates.offset + branch : branch;
-  }
-  if (!gates.offset.defined()) gates.offset = at::zeros_like(mean);
-  gates.scale = gates.scale.contiguous();
-  gates.offset = gates.offset.contiguous();
+  gates.scale = at::empty_like(mean);
+  gates.offset = at::empty_like(mean);
+  const float* const global = data(gates.global);
+  const float* const gate = layer.residual_gate.empty() ? nullptr : data(layer.residual_gate[0]);
+  float *const scale = gates.scale.data_ptr<float>(), *const offset = gates.offset.data_ptr<float>();
+  for (int64_t row = 0; row < rows; ++row)
+    along(c, [&](int64_t channel_at, int64_t count) {
+      const int64_t at = row * c + channel_at;
+      const Vec alpha = gate ? load(gate + channel_at, count) : Vec(1);
+      const Vec a = global ? alpha * load(global + at, count) : alpha;
+      const Vec branch = channel ? Vec(gamma) * load(channel + at, count) : Vec(0);
+      a.store(scale + at, count);
+      fma(a, branch, Vec(1) - alpha).store(offset + at, count);
+    });
   return gates;
-}
-
-int64_t samples_together(const Shape& s, const Layer& layer) {
-  constexpr int64_t CACHE = 400'000;  // floats per thread: about the second level
-  const int64_t sample = s.F * s.d * s.pixels();
-  return layer.batch_vote ? s.b : std::max<int64_t>(1, at::get_num_threads() * CACHE / sample);
 }
 
 }  // namespace emax

@@ -2,7 +2,9 @@
 // As in `attention/functional.py`, which says what each computes.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 
 #include <optional>
 #include <vector>
@@ -16,7 +18,8 @@ struct Layer {
   std::vector<Tensor> grouping, spatial, controller, channel, gamma, global, residual_gate;
   bool batch_vote;
   double eps;
-  std::vector<int64_t> members;  // fine groups in a coarse one, by candidate
+  std::vector<int64_t> members = {1};  // fine groups in a coarse one, by candidate
+  float warmup = 1, temperature = 1;
 
   Layer(at::TensorList grouping, at::TensorList spatial, at::TensorList controller,
         at::TensorList channel, at::TensorList gamma, at::TensorList global,
@@ -27,7 +30,7 @@ struct Layer {
 // Which candidate each sample takes.
 struct Choice {
   Tensor soft;                          // [b, K]; without a controller undefined
-  std::vector<int64_t> members = {1};   // fine groups in a coarse one, by candidate
+  std::vector<int64_t> members;         // fine groups in a coarse one, by candidate
   std::vector<int64_t> taken;           // candidate, by sample
   float warmup = 1;
 
@@ -44,7 +47,7 @@ struct Choice {
 Choice choose_groups(const Layer& layer, const Tensor& mean, const std::optional<Tensor>& noise,
                      int64_t first = 0);
 
-// Gates from the means of x and of x * S, [b, c]; an undefined tensor is a part that is not there.
+// Gates from the means of x and of x * S, [b, c], as undefined tensors where they are not there.
 struct Gates {
   Tensor channel, channel_hidden, fused, global, global_hidden;
   Tensor scale, offset;  // of the factor scale * S + offset on x
@@ -52,7 +55,20 @@ struct Gates {
 
 Gates mean_gates(const Layer& layer, const Tensor& mean, const Tensor& pooled);
 
-// Samples whose features stay in the cache from one pass to the next.
-int64_t samples_together(const Shape& s, const Layer& layer);
+// Calls run(begin, end, together) for ranges of samples, of which as many as `together` stay in the
+// cache from one pass to the next. Threads take samples each if that gives them equal work: they
+// never wait for each other then. Else they share the tiles of all samples, within `run`.
+template <typename F>
+void by_samples(const Shape& s, const Layer& layer, F run) {
+  constexpr int64_t CACHE = 400'000;  // floats per thread: about the second level
+  const int64_t threads = at::get_num_threads(), sample = s.F * s.d * s.plane;
+  const int64_t idle = round_up(s.b, threads) - s.b;
+  if (layer.batch_vote) return run(0, s.b, s.b);
+  if (8 * idle > s.b) return run(0, s.b, std::max<int64_t>(1, threads * CACHE / sample));
+  at::parallel_for(0, s.b, 1 + 65536 / sample, [&](int64_t begin, int64_t end) {
+    const at::NoGradGuard no_grad;  // other threads do not know of the caller's
+    run(begin, end, std::min(end - begin, std::max<int64_t>(1, CACHE / sample)));
+  });
+}
 
 }  // namespace emax

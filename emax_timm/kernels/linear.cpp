@@ -56,7 +56,7 @@ Tensor linear(const Tensor& in, const Tensor& matrix, const Tensor& bias) {
 }
 
 Tensor linear_backward(const Tensor& grad, const Tensor& matrix) {
-  const int64_t rows = grad.size(0), outputs = matrix.size(0), width = matrix.size(1);
+  const int64_t rows = grad.size(0), outputs = matrix.size(0), width = matrix.numel() / outputs;
   const Tensor out = at::empty({rows, width}, grad.options());
   const auto *const g = grad.const_data_ptr<float>(),
                     *const weights = matrix.const_data_ptr<float>();

@@ -8,7 +8,7 @@ namespace emax {
 
 using at::Tensor;
 
-// in @ matrix.T + bias: [b, out].
+// in @ matrix.T + bias: [b, out]. Dimensions of 1 behind those of a matrix do not count.
 Tensor linear(const Tensor& in, const Tensor& matrix, const Tensor& bias);
 // grad @ matrix: [b, in] from [b, out].
 Tensor linear_backward(const Tensor& grad, const Tensor& matrix);
