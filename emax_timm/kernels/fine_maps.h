@@ -24,31 +24,27 @@ Weights weights_of(const std::vector<Tensor>& spatial, double eps);
 // channel's rows, then of its columns; strips of all tiles stand in one row per channel.
 struct Work {
   int64_t length;   // of the rows of strips
-  int64_t some;     // channels whose rows are added up at once
   float* strips;    // means [d, length]
   float* gates;     // in (0, 1) [d, length]
   float* borders;   // [together, d * 9]
   float* U;         // gated features of a tile less a constant near their mean, [d, pixels]
   float* mask;      // ones [w]
-  float* rows;      // means of rows, [some * h]
   float *shift, *square;  // [d]
   Vec* vectors;     // whose lanes are to be added up
 
-  static int64_t rows_at_once(const Shape& s) { return std::max<int64_t>(1, 128 / s.h) * s.h; }
-  static int64_t vector_count(const Shape& s) { return rows_at_once(s) + 2 * s.d + V; }
+  static int64_t vector_count(const Shape& s) { return 2 * s.d + V; }
   static int64_t size(const Shape& s) {
     return 2 * s.d * round_up(s.together * s.strip(), V) + s.together * s.d * TAPS +
-           s.d * s.pixels() + s.lines * V + rows_at_once(s) + 2 * s.d + vector_count(s) * V +
+           s.d * s.pixels() + s.lines * V + 2 * s.d + vector_count(s) * V +
            32 * 10;
   }
   Work(const Shape& s, Scratch& scratch)
-      : length(round_up(s.together * s.strip(), V)), some(rows_at_once(s) / s.h) {
+      : length(round_up(s.together * s.strip(), V)) {
     strips = scratch.take(s.d * length);
     gates = scratch.take(s.d * length);
     borders = scratch.take(s.together * s.d * TAPS);
     U = scratch.take(s.d * s.pixels());
     mask = scratch.take(s.lines * V);
-    rows = scratch.take(rows_at_once(s));
     shift = scratch.take(s.d);
     square = scratch.take(s.d);
     vectors = reinterpret_cast<Vec*>(scratch.take(vector_count(s) * V));
@@ -56,49 +52,57 @@ struct Work {
   }
 };
 
-// Means of rows and columns, and of all, of a tile's images.
-template <int N>
+// Means of rows and columns, and of all, of a tile's images. The rows of CHANNELS images are added up
+// together, as far as they are in V.
+template <int N, int CHANNELS>
 void strip_means(const Shape& s, const float* images, int64_t channel, Work& work, float* strips,
                  float* mean) {
+  constexpr int ROWS = V / CHANNELS;
   const int64_t lines = N ? N : s.lines, rest = s.rest(), h = s.h, w = s.w, length = work.length;
-  const Vec per_row(1.f / h);
-  Vec* const totals = work.vectors + work.some * h;
-  for (int64_t begin = 0; begin < s.d; begin += work.some) {
-    const int64_t end = std::min(begin + work.some, s.d);
-    Vec* row = work.vectors;
-    for (int64_t c = begin; c < end; ++c) {
-      const float* from = images + c * channel;
-      float* const columns = strips + c * length + h;
-      Vec column[N ? N : 1];
-      if (!N) std::fill_n(columns, w, 0.f);
-      for (int64_t i = 0; i < h; ++i, from += w) {
-        Vec total(0);
+  const Vec per_row(1.f / w), per_column(1.f / h);
+  Vec* const totals = work.vectors;
+  for (int64_t c = 0; c < s.d; c += CHANNELS) {
+    const int64_t channels = std::min<int64_t>(CHANNELS, s.d - c);
+    const float* const image = images + c * channel;
+    float* const strip = strips + c * length;
+    Vec column[CHANNELS][N ? N : 1], total(0);
+    if (!N) std::fill_n(strip + h, w, 0.f);
+    for (int64_t begin = 0; begin < h; begin += ROWS) {
+      Vec row[V];
+#pragma GCC unroll 16
+      for (int k = 0; k < V; ++k) {
+        const int64_t i = begin + k % ROWS;
+        if (k / ROWS >= channels || i >= h) continue;
+        const float* const from = image + k / ROWS * channel + i * w;
         for (int64_t v = 0; v < lines; ++v) {
-          const int64_t count = v + 1 < lines ? V : rest;
-          const Vec value = load(from + v * V, count);
-          total = total + value;
-          if constexpr (N) column[v] = column[v] + value;
-          else (load(columns + v * V, count) + value).store(columns + v * V, count);
+          const Vec value = load(from + v * V, v + 1 < lines ? V : rest);
+          row[k] = row[k] + value;
+          if constexpr (N) column[k / ROWS][v] = column[k / ROWS][v] + value;
+          else add_to(strip + h + v * V, value, v + 1 < lines ? V : rest);
         }
-        *row++ = total;
       }
+      const Vec means = lane_sums(row) * per_row;
+      total = total + means;
+      if constexpr (CHANNELS == 1) {
+        means.store(strip + begin, std::min(V, h - begin));
+      } else {
+        float all[V];
+        means.store(all);
+        for (int64_t k = 0; k < channels; ++k)
+          load(all + k * ROWS, h).store(strip + k * length, h);
+      }
+    }
+    for (int64_t k = 0; k < channels; ++k) {
+      float* const columns = strip + k * length + h;
       if constexpr (N)
         for (int64_t v = 0; v < N; ++v)
-          (column[v] * per_row).store(columns + v * V, v + 1 < N ? V : rest);
+          (column[k][v] * per_column).store(columns + v * V, v + 1 < N ? V : rest);
       else
         along(w, [&](int64_t at, int64_t count) {
-          (load(columns + at, count) * per_row).store(columns + at, count);
+          (load(columns + at, count) * per_column).store(columns + at, count);
         });
-    }
-    lane_sums(work.vectors, (end - begin) * h, work.rows, 1.f / w);
-    for (int64_t c = begin; c < end; ++c) {
-      Vec total(0);
-      along(h, [&](int64_t at, int64_t count) {
-        const Vec value = load(work.rows + (c - begin) * h + at, count);
-        value.store(strips + c * length + at, count);
-        total = total + value;
-      });
-      totals[c] = total;
+      if constexpr (CHANNELS == 1) totals[c] = total;
+      else totals[c + k] = load(strip + k * length, h);
     }
   }
   lane_sums(totals, s.d, mean, 1.f / h);
@@ -237,7 +241,10 @@ inline void begin_tiles(const Shape& s, const Weights& weights, const float* con
                         int64_t channel, int64_t count, Work& work, float* mean) {
   for (int64_t t = 0; t < count; ++t)
     with_lines(s.lines, [&](auto n) {
-      strip_means<n>(s, images[t], channel, work, work.strips + t * s.strip(), mean + t * s.d);
+      float *const strips = work.strips + t * s.strip(), *const means = mean + t * s.d;
+      if constexpr (n == 1)
+        if (s.h <= V / 2) return strip_means<n, 2>(s, images[t], channel, work, strips, means);
+      strip_means<n, 1>(s, images[t], channel, work, strips, means);
     });
   mix_strips(s, weights.mixing.const_data_ptr<float>(), s.d, 1,
              weights.shift.const_data_ptr<float>(), work.strips, work.gates, work.length, sigmoid);

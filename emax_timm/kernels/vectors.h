@@ -21,6 +21,10 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
 // The first `count` floats; zeros behind them.
 inline Vec load(const float* from, int64_t count = V) { return Vec::loadu(from, count); }
 
+inline void add_to(float* sums, const Vec& values, int64_t count) {
+  (load(sums, count) + values).store(sums, count);
+}
+
 inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return at::vec::fmadd(a, b, c); }
 
 inline Vec sigmoid(const Vec& x) { return Vec(1) / (Vec(1) + x.neg().exp()); }
@@ -37,19 +41,31 @@ inline float sum(const Vec& values) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, values);
 }
 
-// out[i] = factor * sum over the lanes of rows[i]. V rows are added up pair by pair, which takes a
-// third of the operations of single sums. What is behind the last row is read, and must be there.
-inline void lane_sums(const Vec* rows, int64_t count, float* out, float factor) {
+// The sums over the lanes of V rows, added up pair by pair, which takes a third of the operations of
+// single sums.
+inline Vec lane_sums(const Vec (&rows)[V]) {
   Vec level[V / 2];
   const auto add = [](const Vec& a, const Vec& b) {
     const auto pair = at::vec::deinterleave2(a, b);
     return pair.first + pair.second;
   };
+#pragma GCC unroll 16
+  for (int i = 0; i < V / 2; ++i) level[i] = add(rows[2 * i], rows[2 * i + 1]);
+#pragma GCC unroll 16
+  for (int half = V / 4; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) level[i] = add(level[2 * i], level[2 * i + 1]);
+  return level[0];
+}
+
+// out[i] = factor * sum over the lanes of rows[i]. What is behind the last row is read, and must be
+// there.
+inline void lane_sums(const Vec* rows, int64_t count, float* out, float factor) {
   for (int64_t at = 0; at < count; at += V) {
-    for (int64_t i = 0; i < V / 2; ++i) level[i] = add(rows[at + 2 * i], rows[at + 2 * i + 1]);
-    for (int64_t half = V / 4; half > 0; half /= 2)
-      for (int64_t i = 0; i < half; ++i) level[i] = add(level[2 * i], level[2 * i + 1]);
-    (level[0] * Vec(factor)).store(out + at, std::min(V, count - at));
+    Vec some[V];
+#pragma GCC unroll 16
+    for (int i = 0; i < V; ++i) some[i] = rows[at + i];
+    (lane_sums(some) * Vec(factor)).store(out + at, std::min(V, count - at));
   }
 }
 
