@@ -11,59 +11,50 @@ namespace emax {
 
 namespace {
 
-// Adds to a gradient, which is undefined as long as it is zero.
-void accumulate(Tensor& total, const Tensor& grad) {
-  total = total.defined() ? total + grad : grad;
-}
-
-// Gradients of the small things, [b, c]; `mean` and `pooled` are those of a chunk's rows.
+// Of the gates' parameters, in the order of `Layer`, and of what the gates are made from, [b, c].
 struct GateGrads {
+  std::vector<Tensor> channel, gamma, global, residual_gate;
   Tensor mean, pooled;
 };
 
-// From the gradient of a gate to that of the means that it is made from.
+// From the gradient of a gate to that of the means that it is made from, and those of its weights.
 Tensor squeeze_excite_backward(const Tensor& grad, const Tensor& mean, const Tensor& gate,
                                const Tensor& hidden, const std::vector<Tensor>& weights,
-                               Tensor* grads) {
+                               std::vector<Tensor>& grads) {
   const Tensor inner = (grad * gate * (1 - gate)).contiguous();
-  const Tensor grad_hidden = linear_backward(inner, weights[2].flatten(1)) * (hidden > 0);
-  accumulate(grads[0], outer_product(grad_hidden, mean));
-  accumulate(grads[1], grad_hidden.sum(0));
-  accumulate(grads[2], outer_product(inner, hidden));
-  accumulate(grads[3], inner.sum(0));
-  return linear_backward(grad_hidden, weights[0].flatten(1));
+  const Tensor grad_hidden = linear_backward(inner, weights[2]) * (hidden > 0);
+  grads = {outer_product(grad_hidden, mean), grad_hidden.sum(0), outer_product(inner, hidden),
+           inner.sum(0)};
+  return linear_backward(grad_hidden, weights[0]);
 }
 
-// `grads` are those of the channel gate (4), gamma, the global gate (4) and the residual gate.
 GateGrads gates_backward(const Layer& layer, const Gates& gates, const Tensor& mean,
-                         Tensor grad_scale, const Tensor& grad_offset, Tensor* grads) {
+                         Tensor grad_scale, const Tensor& grad_offset) {
+  GateGrads grads;
   // offset = 1 - alpha + scale * branch, with branch = gamma * w_c; scale = alpha * w_g
-  const bool has_branch = !layer.gamma.empty();
+  const bool has_branch = !layer.gamma.empty(), has_global = !layer.global.empty();
   const Tensor branch = has_branch ? gates.channel * layer.gamma[0] : Tensor();
   if (has_branch) grad_scale = at::addcmul(grad_scale, grad_offset, branch);
-  Tensor grad_global = grad_scale, grad_fused;
+  Tensor grad_global = grad_scale;
   if (!layer.residual_gate.empty()) {
-    grad_global = grad_scale * layer.residual_gate[0];
-    accumulate(grads[9], (gates.global.defined() ? grad_scale * gates.global - grad_offset : grad_scale - grad_offset).sum(0));
+    if (has_global) grad_global = grad_scale * layer.residual_gate[0];
+    const Tensor through_scale = has_global ? grad_scale * gates.global : grad_scale;
+    grads.residual_gate = {(through_scale - grad_offset).sum(0)};
   }
-  GateGrads out;
-  if (!layer.global.empty())
-    grad_fused = squeeze_excite_backward(grad_global, gates.fused, gates.global,
-                                         gates.global_hidden, layer.global, grads + 5);
-  else
-    grad_fused = at::zeros_like(mean);
-  out.pooled = grad_fused;
+  grads.pooled = has_global ? squeeze_excite_backward(grad_global, gates.fused, gates.global,
+                                                      gates.global_hidden, layer.global, grads.global)
+                            : at::zeros_like(mean);
   if (!has_branch) {
-    out.mean = at::zeros_like(mean);
-    return out;
+    grads.mean = at::zeros_like(mean);
+    return grads;
   }
   // fused = pooled + branch * mean
-  const Tensor grad_branch = at::addcmul(grad_offset * gates.scale, grad_fused, mean);
-  accumulate(grads[4], (grad_branch * gates.channel).sum().view(1));
-  out.mean = squeeze_excite_backward(grad_branch * layer.gamma[0], mean, gates.channel,
-                                     gates.channel_hidden, layer.channel, grads);
-  out.mean = at::addcmul(out.mean, grad_fused, branch);
-  return out;
+  const Tensor grad_branch = at::addcmul(grad_offset * gates.scale, grads.pooled, mean);
+  grads.gamma = {(grad_branch * gates.channel).sum()};
+  grads.mean = squeeze_excite_backward(grad_branch * layer.gamma[0], mean, gates.channel,
+                                       gates.channel_hidden, layer.channel, grads.channel);
+  grads.mean = at::addcmul(grads.mean, grads.pooled, branch);
+  return grads;
 }
 
 // Sums of x * grad over the image, with and without S, and over d with `scale` ([tiles, pixels]).
@@ -137,17 +128,34 @@ void map_gradient(const Shape& s, const Tensor& x, const float* maps, const Choi
   });
 }
 
-// The gradients of x and of the parameters, in the parameters' shapes; undefined ones are those of an
-// empty batch.
-std::vector<Tensor> in_order(const Layer& layer, const Tensor& x, std::vector<Tensor> grads) {
+// From the gradients of samples' weights of the candidates, [count, K], to those of the controller's
+// output, which come in their place, and of the mean of x, [count, c], which are added up.
+void controller_backward(const Layer& layer, const float* soft, int64_t count, int64_t c,
+                         float* grad, float* grad_mean) {
+  const int64_t candidates = layer.members.size();
+  const auto* const weights = layer.controller[0].const_data_ptr<float>();
+  for (int64_t i = 0; i < count; ++i) {
+    float *const row = grad + i * candidates, *const mean = grad_mean + i * c;
+    const float* const share = soft + i * candidates;
+    float inner = 0;
+    for (int64_t k = 0; k < candidates; ++k) inner += share[k] * row[k];
+    for (int64_t k = 0; k < candidates; ++k) {
+      row[k] = share[k] * (row[k] - inner) / layer.temperature;
+      along(c, [&](int64_t at, int64_t length) {
+        fma(Vec(row[k]), load(weights + k * c + at, length), load(mean + at, length))
+            .store(mean + at, length);
+      });
+    }
+  }
+}
+
+// The gradients of x and of the parameters, in the parameters' shapes.
+std::vector<Tensor> in_order(const Layer& layer, const Tensor& x, const std::vector<Tensor>& grads) {
   size_t at = 0;
   std::vector<Tensor> out{x};
   for (const auto* part : {&layer.spatial, &layer.controller, &layer.channel, &layer.gamma,
                            &layer.global, &layer.residual_gate})
-    for (const Tensor& weight : *part) {
-      const Tensor& grad = grads[at++];
-      out.push_back(grad.defined() ? grad.contiguous().view(weight.sizes()) : at::zeros_like(weight));
-    }
+    for (const Tensor& weight : *part) out.push_back(grads[at++].contiguous().view(weight.sizes()));
   return out;
 }
 
@@ -156,74 +164,67 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
                                 const Layer& layer, const std::optional<Tensor>& noise,
                                 at::TensorList kept) {
   const Weights weights = weights_of(layer.spatial, layer.eps);
-  const Tensor &mean = kept[0], &first = kept[1], &second = kept[2], &conv_means = kept[3];
-  const auto options = mean.options();
-  const int64_t c = s.F * s.d;
-  const bool pools = !layer.global.empty();
-  Tensor small[10];  // as in `gates_backward`
-  Tensor controller[2];
-  TileGrads tile_grads(s, x, options);
-  const Choice choice = choose_groups(layer, mean.view({s.b, c}), noise);
-  // Of the fine groups' second terms; their softmax weighs the maps.
-  const Tensor score = conv_means.logsumexp(-1).contiguous();
-  const int64_t together = std::min(s.b, std::max<int64_t>(1, at::get_num_threads() * 400000 / (s.F * s.d * s.plane)));
-  const Tensor spatial = at::empty({together, s.F, s.h, s.w}, options);
-  const Tensor grad_map = at::empty_like(spatial);
-  const Tensor grad_maps = at::empty({2, together, s.F, s.h, s.w}, options);
-  const Tensor grad_scale = at::empty({together, c}, options);
-  const Tensor grad_offset = at::empty_like(grad_scale);
-  const Tensor grad_score = at::empty({together, s.F}, options);
-  const Tensor grad_choice =
-      at::empty({together, static_cast<int64_t>(choice.members.size())}, options);
-  for (int64_t sample = 0; sample < s.b; sample += together) {
-    const int64_t count = std::min(together, s.b - sample);
-    const int64_t begin = sample * s.F, end = begin + count * s.F;
-    // Tiles have their numbers in the batch; memory is that of a chunk.
-    const auto chunk = [&](const Tensor& values, int64_t size) {
-      return values.data_ptr<float>() - begin * size;
-    };
-    const auto rows = [&](const Tensor& values) {
-      return values.view({s.b, c}).narrow(0, sample, count);
-    };
-    float* const maps = chunk(spatial, s.pixels());
-    mix(s, choice, sample, count, first.const_data_ptr<float>(), second.const_data_ptr<float>(),
-        score.const_data_ptr<float>(), maps);
-    const Tensor chunk_mean = rows(mean);
-    const Gates gates = mean_gates(layer, chunk_mean, pools ? rows(kept[6]) : chunk_mean);
-    float* const grad_before = chunk(grad_map, s.pixels());
-    products<T>(s, x, grad, maps, choice, chunk(gates.scale, s.d), begin, end,
-                chunk(grad_scale, s.d), chunk(grad_offset, s.d), grad_before);
-    GateGrads gate_grads =
-        gates_backward(layer, gates, chunk_mean, grad_scale.narrow(0, 0, count),
-                       grad_offset.narrow(0, 0, count), small);
-    const Tensor grad_pooled = gate_grads.pooled / s.pixels();
-    map_gradient<T>(s, x, maps, choice, chunk(grad_pooled, s.d), begin, end, grad_before);
-    float* const grad_first = chunk(grad_maps[0], s.pixels());
-    float* const grad_second = chunk(grad_maps[1], s.pixels());
-    mix_backward(s, choice, sample, count, first.const_data_ptr<float>(),
-                 second.const_data_ptr<float>(), score.const_data_ptr<float>(), grad_before,
-                 grad_first, grad_second, chunk(grad_score, 1), grad_choice.data_ptr<float>());
-    if (!layer.controller.empty()) {
-      const Tensor soft = choice.soft.narrow(0, sample, count);
-      const Tensor to_choice = grad_choice.narrow(0, 0, count);
-      const Tensor inner = (soft * to_choice).sum(1, true);
-      const Tensor logits = (soft * (to_choice - inner) / layer.grouping[2]).contiguous();
-      accumulate(controller[0], outer_product(logits, chunk_mean));
-      accumulate(controller[1], logits.sum(0));
-      gate_grads.mean = gate_grads.mean + linear_backward(logits, layer.controller[0]);
+  const int64_t c = s.F * s.d, candidates = layer.members.size();
+  const Tensor mean = kept[0].view({s.b, c}), score = kept[3].logsumexp(-1).contiguous();
+  const auto *const first = kept[1].const_data_ptr<float>(),
+                    *const second = kept[2].const_data_ptr<float>(),
+                    *const scores = score.const_data_ptr<float>();
+  const Choice choice = choose_groups(layer, mean, noise);
+  const Gates gates =
+      mean_gates(layer, mean, layer.global.empty() ? Tensor() : kept[6].view({s.b, c}));
+  const auto* const scale = gates.scale.const_data_ptr<float>();
+
+  // What the gates take of all samples, before anything goes back through them.
+  const Tensor spatial = at::empty_like(kept[1]), grad_map = at::empty_like(kept[1]);
+  const Tensor grad_scale = at::empty_like(mean), grad_offset = at::empty_like(mean);
+  float *const maps = spatial.data_ptr<float>(), *const map_grads = grad_map.data_ptr<float>();
+  by_samples(s, layer, [&](int64_t first_sample, int64_t last_sample, int64_t together) {
+    for (int64_t sample = first_sample; sample < last_sample; sample += together) {
+      const int64_t count = std::min(together, last_sample - sample), begin = sample * s.F;
+      mix(s, choice, sample, count, first, second, scores, maps);
+      products<T>(s, x, grad, maps, choice, scale, begin, begin + count * s.F,
+                  grad_scale.data_ptr<float>(), grad_offset.data_ptr<float>(), map_grads);
     }
-    const TileInputs inputs{maps, chunk(gates.scale, s.d), chunk(gates.offset, s.d),
-                            chunk(grad_pooled, s.d), chunk(gate_grads.mean, s.d), grad_first,
-                            grad_second, chunk(grad_score, 1)};
-    fine_maps_backward<T>(s, x, grad, weights, choice, inputs, kept, begin, end, tile_grads);
-  }
+  });
+  const GateGrads gate_grads = gates_backward(layer, gates, mean, grad_scale, grad_offset);
+
+  const Tensor grad_pooled = gate_grads.pooled / s.pixels();
+  const Tensor grad_choice = at::empty({s.b, candidates}, mean.options());
+  float *const grad_mean = gate_grads.mean.data_ptr<float>(),
+               *const choice_grads = grad_choice.data_ptr<float>();
+  const TileGrads tile_grads(s, x, mean.options());
+  by_samples(s, layer, [&](int64_t first_sample, int64_t last_sample, int64_t together) {
+    const Tensor grad_maps = at::empty({2, together, s.F, s.h, s.w}, mean.options());
+    const Tensor grad_score = at::empty({together, s.F}, mean.options());
+    for (int64_t sample = first_sample; sample < last_sample; sample += together) {
+      const int64_t count = std::min(together, last_sample - sample);
+      const int64_t begin = sample * s.F, end = begin + count * s.F;
+      // Tiles have their numbers in the batch; memory is that of a chunk.
+      const auto chunk = [&](const Tensor& values, int64_t size) {
+        return values.data_ptr<float>() - begin * size;
+      };
+      map_gradient<T>(s, x, maps, choice, grad_pooled.const_data_ptr<float>(), begin, end,
+                      map_grads);
+      const TileInputs inputs{maps, scale, gates.offset.const_data_ptr<float>(),
+                              grad_pooled.const_data_ptr<float>(), grad_mean,
+                              chunk(grad_maps[0], s.pixels()), chunk(grad_maps[1], s.pixels()),
+                              chunk(grad_score, 1)};
+      mix_backward(s, choice, sample, count, first, second, scores, map_grads, inputs.grad_first,
+                   inputs.grad_second, inputs.grad_score, choice_grads + sample * candidates);
+      if (choice.soft.defined())
+        controller_backward(layer, choice.soft.const_data_ptr<float>() + sample * candidates, count,
+                            c, choice_grads + sample * candidates, grad_mean + sample * c);
+      fine_maps_backward<T>(s, x, grad, weights, choice, inputs, kept, begin, end, tile_grads);
+    }
+  });
+
   std::vector<Tensor> grads = tile_grads.weights(weights);
-  if (!layer.controller.empty()) grads.insert(grads.end(), controller, controller + 2);
-  if (!layer.channel.empty()) grads.insert(grads.end(), small, small + 4);
-  if (!layer.gamma.empty()) grads.push_back(small[4]);
-  if (!layer.global.empty()) grads.insert(grads.end(), small + 5, small + 9);
-  if (!layer.residual_gate.empty()) grads.push_back(small[9]);
-  return in_order(layer, tile_grads.x, std::move(grads));
+  if (choice.soft.defined())
+    grads.insert(grads.end(), {outer_product(grad_choice, mean), grad_choice.sum(0)});
+  for (const auto* part : {&gate_grads.channel, &gate_grads.gamma, &gate_grads.global,
+                           &gate_grads.residual_gate})
+    grads.insert(grads.end(), part->begin(), part->end());
+  return in_order(layer, tile_grads.x, grads);
 }
 
 std::vector<Tensor> backward(const Tensor& x, const Tensor& grad, at::TensorList grouping,

@@ -9,7 +9,8 @@ namespace emax {
 // x * S (the same for all pixels), of the fine maps and of the score. By tiles.
 struct TileInputs {
   const float *maps, *scale, *offset;
-  const float *grad_pooled, *grad_mean, *grad_first, *grad_second, *grad_score;
+  const float *grad_pooled, *grad_mean;
+  float *grad_first, *grad_second, *grad_score;
 };
 
 // The gradient of x, and per tile what those of the weights are made from. Strips, whose values are

@@ -88,8 +88,10 @@ void weigh_block(const Shape& s, const float* images, int64_t channel, const flo
       for (int k = 0; k < BLOCK; ++k) tap[t][k] = fma(weight, value[k], tap[t][k]);
     }
   }
+#pragma GCC unroll 2
   for (int k = 0; k < BLOCK; ++k) {
     weighted[k].store(second + at + k * V, count);
+#pragma GCC unroll 9
     for (int t = 0; t < TAPS; ++t) tap[t][k].store(taps + t * tap_stride + at + k * V, count);
   }
 }
