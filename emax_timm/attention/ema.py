@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .analytic import emax
-from .functional import Layer, emax_maps
+from .functional import emax_maps
+from .layer import Layer
 
 __all__ = ["EMA"]
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .analytic import emax
-from .functional import EMAXMaps, Layer, emax_maps
+from .functional import EMAXMaps, emax_maps
+from .layer import Layer
 
 __all__ = ["EMAX", "set_grouping"]
 
@@ -34,7 +35,7 @@ def _present(tensor: Tensor | None) -> Tensor:
 class SqueezeExciteWeights(nn.Sequential):
     """The weights of a squeeze-and-excite gate, under the source's state-dict keys.
 
-    Only the convolutions' weights are read: `functional.squeeze_excite` does the computing.
+    Only the convolutions' weights are read: `gates.squeeze_excite` does the computing.
     """
 
     def __init__(self, channels: int, hidden: int, device=None, dtype=None) -> None:

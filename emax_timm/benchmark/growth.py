@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from ..files import replace_file
 from ..training.config import UsageError
-from .modules import PASSES, SAVED, has_factor, kernels_serve, measure_shape
+from .modules import PASSES, SAVED, available, has_factor, measure_shape, random_features
 from .tables import heading, row
-from .timing import described, machine
+from .timing import conditions, described
 
 __all__ = ["Exponent", "Point", "check_drawing", "draw_growth", "exponent", "measure_growth"]
 
@@ -75,15 +75,14 @@ def measure_growth(
         UsageError: If the base cannot be halved so often.
     """
     if systems is None:
-        served = kernels_serve(device, dtype)
-        systems = [name for name in SYSTEMS if served or "C++" not in name]
+        systems = available(SYSTEMS, device, dtype)
     on_axis = {axis: [n for n in systems if axis != "factor" or has_factor(n)] for axis in AXES}
     series = {axis: _series(axis, base, steps) for axis, names in on_axis.items() if names}
     found: dict[Point, Any] = {}
     # All axes share the base.
     points = list(dict.fromkeys(point for along in series.values() for point in along))
     for point in tqdm(points, "points", leave=False, disable=None):
-        x = torch.randn(point[:4], device=device, dtype=dtype).to(memory_format=memory_format)
+        x = random_features(point[:4], device, dtype, memory_format)
         names = [name for name in systems if point.factor == base.factor or has_factor(name)]
         found[point] = measure_shape(names, x, rounds, point.factor)
     axes: dict[str, Any] = {}
@@ -98,10 +97,7 @@ def measure_growth(
         sizes = [getattr(point, AXES[axis][0]) for point in along]
         axes[axis] = {"sizes": sizes, "costs": costs}
     return {
-        "machine": machine(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "memory_format": str(memory_format).removeprefix("torch."),
-        "rounds": rounds,
+        **conditions(device, dtype, memory_format, rounds),
         "base": base._asdict(),
         "axes": axes,
     }

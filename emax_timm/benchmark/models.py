@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..training.config import UsageError, nearest
-from .modules import computed, differ_in_groups, kernels_serve
+from .modules import available, computed, differ_in_groups
 from .tables import heading, row
 from .timing import Measured, described, interleaved, machine, milliseconds
 
@@ -90,8 +90,7 @@ def measure_models(
         UsageError: If there is no such network.
     """
     if systems is None:
-        served = kernels_serve(setting.device, setting.dtype)
-        systems = [name for name in SYSTEMS if served or "C++" not in name]
+        systems = available(SYSTEMS, setting.device, setting.dtype)
     check_networks(bases, systems)
     models: dict[str, Any] = {}
     for base in bases:

@@ -15,9 +15,9 @@ from ..attention.reference import NaiveEMAX
 from .tables import heading, row
 from .timing import (
     Measured,
+    conditions,
     described,
     interleaved,
-    machine,
     mean_ratio,
     milliseconds,
 )
@@ -29,12 +29,14 @@ __all__ = [
     "SHAPES",
     "SYSTEMS",
     "Bound",
+    "available",
     "computed",
     "differ_in_groups",
     "has_factor",
     "kernels_serve",
     "measure_modules",
     "measure_shape",
+    "random_features",
     "report_modules",
     "saved_bytes",
 ]
@@ -126,25 +128,32 @@ def measure_modules(
         KernelError: If the kernels are asked for, but are not built.
     """
     if systems is None:
-        systems = [name for name in SYSTEMS if kernels_serve(device, dtype) or "C++" not in name]
+        systems = available(SYSTEMS, device, dtype)
     times: dict[str, dict[str, list[Measured]]] = {passes: {} for passes in PASSES}
     saved: dict[str, list[float]] = {}
     for shape in shapes:
-        x = torch.randn(shape, device=device, dtype=dtype).to(memory_format=memory_format)
+        x = random_features(shape, device, dtype, memory_format)
         measured, kept = measure_shape(systems, x, rounds)
         for name in systems:
             saved.setdefault(name, []).append(kept[name] / (x.numel() * x.element_size()))
             for passes in PASSES:
                 times[passes].setdefault(name, []).append(measured[passes][name])
     return {
-        "machine": machine(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "memory_format": str(memory_format).removeprefix("torch."),
-        "rounds": rounds,
+        **conditions(device, dtype, memory_format, rounds),
         "shapes": [list(shape) for shape in shapes],
         "times": times,
         "saved": saved,
     }
+
+
+def random_features(
+    shape: Sequence[int],
+    device: torch.device,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+) -> Tensor:
+    """Normal numbers, [b, c, h, w]."""
+    return torch.randn(shape, device=device, dtype=dtype).to(memory_format=memory_format)
 
 
 def measure_shape(
@@ -175,6 +184,12 @@ def measure_shape(
 def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether there are kernels for such tensors in this process."""
     return device.type == "cpu" and dtype in kernels.DTYPES and kernels.load()
+
+
+def available(systems: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Those of the systems that can be had: the kernels may not serve."""
+    served = kernels_serve(device, dtype)
+    return [name for name in systems if served or "C++" not in name]
 
 
 def has_factor(system: str) -> bool:

@@ -14,6 +14,7 @@ from .. import __version__
 
 __all__ = [
     "Measured",
+    "conditions",
     "described",
     "digits",
     "interleaved",
@@ -106,6 +107,18 @@ def machine(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "python": platform.python_version(),
+    }
+
+
+def conditions(
+    device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format, rounds: int
+) -> dict[str, Any]:
+    """The machine, what its tensors were, and how often each was measured."""
+    return {
+        "machine": machine(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "memory_format": str(memory_format).removeprefix("torch."),
+        "rounds": rounds,
     }
 
 

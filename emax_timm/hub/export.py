@@ -8,10 +8,8 @@ from typing import Any
 
 from timm.models._features import FeatureGetterNet
 
-from ..training import checkpoint
-from ..training.checks import check_model
 from ..training.config import UsageError, from_mapping, parse_settings
-from ..training.models import create_model
+from ..training.models import load_model
 from ..training.options import option
 from .exporter import FORMATS, check_target, export_model
 from .verify import ExportError
@@ -83,27 +81,19 @@ def export(argv: Sequence[str] | None = None, prog: str = "emax export") -> int:
 
 def _build(config: ExportConfig) -> tuple[Any, tuple[int, int, int], bool]:
     """The model, the size of its input, and whether it has weights from somewhere."""
-    name, arguments = str(config.model), dict(config.model_kwargs)
+    name = str(config.model)
     for option_name in ("num_classes", "img_size"):
         value, least = getattr(config, option_name), int(option_name == "img_size")
         if value is not None and value < least:
             raise UsageError(f"{option_name} must be at least {least}, not {value}")
-    if config.num_classes is not None:
-        arguments["num_classes"] = config.num_classes
-    check_model(name, arguments)
-    weights = Path(config.checkpoint) if config.checkpoint else None
-    if weights is not None:
-        checkpoint.read_weights(weights)
-    pretrained = weights is None and (config.pretrained or ":" in name)
-    model = create_model(name, pretrained, **arguments)
-    if weights is not None:
-        checkpoint.load_weights(model, weights)
+    pretrained = config.pretrained or ":" in name
+    model = load_model(name, pretrained, config.checkpoint, config.num_classes, config.model_kwargs)
     channels, *sides = model.pretrained_cfg["input_size"]
     if config.img_size is not None:
         sides = [config.img_size] * 2
-    input_size = (arguments.get("in_chans", channels), sides[0], sides[1])
+    input_size = (config.model_kwargs.get("in_chans", channels), sides[0], sides[1])
     if config.features_only:
         if not hasattr(model, "forward_intermediates"):
             raise UsageError(f"model {name} does not give its feature maps")
         model = FeatureGetterNet(model, out_indices=tuple(range(len(model.feature_info))))
-    return model.eval(), input_size, pretrained or weights is not None
+    return model.eval(), input_size, pretrained or bool(config.checkpoint)

@@ -13,11 +13,10 @@ from timm.data import resolve_data_config
 
 from ..files import WriteError, remove, write_folder, writing_to
 from ..hub.predict import DEFAULT_MODEL, class_namer
-from ..training import checkpoint
-from ..training.checks import check_bounds, check_model
+from ..training.checks import check_bounds
 from ..training.config import UsageError, from_mapping, parse_settings
 from ..training.images import BrokenImageError, open_image
-from ..training.models import create_model
+from ..training.models import load_model
 from ..training.options import option
 from ..training.runlog import LAYERS, read_rows
 from .capture import capture_attention
@@ -208,23 +207,15 @@ def _model_name(config: VisualizeConfig) -> str:
 
 
 def _load(config: VisualizeConfig, name: str) -> Any:
-    arguments = dict(config.model_kwargs)
-    if config.num_classes is not None:
-        arguments["num_classes"] = config.num_classes
-    check_model(name, arguments)
-    weights = Path(config.checkpoint) if config.checkpoint else None
-    if weights is not None:
-        checkpoint.read_weights(weights)
-    model = create_model(name, weights is None and config.pretrained, **arguments).eval()
-    if weights is not None:
-        checkpoint.load_weights(model, weights)
+    model = load_model(
+        name, config.pretrained, config.checkpoint, config.num_classes, config.model_kwargs
+    ).eval()
     _check_attention(name, model)
     return model
 
 
 def _load_compared(name: str) -> Any:
-    check_model(name, {})
-    model = create_model(name, pretrained=True).eval()
+    model = load_model(name, pretrained=True).eval()
     _check_attention(name, model)
     return model
 

@@ -24,7 +24,7 @@ from torch._C._functorch import is_batchedtensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
-    from ..attention.functional import Layer
+    from ..attention.layer import Layer
 
 __all__ = [
     "KernelError",
@@ -196,10 +196,10 @@ def forward(x: Tensor, layer: "Layer", noise: Tensor | None, keep: bool) -> list
     """The output of a layer.
 
     With `keep` followed by what the backward pass needs: the fields of
-    `attention.functional.FineMaps`, and with a global gate the means of x * S, [b, F, d].
+    `attention.fine_maps.FineMaps`, and with a global gate the means of x * S, [b, F, d].
     """
     constants = (layer.groups, layer.batch_vote, layer.eps)
-    return torch.ops.emax_timm.forward(x, *_parts(layer), noise, *constants, keep)
+    return torch.ops.emax_timm.forward(x, *layer.parts(), noise, *constants, keep)
 
 
 def backward(
@@ -210,22 +210,10 @@ def backward(
     pooled: Tensor,
     noise: Tensor | None,
 ) -> list[Tensor]:
-    """`attention.analytic._backward` of what `forward` has returned."""
+    """`attention.gradients.backward` of what `forward` has returned."""
     constants = (layer.groups, layer.batch_vote, layer.eps)
     kept = [*fine, pooled]
-    return torch.ops.emax_timm.backward(x, grad, *_parts(layer), noise, kept, *constants)
-
-
-def _parts(layer: "Layer") -> list[list[Tensor]]:
-    return [
-        layer.grouping,
-        layer.spatial,
-        layer.controller,
-        layer.channel,
-        layer.gamma,
-        layer.global_,
-        layer.residual_gate,
-    ]
+    return torch.ops.emax_timm.backward(x, grad, *layer.parts(), noise, kept, *constants)
 
 
 def _register_fakes() -> None:

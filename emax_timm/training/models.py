@@ -10,9 +10,11 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 
 from ..models.hub_errors import hub_problem
 from ..models.weights import WEIGHTS, locate
+from . import checkpoint
+from .checks import check_model
 from .config import UsageError
 
-__all__ = ["create_model"]
+__all__ = ["create_model", "load_model"]
 
 
 def create_model(
@@ -48,6 +50,38 @@ def create_model(
     except Exception as error:  # whatever the model makes of its arguments and weights
         reason = str(error) or type(error).__name__
     raise UsageError(f"model {name}: {reason}")
+
+
+def load_model(
+    name: str,
+    pretrained: bool,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """The model that a command line names, with the weights that it names.
+
+    Args:
+        name: As in `create_model`.
+        pretrained: Whether to load its published weights, without others.
+        weights: A .safetensors file.
+        num_classes: None for the model's.
+        model_kwargs: Further arguments of the model.
+
+    Raises:
+        UsageError: Whatever stands in the way; if it can be, before anything is fetched.
+    """
+    arguments = dict(model_kwargs or {})
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    check_model(name, arguments)
+    path = Path(weights) if weights else None
+    if path is not None:
+        checkpoint.read_weights(path)
+    model = create_model(name, pretrained and path is None, **arguments)
+    if path is not None:
+        checkpoint.load_weights(model, path)
+    return model
 
 
 def _safetensors_of(name: str) -> dict[str, Any]:

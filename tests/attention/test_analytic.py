@@ -12,7 +12,8 @@ from emax_testing import VARIANTS, make_emax, randn
 from torch import Tensor, nn
 
 from emax_timm.attention import EMA, EMAX, set_grouping
-from emax_timm.attention.functional import draw_noise, emax_plain
+from emax_timm.attention.functional import emax_plain
+from emax_timm.attention.grouping import draw_noise
 from emax_timm.benchmark.modules import SHAPES, saved_bytes
 
 

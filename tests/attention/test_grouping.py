@@ -1,4 +1,4 @@
-"""The pure functions of EMAX, each against a plain statement of what it computes."""
+"""The functions of the grouping, each against a plain statement of what it computes."""
 
 from itertools import pairwise
 
@@ -6,27 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emax_testing import randn
-from torch import Tensor, nn
+from torch import Tensor
 
-from emax_timm.attention.functional import (
-    border_means,
-    choose_groups,
-    gumbel_noise,
-    mix_groups,
-    squeeze_excite,
-)
-
-# Border means -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 1), (2, 2), (1, 2), (7, 5)], ids=str)
-def test_border_means_are_the_means_of_the_nine_one_tap_convolutions(size: tuple[int, int]) -> None:
-    x = randn(2, 3, 4, *size)
-    images = x.reshape(-1, 1, *size)
-    expected = F.conv2d(images, torch.eye(9).double().view(9, 1, 3, 3), padding=1).mean((2, 3))
-    actual = border_means(x, x.mean(4), x.mean(3))
-    torch.testing.assert_close(actual, expected.view(2, 3, 4, 9), rtol=0, atol=1e-14)
-
+from emax_timm.attention.grouping import choose_groups, gumbel_noise, mix_groups
 
 # Mixing -----------------------------------------------------------------------------------------
 
@@ -151,16 +133,3 @@ def test_choose_groups_survives_an_exponential_sample_of_zero(
     logits = randn(3, 4, dtype=torch.float32)
     choice, _ = choose_groups(logits, ONE, gumbel_noise(logits), batch_vote=False)
     assert torch.equal(choice, F.one_hot(logits.argmax(1), 4).float())
-
-
-# Squeeze and excitation -------------------------------------------------------------------------
-
-
-def test_squeeze_excite_equals_its_modules() -> None:
-    gate = nn.Sequential(
-        nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 3, 1), nn.ReLU(), nn.Conv2d(3, 8, 1), nn.Sigmoid()
-    ).double()
-    x = randn(2, 8, 3, 4)
-    weights = [parameter.detach() for parameter in gate.parameters()]
-    actual, _ = squeeze_excite(x.mean((2, 3)), weights)
-    torch.testing.assert_close(actual, gate(x).flatten(1), rtol=0, atol=1e-14)
