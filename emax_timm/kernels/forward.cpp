@@ -203,7 +203,7 @@ void fine_maps(const Shape& s, const Tensor& x, const Weights& weights, int64_t 
         });
         map.run(s, weights, images[t], channel, work, fine.conv_means + vector,
                 fine.centre + vector, fine.rstd + vector, fine.score + one, fine.first + map_at,
-                fine.second + map_at, tiles.ahead(one + s.together));
+                fine.second + map_at, tiles.ahead(one + s.together, images[t]));
       }
     }
   });

@@ -74,28 +74,29 @@ struct Tiles {
     return data + tile / s.F * sample + tile % s.F * s.d * channel;
   }
 
-  // Calls copy(element of a tile, element of images in scratch memory), in the order of the tile's
-  // memory.
-  template <typename Copy>
-  void each(const Shape& s, int64_t tile, float* images, Copy copy) const {
-    T* const from = at(s, tile);
-    if (pixel == 1) {
-      for (int64_t c = 0; c < s.d; ++c)
-        for (int64_t i = 0; i < s.h; ++i) {
-          T* const row = from + c * channel + i * line;
-          float* const scratch = images + c * s.plane + i * s.w;
-          for (int64_t j = 0; j < s.w; ++j) copy(row[j], scratch[j]);
-        }
-      return;
-    }
-    for (int64_t i = 0; i < s.h; ++i)
-      for (int64_t j = 0; j < s.w; ++j) {
-        T* const values = from + i * line + j * pixel;
-        float* const scratch = images + i * s.w + j;
-        for (int64_t c = 0; c < s.d; ++c) copy(values[c * channel], scratch[c * s.plane]);
-      }
+  // Whether the channels of a pixel stand together, and its pixels too: channels_last.
+  bool by_pixels(const Shape& s) const {
+    return channel == 1 && pixel > 1 && (s.h == 1 || line == s.w * pixel);
   }
 };
+
+// Copies of a row, between floats and what a tensor holds.
+inline void copy(const float* from, int64_t count, float* to) { std::copy_n(from, count, to); }
+inline void copy(const at::BFloat16* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+inline void copy(const float* from, int64_t count, at::BFloat16* to) {
+  at::vec::convert(from, to, count);
+}
+
+// A block of at most V x V floats, mirrored at its diagonal.
+inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to,
+                      int64_t to_row) {
+  if (rows == V && columns == V)
+    at::vec::transpose_mxn<float, V, V>(from, from_row, to, to_row);
+  else
+    at::vec::transpose_mxn<float>(from, from_row, to, to_row, rows, columns);
+}
 
 // Tiles as float32 images, each one piece of memory: where they are if they are, else in scratch
 // memory of `scratch()` floats.
@@ -111,9 +112,7 @@ class Images {
   int64_t channel() const { return in_place_ ? tiles_.channel : s_.plane; }
 
   const float* read(int64_t tile, float* scratch) const {
-    if (!in_place_)
-      tiles_.each(s_, tile, scratch,
-                  [](const T& image, float& out) { out = static_cast<float>(image); });
+    if (!in_place_) to_scratch(tiles_.at(s_, tile), scratch);
     return place(tile, scratch);
   }
   // Where to write a tile; `write` must follow.
@@ -122,18 +121,75 @@ class Images {
       if (in_place_) return const_cast<float*>(tiles_.at(s_, tile));
     return scratch;
   }
-  void write(int64_t tile, float* scratch) const {
+  void write(int64_t tile, const float* scratch) const {
     if constexpr (!std::is_const_v<T>)
-      if (!in_place_)
-        tiles_.each(s_, tile, scratch,
-                    [](T& image, float& value) { image = static_cast<T>(value); });
+      if (!in_place_) from_scratch(scratch, tiles_.at(s_, tile));
   }
-  // Where a tile is that will be read soon.
-  const float* ahead(int64_t tile) const {
+  // Where a tile is that will be read soon, or what is in the cache if it is not one piece.
+  const float* ahead(int64_t tile, const float* here) const {
+    if (tiles_.pixel != 1) return here;
     return reinterpret_cast<const float*>(tiles_.at(s_, std::min(tile, s_.tiles() - 1)));
   }
 
  private:
+  // Calls f(pixels from, count, channels from, count) for blocks of V x V.
+  template <typename F>
+  void blocks(F f) const {
+    for (int64_t at = 0; at < s_.pixels(); at += V)
+      for (int64_t c = 0; c < s_.d; c += V)
+        f(at, std::min(V, s_.pixels() - at), c, std::min(V, s_.d - c));
+  }
+
+  // Calls f(place in the tensor, place in the images) for rows.
+  template <typename F>
+  void rows(F f) const {
+    for (int64_t c = 0; c < s_.d; ++c)
+      for (int64_t i = 0; i < s_.h; ++i)
+        f(c * tiles_.channel + i * tiles_.line, c * s_.plane + i * s_.w);
+  }
+
+  void to_scratch(T* from, float* images) const {
+    if (!tiles_.by_pixels(s_))
+      return rows([&](int64_t place, int64_t image) {
+        if (tiles_.pixel == 1) return copy(from + place, s_.w, images + image);
+        for (int64_t j = 0; j < s_.w; ++j)
+          copy(from + place + j * tiles_.pixel, 1, images + image + j);
+      });
+    blocks([&](int64_t at, int64_t pixels, int64_t c, int64_t channels) {
+      T* const block = from + at * tiles_.pixel + c;
+      float* const to = images + c * s_.plane + at;
+      if constexpr (std::is_same_v<std::remove_const_t<T>, float>) {
+        transpose(block, tiles_.pixel, pixels, channels, to, s_.plane);
+      } else {
+        float floats[V * V];
+        for (int64_t i = 0; i < pixels; ++i)
+          copy(block + i * tiles_.pixel, channels, floats + i * V);
+        transpose(floats, V, pixels, channels, to, s_.plane);
+      }
+    });
+  }
+
+  void from_scratch(const float* images, T* to) const {
+    if (!tiles_.by_pixels(s_))
+      return rows([&](int64_t place, int64_t image) {
+        if (tiles_.pixel == 1) return copy(images + image, s_.w, to + place);
+        for (int64_t j = 0; j < s_.w; ++j)
+          copy(images + image + j, 1, to + place + j * tiles_.pixel);
+      });
+    blocks([&](int64_t at, int64_t pixels, int64_t c, int64_t channels) {
+      const float* const from = images + c * s_.plane + at;
+      T* const block = to + at * tiles_.pixel + c;
+      if constexpr (std::is_same_v<T, float>) {
+        transpose(from, s_.plane, channels, pixels, block, tiles_.pixel);
+      } else {
+        float floats[V * V];
+        transpose(from, s_.plane, channels, pixels, floats, V);
+        for (int64_t i = 0; i < pixels; ++i)
+          copy(floats + i * V, channels, block + i * tiles_.pixel);
+      }
+    });
+  }
+
   const Shape& s_;
   Tiles<T> tiles_;
   bool in_place_;
