@@ -5,6 +5,7 @@
 
 #include "backward_tiles.h"
 #include "grouping.h"
+#include "images.h"
 #include "linear.h"
 
 namespace emax {
@@ -58,28 +59,25 @@ GateGrads gates_backward(const Layer& layer, const Gates& gates, const Tensor& m
 }
 
 // Sums of x * grad over the image, with and without S, and over d with `scale` ([tiles, pixels]).
-template <typename T>
-void products(const Shape& s, const Tensor& x, const Tensor& grad, const float* maps,
+void products(const Shape& s, const float* x, const float* grad, const float* maps,
               const Choice& choice, const float* scales, int64_t begin_tile, int64_t end_tile,
               float* grad_scale, float* grad_offset, float* weighted) {
-  const Images<const T> xs(s, x), grads(s, grad);
   at::parallel_for(begin_tile, end_tile, s.grain(), [&](int64_t begin, int64_t end) {
-    Scratch x_scratch(xs.scratch()), grad_scratch(grads.scratch());
     std::vector<Vec> totals(s.d + V), with_map(s.d + V);
     for (int64_t tile = begin; tile < end; ++tile) {
       const float* const map = maps + choice.holder(tile, s.F) * s.pixels();
       float* const sums = weighted + tile * s.pixels();
-      const float* const x = xs.read(tile, x_scratch.all());
-      const float* const g = grads.read(tile, grad_scratch.all());
-      const auto run = [&](int64_t c, auto channels) {  // that share the maps
+      in_pieces<4>(0, s.d, [&](int64_t c, auto channels) {  // that share the maps
+        const float *const image = x + tile * s.tile() + c * s.pixels(),
+                    *const g = grad + tile * s.tile() + c * s.pixels();
         Vec total[channels], mapped[channels], scale[channels];
         for (int k = 0; k < channels; ++k) scale[k] = Vec(scales[tile * s.d + c + k]);
         along(s.pixels(), [&](int64_t at, int64_t count) {
           const Vec value = load(map + at, count);
           Vec sum = c == 0 ? Vec(0) : load(sums + at, count);
           for (int k = 0; k < channels; ++k) {
-            const Vec product = load(x + (c + k) * xs.channel() + at, count) *
-                                load(g + (c + k) * grads.channel() + at, count);
+            const int64_t place = k * s.pixels() + at;
+            const Vec product = load(image + place, count) * load(g + place, count);
             mapped[k] = fma(product, value, mapped[k]);
             total[k] = total[k] + product;
             sum = fma(scale[k], product, sum);
@@ -90,10 +88,7 @@ void products(const Shape& s, const Tensor& x, const Tensor& grad, const float* 
           totals[c + k] = total[k];
           with_map[c + k] = mapped[k];
         }
-      };
-      int64_t c = 0;
-      for (; c + 4 <= s.d; c += 4) run(c, std::integral_constant<int, 4>());
-      for (; c < s.d; ++c) run(c, std::integral_constant<int, 1>());
+      });
       lane_sums(totals.data(), s.d, grad_offset + tile * s.d, 1);
       lane_sums(with_map.data(), s.d, grad_scale + tile * s.d, 1);
     }
@@ -101,26 +96,23 @@ void products(const Shape& s, const Tensor& x, const Tensor& grad, const float* 
 }
 
 // The gradient of the map before its sigmoid: (weighted + sum over d of x * grad_pooled) * S'.
-template <typename T>
-void map_gradient(const Shape& s, const Tensor& x, const float* maps, const Choice& choice,
+void map_gradient(const Shape& s, const float* x, const float* maps, const Choice& choice,
                   const float* grad_pooled, int64_t begin_tile, int64_t end_tile,
                   float* weighted) {
-  const Images<const T> tiles(s, x);
   at::parallel_for(begin_tile, end_tile, s.grain(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(tiles.scratch());
     for (int64_t tile = begin; tile < end; ++tile) {
       const float* const map = maps + choice.holder(tile, s.F) * s.pixels();
       const float* const weights = grad_pooled + tile * s.d;
-      const float* const x = tiles.read(tile, scratch.all());
+      const float* const images = x + tile * s.tile();
       float* const out = weighted + tile * s.pixels();
       along(s.pixels(), [&](int64_t at, int64_t count) {
         Vec even = load(out + at, count), odd(0);
         int64_t c = 0;
         for (; c + 2 <= s.d; c += 2) {
-          even = fma(Vec(weights[c]), load(x + c * tiles.channel() + at, count), even);
-          odd = fma(Vec(weights[c + 1]), load(x + (c + 1) * tiles.channel() + at, count), odd);
+          even = fma(Vec(weights[c]), load(images + c * s.pixels() + at, count), even);
+          odd = fma(Vec(weights[c + 1]), load(images + (c + 1) * s.pixels() + at, count), odd);
         }
-        if (c < s.d) even = fma(Vec(weights[c]), load(x + c * tiles.channel() + at, count), even);
+        if (c < s.d) even = fma(Vec(weights[c]), load(images + c * s.pixels() + at, count), even);
         const Vec attention = load(map + at, count);
         ((even + odd) * attention * (Vec(1) - attention)).store(out + at, count);
       });
@@ -159,7 +151,6 @@ std::vector<Tensor> in_order(const Layer& layer, const Tensor& x, const std::vec
   return out;
 }
 
-template <typename T>
 std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& grad,
                                 const Layer& layer, const std::optional<Tensor>& noise,
                                 at::TensorList kept) {
@@ -179,11 +170,13 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
   const Tensor grad_scale = at::empty_like(mean), grad_offset = at::empty_like(mean);
   float *const maps = spatial.data_ptr<float>(), *const map_grads = grad_map.data_ptr<float>();
   by_samples(s, layer, [&](int64_t first_sample, int64_t last_sample, int64_t together) {
+    const Images features(s, x, together), gradients(s, grad, together);
     for (int64_t sample = first_sample; sample < last_sample; sample += together) {
       const int64_t count = std::min(together, last_sample - sample), begin = sample * s.F;
       mix(s, choice, sample, count, first, second, scores, maps);
-      products<T>(s, x, grad, maps, choice, scale, begin, begin + count * s.F,
-                  grad_scale.data_ptr<float>(), grad_offset.data_ptr<float>(), map_grads);
+      products(s, features.read(sample, count), gradients.read(sample, count), maps, choice, scale,
+               begin, begin + count * s.F, grad_scale.data_ptr<float>(),
+               grad_offset.data_ptr<float>(), map_grads);
     }
   });
   const GateGrads gate_grads = gates_backward(layer, gates, mean, grad_scale, grad_offset);
@@ -192,8 +185,10 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
   const Tensor grad_choice = at::empty({s.b, candidates}, mean.options());
   float *const grad_mean = gate_grads.mean.data_ptr<float>(),
                *const choice_grads = grad_choice.data_ptr<float>();
-  const TileGrads tile_grads(s, x, mean.options());
+  const Tensor grad_x = at::empty_like(x);
+  const TileGrads tile_grads(s, mean.options());
   by_samples(s, layer, [&](int64_t first_sample, int64_t last_sample, int64_t together) {
+    const Images features(s, x, together), gradients(s, grad, together), out(s, grad_x, together);
     const Tensor grad_maps = at::empty({2, together, s.F, s.h, s.w}, mean.options());
     const Tensor grad_score = at::empty({together, s.F}, mean.options());
     for (int64_t sample = first_sample; sample < last_sample; sample += together) {
@@ -203,8 +198,9 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
       const auto chunk = [&](const Tensor& values, int64_t size) {
         return values.data_ptr<float>() - begin * size;
       };
-      map_gradient<T>(s, x, maps, choice, grad_pooled.const_data_ptr<float>(), begin, end,
-                      map_grads);
+      const float* const images = features.read(sample, count);
+      map_gradient(s, images, maps, choice, grad_pooled.const_data_ptr<float>(), begin, end,
+                   map_grads);
       const TileInputs inputs{maps, scale, gates.offset.const_data_ptr<float>(),
                               grad_pooled.const_data_ptr<float>(), grad_mean,
                               chunk(grad_maps[0], s.pixels()), chunk(grad_maps[1], s.pixels()),
@@ -214,7 +210,9 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
       if (choice.soft.defined())
         controller_backward(layer, choice.soft.const_data_ptr<float>() + sample * candidates, count,
                             c, choice_grads + sample * candidates, grad_mean + sample * c);
-      fine_maps_backward<T>(s, x, grad, weights, choice, inputs, kept, begin, end, tile_grads);
+      fine_maps_backward(s, images, gradients.read(sample, count), weights, choice, inputs, kept,
+                         begin, end, tile_grads, out.place(sample));
+      out.write(sample, count);
     }
   });
 
@@ -224,7 +222,7 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
   for (const auto* part : {&gate_grads.channel, &gate_grads.gamma, &gate_grads.global,
                            &gate_grads.residual_gate})
     grads.insert(grads.end(), part->begin(), part->end());
-  return in_order(layer, tile_grads.x, grads);
+  return in_order(layer, grad_x, grads);
 }
 
 std::vector<Tensor> backward(const Tensor& x, const Tensor& grad, at::TensorList grouping,
@@ -237,10 +235,11 @@ std::vector<Tensor> backward(const Tensor& x, const Tensor& grad, at::TensorList
   layer.check(x, groups);
   TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(),
               "the gradient must be like the input");
-  const Shape s(x, groups);
-  return x.scalar_type() == at::kBFloat16
-             ? backward_of<at::BFloat16>(s, x, grad, layer, noise, kept)
-             : backward_of<float>(s, x, grad, layer, noise, kept);
+  const Tensor dense = readable(x);
+  std::vector<Tensor> grads =
+      backward_of(Shape(x, groups), dense, readable(grad), layer, noise, kept);
+  if (!dense.is_same(x)) grads[0] = at::empty_like(x).copy_(grads[0]);
+  return grads;
 }
 
 }  // namespace

@@ -84,13 +84,13 @@ class TileWork {
   }
 
   // What the forward pass had, and the two maps' gradients.
-  void begin(const Weights& weights, const float* x, int64_t channel, const float* conv_means,
+  void begin(const Weights& weights, const float* x, const float* conv_means,
              const float* first, const float* second, float* borders) {
-    begin_tiles(s_, weights, &x, channel, 1, work_, mean_);
+    begin_tiles(s_, weights, x, 1, work_, mean_);
     std::copy_n(work_.borders, s_.d * TAPS, borders);
     softmax(s_.d, conv_means, softmax_);
     with_lines(s_.lines, [&](auto n) {
-      deviations<n>(s_, x, channel, work_.gates, mean_, work_, centre_);
+      deviations<n>(s_, x, work_.gates, mean_, work_, centre_);
     });
     first_.read(s_, first);
     // Centred, so that a mean of U that is far above its deviation cancels exactly.
@@ -102,9 +102,9 @@ class TileWork {
   }
 
   // Sums over the image: of x with what each tap sees, [d, 9], and of U with the second map.
-  void correlate(const float* x, int64_t channel, float* grad_kernel) {
+  void correlate(const float* x, float* grad_kernel) {
     for (int64_t c = 0; c < s_.d; ++c) {
-      const float *const image = x + c * channel, *const u = work_.U + c * s_.pixels();
+      const float *const image = x + c * s_.pixels(), *const u = work_.U + c * s_.pixels();
       Vec taps[TAPS], with_u(0);
       for (int64_t v = 0; v < s_.lines; ++v) {
         const int64_t count = s_.in_line(v);
@@ -153,10 +153,10 @@ class TileWork {
 
   // U becomes the gradient of the gated features times their gates; the strip gates' gradients are
   // sums of those features' gradients times x.
-  void gates(const Weights& weights, const float* x, int64_t channel) {
+  void gates(const Weights& weights, const float* x) {
     const int64_t h = s_.h, w = s_.w;
     for (int64_t c = 0; c < s_.d; ++c) {
-      const float *const image = x + c * channel, *const gate = work_.gates + c * work_.length;
+      const float *const image = x + c * s_.pixels(), *const gate = work_.gates + c * work_.length;
       float *const u = work_.U + c * s_.pixels(), *const out = grad_strips_ + c * work_.length;
       const Vec a(scale_[c]), b(curve_[c]), mean(centre_[c]);
       for (int64_t v = 0; v < s_.lines; ++v) {
@@ -199,14 +199,14 @@ class TileWork {
 
   // The gradient of x, from all the ways in which x got into the output.
   void finish(const Weights& weights, const TileInputs& inputs, int64_t tile, const float* map,
-              const float* g, int64_t grad_channel, float* out, int64_t out_channel) {
+              const float* g, float* out) {
     const int64_t h = s_.h, w = s_.w;
     const auto* const kernel = weights.kernel.const_data_ptr<float>();
     for (int64_t c = 0; c < s_.d; ++c) {
       const int64_t vector = tile * s_.d + c;
-      const float *const taps = grad_borders_ + c * TAPS, *const image = g + c * grad_channel;
+      const float *const taps = grad_borders_ + c * TAPS, *const image = g + c * s_.pixels();
       const float* const u = work_.U + c * s_.pixels();
-      float *const strip = back_ + c * work_.length, *const to = out + c * out_channel;
+      float *const strip = back_ + c * work_.length, *const to = out + c * s_.pixels();
       spread(taps, inputs.grad_mean[vector] / s_.pixels(), strip);
       const Vec a(inputs.scale[vector]), b(inputs.offset[vector]);
       const Vec pooled(inputs.grad_pooled[vector]);
@@ -265,9 +265,8 @@ class TileWork {
 
 }  // namespace
 
-TileGrads::TileGrads(const Shape& s, const Tensor& x, const at::TensorOptions& options)
-    : x(at::empty_like(x)),
-      means(at::empty({s.tiles(), s.d}, options)),
+TileGrads::TileGrads(const Shape& s, const at::TensorOptions& options)
+    : means(at::empty({s.tiles(), s.d}, options)),
       borders(at::empty({s.tiles(), s.d * TAPS}, options)),
       strips(at::empty({s.tiles() * s.strip(), s.d}, options)),
       grad_strips(at::empty_like(strips)),
@@ -290,15 +289,12 @@ std::vector<Tensor> TileGrads::weights(const Weights& weights) const {
           grad_gn[1] + grad_constant};
 }
 
-template <typename T>
-void fine_maps_backward(const Shape& shape, const Tensor& x, const Tensor& grad,
+void fine_maps_backward(const Shape& shape, const float* x, const float* grad,
                         const Weights& weights, const Choice& choice, const TileInputs& inputs,
                         at::TensorList kept, int64_t begin_tile, int64_t end_tile,
-                        const TileGrads& grads) {
+                        const TileGrads& grads, float* out) {
   Shape s = shape;
   s.together = 1;
-  const Images<const T> xs(s, x), gradients(s, grad);
-  const Images<T> outs(s, grads.x);
   const auto* const conv_means = kept[3].const_data_ptr<float>();
   const auto* const centres = kept[4].const_data_ptr<float>();
   const auto* const rstds = kept[5].const_data_ptr<float>();
@@ -311,33 +307,22 @@ void fine_maps_backward(const Shape& shape, const Tensor& x, const Tensor& grad,
   float* const firsts = grads.first.data_ptr<float>();
   at::parallel_for(begin_tile, end_tile, s.grain(), [&](int64_t begin, int64_t end) {
     Scratch scratch(TileWork::size(s));
-    Scratch x_copy(xs.scratch()), grad_copy(gradients.scratch()), out_copy(outs.scratch());
     TileWork work(s, scratch);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t vector = tile * s.d, map = tile * s.pixels(), strip = vector * s.strip();
-      const float* const x = xs.read(tile, x_copy.all());
-      const float* const g = gradients.read(tile, grad_copy.all());
-      float* const out = outs.place(tile, out_copy.all());
-      work.begin(weights, x, xs.channel(), conv_means + vector, inputs.grad_first + map,
+      const float* const images = x + tile * s.tile();
+      work.begin(weights, images, conv_means + vector, inputs.grad_first + map,
                  inputs.grad_second + map, borders + vector * TAPS);
-      work.correlate(x, xs.channel(), kernels + vector * TAPS);
+      work.correlate(images, kernels + vector * TAPS);
       work.channels(weights, centres + vector, rstds + vector, inputs.grad_score[tile],
                     means + vector, gn + 2 * vector);
-      work.gates(weights, x, xs.channel());
+      work.gates(weights, images);
       work.write_strips(strips + strip, grad_strips + strip);
-      work.finish(weights, inputs, tile, inputs.maps + choice.holder(tile, s.F) * s.pixels(), g,
-                  gradients.channel(), out, outs.channel());
-      outs.write(tile, out_copy.all());
+      work.finish(weights, inputs, tile, inputs.maps + choice.holder(tile, s.F) * s.pixels(),
+                  grad + tile * s.tile(), out + tile * s.tile());
       firsts[tile] = total(s.pixels(), inputs.grad_first + map);
     }
   });
 }
-
-template void fine_maps_backward<float>(const Shape&, const Tensor&, const Tensor&, const Weights&,
-                                        const Choice&, const TileInputs&, at::TensorList, int64_t,
-                                        int64_t, const TileGrads&);
-template void fine_maps_backward<at::BFloat16>(const Shape&, const Tensor&, const Tensor&,
-                                               const Weights&, const Choice&, const TileInputs&,
-                                               at::TensorList, int64_t, int64_t, const TileGrads&);
 
 }  // namespace emax

@@ -13,25 +13,23 @@ struct TileInputs {
   float *grad_first, *grad_second, *grad_score;
 };
 
-// The gradient of x, and per tile what those of the weights are made from. Strips, whose values are
+// What the gradients of the weights are made from, per tile. Strips, whose values are
 // rows here, go with the gradients of what conv1x1 makes of them.
 struct TileGrads {
-  Tensor x;
   Tensor means;                // of the means of conv3x3(x), [tiles, d]
   Tensor borders;              // [tiles, d * 9]
   Tensor strips, grad_strips;  // [tiles * (h + w), d]
   Tensor kernel, gn;           // [tiles, d * 9] and [tiles, 2 * d]
   Tensor first;                // total of that of the first map, [tiles]
 
-  TileGrads(const Shape& s, const Tensor& x, const at::TensorOptions& options);
+  TileGrads(const Shape& s, const at::TensorOptions& options);
   // In the order of `Layer::spatial`.
   std::vector<Tensor> weights(const Weights& weights) const;
 };
 
-template <typename T>
-void fine_maps_backward(const Shape& s, const Tensor& x, const Tensor& grad,
-                        const Weights& weights, const Choice& choice, const TileInputs& inputs,
-                        at::TensorList kept, int64_t begin_tile, int64_t end_tile,
-                        const TileGrads& grads);
+// `out` is the gradient of x.
+void fine_maps_backward(const Shape& s, const float* x, const float* grad, const Weights& weights,
+                        const Choice& choice, const TileInputs& inputs, at::TensorList kept,
+                        int64_t begin_tile, int64_t end_tile, const TileGrads& grads, float* out);
 
 }  // namespace emax

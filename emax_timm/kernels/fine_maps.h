@@ -55,7 +55,7 @@ struct Work {
 // Means of rows and columns, and of all, of a tile's images. The rows of CHANNELS images are added up
 // together, as far as they are in V.
 template <int N, int CHANNELS>
-void strip_means(const Shape& s, const float* images, int64_t channel, Work& work, float* strips,
+void strip_means(const Shape& s, const float* images, Work& work, float* strips,
                  float* mean) {
   constexpr int ROWS = V / CHANNELS;
   const int64_t lines = N ? N : s.lines, rest = s.rest(), h = s.h, w = s.w, length = work.length;
@@ -63,7 +63,7 @@ void strip_means(const Shape& s, const float* images, int64_t channel, Work& wor
   Vec* const totals = work.vectors;
   for (int64_t c = 0; c < s.d; c += CHANNELS) {
     const int64_t channels = std::min<int64_t>(CHANNELS, s.d - c);
-    const float* const image = images + c * channel;
+    const float* const image = images + c * s.pixels();
     float* const strip = strips + c * length;
     Vec column[CHANNELS][N ? N : 1], total(0);
     if (!N) std::fill_n(strip + h, w, 0.f);
@@ -73,7 +73,7 @@ void strip_means(const Shape& s, const float* images, int64_t channel, Work& wor
       for (int k = 0; k < V; ++k) {
         const int64_t i = begin + k % ROWS;
         if (k / ROWS >= channels || i >= h) continue;
-        const float* const from = image + k / ROWS * channel + i * w;
+        const float* const from = image + k / ROWS * s.pixels() + i * w;
         for (int64_t v = 0; v < lines; ++v) {
           const Vec value = load(from + v * V, v + 1 < lines ? V : rest);
           row[k] = row[k] + value;
@@ -149,11 +149,11 @@ void mix_strips(const Shape& s, const float* matrix, int64_t out_stride, int64_t
 }
 
 // What each tap of a zero-padded 3x3 kernel sees of a channel, averaged over the output: [d, 9].
-inline void border_means(const Shape& s, const float* images, int64_t channel, const float* strips,
+inline void border_means(const Shape& s, const float* images, const float* strips,
                          int64_t length, const float* mean, float* borders) {
   const float per_row = 1.f / s.h, per_column = 1.f / s.w, per_pixel = 1.f / s.pixels();
   for (int64_t c = 0; c < s.d; ++c) {
-    const float *const x = images + c * channel, *const end = x + (s.h - 1) * s.w;
+    const float *const x = images + c * s.pixels(), *const end = x + (s.h - 1) * s.w;
     const float* const strip = strips + c * length;
     float* const taps = borders + c * TAPS;
     // The upper taps miss the last row, the lower ones the first; likewise the columns.
@@ -193,7 +193,7 @@ inline void find_shifts(const Shape& s, const float* gates, const float* mean, W
 // The gated features less a constant near their mean, and their first two moments. Rows are stored
 // in whole vectors: what is behind the end of one is overwritten by the next.
 template <int N>
-void deviations(const Shape& s, const float* images, int64_t channel, const float* gates,
+void deviations(const Shape& s, const float* images, const float* gates,
                 const float* mean, Work& work, float* centre) {
   const int64_t lines = N ? N : s.lines, rest = s.rest(), h = s.h, w = s.w;
   find_shifts(s, gates, mean, work);
@@ -201,7 +201,7 @@ void deviations(const Shape& s, const float* images, int64_t channel, const floa
   for (int64_t v = 0; v < N; ++v) mask[v] = load(work.mask + v * V);
   Vec *const totals = work.vectors, *const squares = work.vectors + s.d;
   for (int64_t c = 0; c < s.d; ++c) {
-    const float *x = images + c * channel, *const gate_h = gates + c * work.length;
+    const float *x = images + c * s.pixels(), *const gate_h = gates + c * work.length;
     const float* const gate_w = gate_h + h;
     float* u = work.U + c * s.pixels();
     const Vec shift(work.shift[c]);
@@ -235,21 +235,21 @@ void deviations(const Shape& s, const float* images, int64_t channel, const floa
   lane_sums(squares, s.d, work.square, 1.f / s.pixels());
 }
 
-// What both passes need of tiles, of which `images` holds `count`: strips, gates and borders, and
+// What both passes need of `count` tiles: strips, gates and borders, and
 // their means [count, d].
-inline void begin_tiles(const Shape& s, const Weights& weights, const float* const* images,
-                        int64_t channel, int64_t count, Work& work, float* mean) {
+inline void begin_tiles(const Shape& s, const Weights& weights, const float* images, int64_t count,
+                        Work& work, float* mean) {
   for (int64_t t = 0; t < count; ++t)
     with_lines(s.lines, [&](auto n) {
       float *const strips = work.strips + t * s.strip(), *const means = mean + t * s.d;
       if constexpr (n == 1)
-        if (s.h <= V / 2) return strip_means<n, 2>(s, images[t], channel, work, strips, means);
-      strip_means<n, 1>(s, images[t], channel, work, strips, means);
+        if (s.h <= V / 2) return strip_means<n, 2>(s, images + t * s.tile(), work, strips, means);
+      strip_means<n, 1>(s, images + t * s.tile(), work, strips, means);
     });
   mix_strips(s, weights.mixing.const_data_ptr<float>(), s.d, 1,
              weights.shift.const_data_ptr<float>(), work.strips, work.gates, work.length, sigmoid);
   for (int64_t t = 0; t < count; ++t)
-    border_means(s, images[t], channel, work.strips + t * s.strip(), work.length, mean + t * s.d,
+    border_means(s, images + t * s.tile(), work.strips + t * s.strip(), work.length, mean + t * s.d,
                  work.borders + t * s.d * TAPS);
 }
 

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "grouping.h"
+#include "images.h"
 #include "layer.h"
 
 namespace emax {
@@ -69,13 +70,13 @@ void conv_means(const Shape& s, const float* borders, const float* conv, const f
 // The images of the nine taps, and the weighted sum of U on top of `level`, of BLOCK vectors. It
 // computes more than it reads: meanwhile a part of `next` comes into the cache.
 template <int BLOCK>
-void weigh_block(const Shape& s, const float* images, int64_t channel, const float* U,
-                 const float* kernel, const float* scale, float level, int64_t at, int64_t count,
+void weigh_block(const Shape& s, const float* images, const float* U, const float* kernel,
+                 const float* scale, float level, int64_t at, int64_t count,
                  float* taps, int64_t tap_stride, float* second, const float* next) {
   Vec tap[TAPS][BLOCK], weighted[BLOCK];
   for (int k = 0; k < BLOCK; ++k) weighted[k] = Vec(level);
   const float *x = images + at, *u = U + at;
-  for (int64_t c = 0; c < s.d; ++c, x += channel, u += s.pixels()) {
+  for (int64_t c = 0; c < s.d; ++c, x += s.pixels(), u += s.pixels()) {
     Vec value[BLOCK];
     const Vec a(scale[c]);
     for (int k = 0; k < BLOCK; ++k) __builtin_prefetch(next + (at * s.d + (c * BLOCK + k) * V), 0, 2);
@@ -108,14 +109,14 @@ class MapWork {
     taps_ = scratch.take(TAPS * tap_stride_) + halo(s);
   }
 
-  void run(const Shape& s, const Weights& weights, const float* images, int64_t channel,
+  void run(const Shape& s, const Weights& weights, const float* images,
            const Work& work, const float* conv_means, const float* centre, float* rstd,
            float* score, float* first, float* second, const float* next) {
     *score = softmax(s.d, conv_means, softmax_);
     const float level = channel_scales(s, weights, work, centre, rstd);
     const float* const kernel = weights.kernel.const_data_ptr<float>();
     const auto weigh = [&](int64_t at, int64_t count, auto block) {
-      weigh_block<block>(s, images, channel, work.U, kernel, scale_, level, at, count, taps_,
+      weigh_block<block>(s, images, work.U, kernel, scale_, level, at, count, taps_,
                          tap_stride_, second, next);
     };
     constexpr int BLOCK = V == 16 ? 2 : 1;  // what the registers hold
@@ -170,25 +171,18 @@ class MapWork {
   float *softmax_, *scale_, *taps_;
 };
 
-template <typename T>
-void fine_maps(const Shape& s, const Tensor& x, const Weights& weights, int64_t begin_tile,
+void fine_maps(const Shape& s, const float* x, const Weights& weights, int64_t begin_tile,
                int64_t end_tile, const Fine& fine) {
   const int64_t width = round_up(s.d, V);
-  const Images<const T> tiles(s, x);
   const auto* const conv = weights.conv_by_input.const_data_ptr<float>();
   const auto* const bias = weights.padded_bias.const_data_ptr<float>();
   at::parallel_for(begin_tile, end_tile, s.grain(), [&](int64_t begin, int64_t end) {
-    const int64_t channel = tiles.channel();
-    Scratch scratch(Work::size(s) + MapWork::size(s) + s.together * (tiles.scratch() + 32));
+    Scratch scratch(Work::size(s) + MapWork::size(s));
     Work work(s, scratch);
     MapWork map(s, scratch);
-    float* const copies = scratch.take(s.together * tiles.scratch());
-    std::vector<const float*> images(s.together);
     for (int64_t tile = begin; tile < end; tile += s.together) {
       const int64_t count = std::min(s.together, end - tile);
-      for (int64_t t = 0; t < count; ++t)
-        images[t] = tiles.read(tile + t, copies + t * tiles.scratch());
-      begin_tiles(s, weights, images.data(), channel, count, work, fine.mean + tile * s.d);
+      begin_tiles(s, weights, x + tile * s.tile(), count, work, fine.mean + tile * s.d);
       float* const conv_out = fine.conv_means + tile * s.d;
       if (count == 4)
         conv_means<4>(s, work.borders, conv, bias, width, conv_out);
@@ -197,72 +191,62 @@ void fine_maps(const Shape& s, const Tensor& x, const Weights& weights, int64_t 
           conv_means<1>(s, work.borders + t * s.d * TAPS, conv, bias, width, conv_out + t * s.d);
       for (int64_t t = 0; t < count; ++t) {
         const int64_t one = tile + t, vector = one * s.d, map_at = one * s.pixels();
+        const float* const image = x + one * s.tile();
+        const int64_t soon = std::min(one + s.together, s.tiles() - 1);
         with_lines(s.lines, [&](auto n) {
-          deviations<n>(s, images[t], channel, work.gates + t * s.strip(), fine.mean + vector, work,
+          deviations<n>(s, image, work.gates + t * s.strip(), fine.mean + vector, work,
                         fine.centre + vector);
         });
-        map.run(s, weights, images[t], channel, work, fine.conv_means + vector,
-                fine.centre + vector, fine.rstd + vector, fine.score + one, fine.first + map_at,
-                fine.second + map_at, tiles.ahead(one + s.together, images[t]));
+        map.run(s, weights, image, work, fine.conv_means + vector, fine.centre + vector,
+                fine.rstd + vector, fine.score + one, fine.first + map_at, fine.second + map_at,
+                x + soon * s.tile());
       }
     }
   });
 }
 
 // Means of x * S over the image.
-template <typename T>
-void pool(const Shape& s, const Tensor& x, const float* maps, const Choice& choice,
+void pool(const Shape& s, const float* x, const float* maps, const Choice& choice,
           int64_t begin_tile, int64_t end_tile, float* pooled) {
-  const Images<const T> tiles(s, x);
   at::parallel_for(begin_tile, end_tile, s.grain(), [&](int64_t begin, int64_t end) {
-    Scratch scratch(tiles.scratch());
     std::vector<Vec> totals(s.d + V);
     for (int64_t tile = begin; tile < end; ++tile) {
       const float* const map = maps + choice.holder(tile, s.F) * s.pixels();
-      const float* const x = tiles.read(tile, scratch.all());
-      const auto run = [&](int64_t c, auto channels) {  // that share the loads of the map
+      const float* const images = x + tile * s.tile();
+      in_pieces<4>(0, s.d, [&](int64_t c, auto channels) {  // that share the loads of the map
         Vec total[channels];
         along(s.pixels(), [&](int64_t at, int64_t count) {
           const Vec value = load(map + at, count);
           for (int k = 0; k < channels; ++k)
-            total[k] = fma(load(x + (c + k) * tiles.channel() + at, count), value, total[k]);
+            total[k] = fma(load(images + (c + k) * s.pixels() + at, count), value, total[k]);
         });
         for (int k = 0; k < channels; ++k) totals[c + k] = total[k];
-      };
-      int64_t c = 0;
-      for (; c + 4 <= s.d; c += 4) run(c, std::integral_constant<int, 4>());
-      for (; c < s.d; ++c) run(c, std::integral_constant<int, 1>());
+      });
       lane_sums(totals.data(), s.d, pooled + tile * s.d, 1.f / s.pixels());
     }
   });
 }
 
 // out = x * (scale * S + offset)
-template <typename T>
-void apply(const Shape& s, const Tensor& x, const float* maps, const Choice& choice,
+void apply(const Shape& s, const float* x, const float* maps, const Choice& choice,
            const float* scales, const float* offsets, int64_t begin_tile, int64_t end_tile,
-           const Tensor& out) {
-  const Images<const T> xs(s, x);
-  const Images<T> ys(s, out);
+           float* out) {
   at::parallel_for(begin_tile, end_tile, s.grain(), [&](int64_t begin, int64_t end) {
-    Scratch from(xs.scratch()), to(ys.scratch());
     // From the last tile on, which is the likeliest to be in the cache.
     for (int64_t tile = end - 1; tile >= begin; --tile) {
       const float* const map = maps + choice.holder(tile, s.F) * s.pixels();
-      const float* x = xs.read(tile, from.all());
-      float* y = ys.place(tile, to.all());
-      for (int64_t c = 0; c < s.d; ++c, x += xs.channel(), y += ys.channel()) {
-        const Vec a(scales[tile * s.d + c]), b(offsets[tile * s.d + c]);
+      for (int64_t c = tile * s.d; c < (tile + 1) * s.d; ++c) {
+        const float* const image = x + c * s.pixels();
+        float* const to = out + c * s.pixels();
+        const Vec a(scales[c]), b(offsets[c]);
         along(s.pixels(), [&](int64_t at, int64_t count) {
-          (load(x + at, count) * fma(a, load(map + at, count), b)).store(y + at, count);
+          (load(image + at, count) * fma(a, load(map + at, count), b)).store(to + at, count);
         });
       }
-      ys.write(tile, to.all());
     }
   });
 }
 
-template <typename T>
 std::vector<Tensor> forward_of(const Shape& s, const Tensor& x, const Layer& layer,
                                const std::optional<Tensor>& noise, bool keep) {
   const auto options = x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
@@ -273,6 +257,7 @@ std::vector<Tensor> forward_of(const Shape& s, const Tensor& x, const Layer& lay
   if (keep) kept.emplace(s, layer, s.b, options);
   by_samples(s, layer, [&](int64_t first_sample, int64_t last_sample, int64_t together) {
     Fine fine = keep ? *kept : Fine(s, layer, together, options);
+    const Images features(s, x, together), outputs(s, out, together);
     const Tensor spatial = at::empty({together, s.F, s.h, s.w}, options);
     for (int64_t sample = first_sample; sample < last_sample; sample += together) {
       const int64_t count = std::min(together, last_sample - sample), base = keep ? 0 : sample;
@@ -281,17 +266,20 @@ std::vector<Tensor> forward_of(const Shape& s, const Tensor& x, const Layer& lay
         return values.view({-1, c}).narrow(0, sample - base, count);
       };
       fine.start(s, base);
-      fine_maps<T>(s, x, weights, begin, end, fine);
+      const float* const images = features.read(sample, count);
+      fine_maps(s, images, weights, begin, end, fine);
       std::optional<Tensor> drawn;
       if (noise) drawn = noise->narrow(0, sample, count);
       const Tensor mean = rows(fine.kept[0]);
       const Choice choice = choose_groups(layer, mean, drawn, sample);
       float* const maps = spatial.data_ptr<float>() - begin * s.pixels();
       mix(s, choice, sample, count, fine.first, fine.second, fine.score, maps);
-      if (fine.pooled) pool<T>(s, x, maps, choice, begin, end, fine.pooled);
+      if (fine.pooled) pool(s, images, maps, choice, begin, end, fine.pooled);
       const Gates gates = mean_gates(layer, mean, fine.pooled ? rows(fine.kept[6]) : Tensor());
-      apply<T>(s, x, maps, choice, gates.scale.const_data_ptr<float>() - begin * s.d,
-               gates.offset.const_data_ptr<float>() - begin * s.d, begin, end, out);
+      apply(s, images, maps, choice, gates.scale.const_data_ptr<float>() - begin * s.d,
+               gates.offset.const_data_ptr<float>() - begin * s.d, begin, end,
+            outputs.place(sample));
+      outputs.write(sample, count);
     }
   });
   std::vector<Tensor> outputs{out};
@@ -307,9 +295,10 @@ std::vector<Tensor> forward(const Tensor& x, at::TensorList grouping, at::Tensor
   const Layer layer(grouping, spatial, controller, channel, gamma, global, residual_gate,
                     batch_vote, eps);
   layer.check(x, groups);
-  const Shape s(x, groups);
-  return x.scalar_type() == at::kBFloat16 ? forward_of<at::BFloat16>(s, x, layer, noise, keep)
-                                          : forward_of<float>(s, x, layer, noise, keep);
+  const Tensor dense = readable(x);
+  std::vector<Tensor> outputs = forward_of(Shape(x, groups), dense, layer, noise, keep);
+  if (!dense.is_same(x)) outputs[0] = at::empty_like(x).copy_(outputs[0]);
+  return outputs;
 }
 
 }  // namespace

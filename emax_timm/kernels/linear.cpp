@@ -11,13 +11,6 @@ namespace emax {
 
 namespace {
 
-// Calls f(begin, count) for pieces of COUNT, then for single ones; the count is a constant.
-template <int COUNT, typename F>
-void in_pieces(int64_t begin, int64_t end, F f) {
-  for (; begin + COUNT <= end; begin += COUNT) f(begin, std::integral_constant<int, COUNT>());
-  for (; begin < end; ++begin) f(begin, std::integral_constant<int, 1>());
-}
-
 // Indices that a thread is worth waking for.
 int64_t grain(int64_t work) { return 1 + 32768 / std::max<int64_t>(1, work); }
 

@@ -37,6 +37,13 @@ void along(int64_t length, F f) {
   if (at < length) f(at, length - at);
 }
 
+// Calls f(begin, count) for pieces of COUNT, then for single ones; the count is a constant.
+template <int COUNT, typename F>
+void in_pieces(int64_t begin, int64_t end, F f) {
+  for (; begin + COUNT <= end; begin += COUNT) f(begin, std::integral_constant<int, COUNT>());
+  for (; begin < end; ++begin) f(begin, std::integral_constant<int, 1>());
+}
+
 inline float sum(const Vec& values) {
   return at::vec::vec_reduce_all<float>([](const Vec& a, const Vec& b) { return a + b; }, values);
 }
