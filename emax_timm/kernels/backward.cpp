@@ -1,4 +1,4 @@
-// The gradients, as `attention/analytic.py` writes them out and `docs/emax.md` derives them.
+// The gradients, as `attention/gradients.py` writes them out and `docs/emax.md` derives them.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>

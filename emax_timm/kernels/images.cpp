@@ -15,16 +15,7 @@ void copy(const float* from, int64_t count, at::BFloat16* to) {
   at::vec::convert(from, to, count);
 }
 
-// A block of at most V x V floats, mirrored at its diagonal.
-void transpose(const float* from, int64_t from_row, int64_t rows, int64_t columns, float* to,
-               int64_t to_row) {
-  if (rows == V && columns == V)
-    at::vec::transpose_mxn<float, V, V>(from, from_row, to, to_row);
-  else
-    at::vec::transpose_mxn<float>(from, from_row, to, to_row, rows, columns);
-}
-
-// The same between pixels that hold all channels and images, in either direction.
+// A block of at most V x V values between pixels that hold all channels and images, either way.
 void block_to_images(const float* from, int64_t c, int64_t pixels, int64_t channels, float* to,
                      int64_t image) {
   transpose(from, c, pixels, channels, to, image);

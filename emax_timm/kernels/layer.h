@@ -1,5 +1,5 @@
 // A layer's parameters, and all that is small enough for ATen: the choice of groups and the gates.
-// As in `attention/functional.py`, which says what each computes.
+// As in `attention/grouping.py` and `attention/gates.py`, which say what each computes.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -51,7 +51,6 @@ class Scratch {
     next_ += round_up(size, 16) + 16;  // what is loaded behind the last one is ours
     return taken;
   }
-  float* all() { return next_; }
 
  private:
   std::vector<float> memory_;

@@ -76,6 +76,15 @@ inline void lane_sums(const Vec* rows, int64_t count, float* out, float factor) 
   }
 }
 
+// A block of at most V x V floats, mirrored at its diagonal.
+inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t columns,
+                      float* to, int64_t to_row) {
+  if (rows == V && columns == V)
+    at::vec::transpose_mxn<float, V, V>(from, from_row, to, to_row);
+  else
+    at::vec::transpose_mxn<float>(from, from_row, to, to_row, rows, columns);
+}
+
 // Softmax of d logits; returns their logsumexp.
 inline float softmax(int64_t d, const float* logits, float* out) {
   const float highest = *std::max_element(logits, logits + d);

@@ -65,24 +65,31 @@ COMPARE = """
 import sys, torch
 from emax_timm import kernels
 from emax_timm.attention import EMAX
+SIZES = (
+    (2, 256, (14, 14)), (3, 96, (17, 33)), (1, 5, (3, 64)), (2, 64, (1, 16)), (3, 2048, (7, 7)),
+    (3, 100, (9, 10)), (64, 24, (5, 5)), (0, 24, (5, 5)),
+)
 results = []
 for mode in (True, False):
     kernels._loaded = mode and kernels.load()
     assert bool(kernels._loaded) == mode
     for dtype in (torch.float32, torch.bfloat16):
         for layout in (torch.contiguous_format, torch.channels_last):
-            for channels, size in ((256, (14, 14)), (96, (17, 33)), (5, (3, 64)), (64, (1, 16))):
+            # Batches that threads can share by whole samples, and those that they cannot.
+            for batch, channels, size in SIZES:
                 torch.manual_seed(1)
                 layer = EMAX(channels)
                 torch.nn.init.normal_(layer.group_controller.weight) if channels > 5 else None
                 layer.warmup.fill_(0.3 if size == (17, 33) else 1)
-                x = torch.randn(2, channels, *size).to(dtype).to(memory_format=layout)
+                x = torch.randn(batch, channels, *size).to(dtype).to(memory_format=layout)
+                if size == (9, 10):
+                    x = x[..., ::2]
                 x.requires_grad_()
                 torch.manual_seed(2)
                 out = layer(x)
-                assert out.dtype == dtype and out.stride() == x.stride()
-                out.float().square().mean().backward()
-                assert x.grad.stride() == x.stride()
+                assert out.dtype == dtype and out.stride() == torch.empty_like(x).stride()
+                out.float().square().sum().backward()
+                assert x.grad.stride() == out.stride()
                 grads = [p.grad for p in layer.parameters()]
                 results.append((mode, dtype, [out, x.grad, *grads]))
 half = len(results) // 2
@@ -90,8 +97,15 @@ for (_, dtype, ours), (_, _, theirs) in zip(results[:half], results[half:], stri
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         # Sums over all pixels cancel, in the parameters' gradients, and amplify rounding.
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5 if number < 2 else 2e-3
+        assert a.shape == b.shape and a.stride() == b.stride()
+        if not b.numel():
+            continue
         error = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-6)
         assert error <= tolerance, (dtype, a.shape, error)
+layer, x = EMAX(64).eval(), torch.randn(4, 2, 64, 5, 7)
+with torch.no_grad():
+    together = torch.vmap(layer)(x)
+    torch.testing.assert_close(together, torch.stack([layer(images) for images in x]))
 print("the same")
 """
 
