@@ -120,6 +120,13 @@ void map_gradient(const Shape& s, const float* x, const float* maps, const Choic
   });
 }
 
+// Adds some sums to others; there may be none yet.
+void add_up(std::vector<Tensor>& total, const std::vector<Tensor>& more) {
+  if (total.empty()) total = more;
+  else
+    for (size_t i = 0; i < more.size(); ++i) total[i] += more[i];
+}
+
 // From the gradients of samples' weights of the candidates, [count, K], to those of the controller's
 // output, which come in their place, and of the mean of x, [count, c], which are added up.
 void controller_backward(const Layer& layer, const float* soft, int64_t count, int64_t c,
@@ -186,9 +193,11 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
   float *const grad_mean = gate_grads.mean.data_ptr<float>(),
                *const choice_grads = grad_choice.data_ptr<float>();
   const Tensor grad_x = at::empty_like(x);
-  const TileGrads tile_grads(s, mean.options());
+  std::vector<std::vector<Tensor>> sums(at::get_num_threads());  // by thread
   by_samples(s, layer, [&](int64_t first_sample, int64_t last_sample, int64_t together) {
     const Images features(s, x, together), gradients(s, grad, together), out(s, grad_x, together);
+    std::vector<Tensor>& sum = sums[at::get_thread_num()];
+    const TileGrads tile_grads(s, together * s.F, mean.options());
     const Tensor grad_maps = at::empty({2, together, s.F, s.h, s.w}, mean.options());
     const Tensor grad_score = at::empty({together, s.F}, mean.options());
     for (int64_t sample = first_sample; sample < last_sample; sample += together) {
@@ -213,10 +222,15 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
       fine_maps_backward(s, images, gradients.read(sample, count), weights, choice, inputs, kept,
                          begin, end, tile_grads, out.place(sample));
       out.write(sample, count);
+      add_up(sum, tile_grads.sums(end - begin));
     }
   });
 
-  std::vector<Tensor> grads = tile_grads.weights(weights);
+  std::vector<Tensor> total;
+  for (const auto& sum : sums) add_up(total, sum);
+  if (total.empty()) total = TileGrads(s, 0, mean.options()).sums(0);
+
+  std::vector<Tensor> grads = weight_gradients(weights, total);
   if (choice.soft.defined())
     grads.insert(grads.end(), {outer_product(grad_choice, mean), grad_choice.sum(0)});
   for (const auto* part : {&gate_grads.channel, &gate_grads.gamma, &gate_grads.global,

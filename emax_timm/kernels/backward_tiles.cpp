@@ -265,26 +265,34 @@ class TileWork {
 
 }  // namespace
 
-TileGrads::TileGrads(const Shape& s, const at::TensorOptions& options)
-    : means(at::empty({s.tiles(), s.d}, options)),
-      borders(at::empty({s.tiles(), s.d * TAPS}, options)),
-      strips(at::empty({s.tiles() * s.strip(), s.d}, options)),
+TileGrads::TileGrads(const Shape& s, int64_t tiles, const at::TensorOptions& options)
+    : means(at::empty({tiles, s.d}, options)),
+      borders(at::empty({tiles, s.d * TAPS}, options)),
+      strips(at::empty({tiles, s.strip(), s.d}, options)),
       grad_strips(at::empty_like(strips)),
       kernel(at::empty_like(borders)),
-      gn(at::empty({s.tiles(), 2 * s.d}, options)),
-      first(at::empty({s.tiles()}, options)) {}
+      gn(at::empty({tiles, 2 * s.d}, options)),
+      first(at::empty({tiles}, options)) {}
 
-std::vector<Tensor> TileGrads::weights(const Weights& weights) const {
-  const int64_t d = means.size(1);
-  const Tensor grad_kernel = kernel.sum(0), grad_gn = gn.sum(0).view({2, d}), total = first.sum();
+std::vector<Tensor> TileGrads::sums(int64_t tiles) const {
+  const auto some = [&](const Tensor& values) { return values.narrow(0, 0, tiles); };
+  const auto rows = [&](const Tensor& values) { return some(values).flatten(0, 1); };
+  return {outer_product(rows(grad_strips), rows(strips)), rows(grad_strips).sum(0),
+          outer_product(some(means), some(borders)),      some(means).sum(0),
+          some(kernel).sum(0),                            some(gn).sum(0),
+          some(first).sum()};
+}
+
+std::vector<Tensor> weight_gradients(const Weights& weights, const std::vector<Tensor>& sums) {
+  const Tensor &grad_kernel = sums[4], grad_gn = sums[5].view({2, -1}), &total = sums[6];
   // The kernel is conv3x3, weighted with softmax(gn_bias).
   const Tensor to_constant = at::mv(weights.conv, grad_kernel) + total * weights.conv_bias;
   const Tensor grad_constant =
       weights.constant * (to_constant - at::dot(weights.constant, to_constant));
-  return {outer_product(grad_strips, strips),
-          grad_strips.sum(0),
-          at::addr(outer_product(means, borders), weights.constant, grad_kernel),
-          means.sum(0) + weights.constant * total,
+  return {sums[0],
+          sums[1],
+          at::addr(sums[2], weights.constant, grad_kernel),
+          sums[3] + weights.constant * total,
           grad_gn[0],
           grad_gn[1] + grad_constant};
 }
@@ -298,13 +306,14 @@ void fine_maps_backward(const Shape& shape, const float* x, const float* grad,
   const auto* const conv_means = kept[3].const_data_ptr<float>();
   const auto* const centres = kept[4].const_data_ptr<float>();
   const auto* const rstds = kept[5].const_data_ptr<float>();
-  float* const means = grads.means.data_ptr<float>();
-  float* const borders = grads.borders.data_ptr<float>();
-  float* const strips = grads.strips.data_ptr<float>();
-  float* const grad_strips = grads.grad_strips.data_ptr<float>();
-  float* const kernels = grads.kernel.data_ptr<float>();
-  float* const gn = grads.gn.data_ptr<float>();
-  float* const firsts = grads.first.data_ptr<float>();
+  const auto of = [&](const Tensor& values, int64_t size) {
+    return values.data_ptr<float>() - begin_tile * size;
+  };
+  float *const means = of(grads.means, s.d), *const borders = of(grads.borders, s.d * TAPS),
+               *const strips = of(grads.strips, s.d * s.strip()),
+               *const grad_strips = of(grads.grad_strips, s.d * s.strip()),
+               *const kernels = of(grads.kernel, s.d * TAPS), *const gn = of(grads.gn, 2 * s.d),
+               *const firsts = of(grads.first, 1);
   at::parallel_for(begin_tile, end_tile, s.grain(), [&](int64_t begin, int64_t end) {
     Scratch scratch(TileWork::size(s));
     TileWork work(s, scratch);
