@@ -61,7 +61,9 @@ def _modules(options: argparse.Namespace) -> Result:
 
 def _models(options: argparse.Namespace) -> Result:
     setting = models.Setting(options.batch_size, options.img_size, *_tensors(options))
-    found = models.measure_models(options.models, setting, options.rounds, options.systems)
+    found = models.measure_models(
+        options.models, setting, options.rounds, options.systems, training=not options.no_training
+    )
     return found, models.report_models(found)
 
 
@@ -144,6 +146,8 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
 
     one = _command(commands, _models, "whole networks", rounds=7)
     _add_systems(one, models.SYSTEMS)
+    text = "leave out the training step, which torch.compile takes minutes to compile"
+    one.add_argument("--no-training", action="store_true", help=text)
     _add_tensors(one)
     _add_networks(one)
     _add_images(one, batch=8, size=224)

@@ -34,6 +34,7 @@ __all__ = [
 
 BASES = ["resnet50", "convnext_tiny"]
 INFERENCE, STEP, PEAK = "inference", "training step", "peak memory"
+UNITS = {INFERENCE: "ms", STEP: "ms", PEAK: "MB"}
 # The networks by what their names end in. The compared attentions without this package's gate.
 NETWORKS = {"plain": "", "SE": "_se", "CBAM": "_cbam", "EMA": "_ema", "EMAX": "_emax"}
 SYSTEMS = [*NETWORKS, "EMAX, C++", "plain, compiled", "SE, compiled", "EMAX, compiled"]
@@ -68,7 +69,11 @@ BOUNDS = [
 
 
 def measure_models(
-    bases: Sequence[str], setting: Setting, rounds: int, systems: Sequence[str] | None = None
+    bases: Sequence[str],
+    setting: Setting,
+    rounds: int,
+    systems: Sequence[str] | None = None,
+    training: bool = True,
 ) -> dict[str, Any]:
     """Time inference and a training step of each network, and find the peak memory of the latter.
 
@@ -80,10 +85,11 @@ def measure_models(
         setting: What with.
         rounds: How often each time is measured.
         systems: Of `SYSTEMS`; None for all that can be had.
+        training: Measure a training step and its peak memory too.
 
     Returns:
         `models[base][system]` with `inference` and `training step`, seconds as in `Measured`, and
-        `peak memory`, bytes or None.
+        `peak memory`, bytes; None for what was not measured.
 
     Raises:
         KernelError: If the kernels are asked for, but are not built.
@@ -95,20 +101,25 @@ def measure_models(
     models: dict[str, Any] = {}
     for base in bases:
         torch.compiler.reset()
+        measurable = [system for system in systems if training and "compiled" not in system]
         peaks = {
-            system: None if "compiled" in system else _peak_of_a_process(base, system, setting)
-            for system in tqdm(systems, f"{base}, {PEAK}", leave=False, disable=None)
+            system: _peak_of_a_process(base, system, setting)
+            for system in tqdm(measurable, f"{base}, {PEAK}", leave=False, disable=None)
         }
         networks = {system: make_network(base, system, setting) for system in systems}
         times: dict[str, dict[str, Measured]] = {}
-        for what, make in ((INFERENCE, inference), (STEP, _training_step)):
+        for what, make in ((INFERENCE, inference), (STEP, _training_step))[: 1 + training]:
             calls = {
                 system: computed(system, make(network, setting))
                 for system, network in networks.items()
             }
             times[what] = interleaved(calls, rounds, setting.device)
         models[base] = {
-            system: {what: times[what][system] for what in times} | {PEAK: peaks[system]}
+            system: {
+                INFERENCE: times[INFERENCE][system],
+                STEP: times[STEP][system] if training else None,
+                PEAK: peaks.get(system),
+            }
             for system in systems
         }
     return {
@@ -201,14 +212,19 @@ def report_models(found: dict[str, Any]) -> str:
     """What `measure_models` has found, as Markdown."""
     lines: list[str] = []
     for base, systems in found["models"].items():
-        peers = [peer for peer in ("plain", "SE") if peer in systems]
+        peers = [peer for peer in ("plain", "SE", "plain, compiled") if peer in systems]
         head = [base]
-        for what in (f"{INFERENCE}, ms", f"{STEP}, ms", f"{PEAK}, MB"):
-            head += [what, *(f"/ {peer}" for peer in peers)]
+        measured = [
+            what
+            for what in (INFERENCE, STEP, PEAK)
+            if any(figures[what] is not None for figures in systems.values())
+        ]
+        for what in measured:
+            head += [f"{what}, {UNITS[what]}", *(f"/ {peer}" for peer in peers)]
         lines += heading(head)
         for system, figures in systems.items():
             cells = [system]
-            for what in (INFERENCE, STEP, PEAK):
+            for what in measured:
                 cells.append(_cell(figures[what]))
                 ratios = (_ratio(figures[what], systems[peer][what]) for peer in peers)
                 cells += ["-" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios]
@@ -230,8 +246,7 @@ def _verdict(bound: Bound, models: dict[str, Any]) -> list[str]:
     ratios = [
         _ratio(ours[bound.what], theirs[bound.what]) for ours, theirs in pairs if ours and theirs
     ]
-    known = [ratio for ratio in ratios if ratio is not None]
-    if len(known) < len(models):
+    if len(ratios) < len(models) or any(math.isnan(ratio) for ratio in ratios):
         return []
     name = f"{bound.what}: {bound.system} / {bound.over}"
     verdict = "holds" if max(ratios) <= bound.ratio else "missed"

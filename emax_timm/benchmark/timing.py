@@ -46,22 +46,31 @@ def interleaved(
 ) -> dict[Name, Measured]:
     """Time functions in turn, so that a slow spell of the machine hits all of them.
 
+    A turn of a function that takes less than ten times `seconds` begins with a call that is not
+    timed: it fetches the memory that the allocator has given back since, which costs as much as
+    some calls.
+
     Args:
         calls: Named functions. Each is called twice before it is timed, which compiles it.
         rounds: How often each is measured.
         device: On a GPU its own clock is read.
         seconds: Least duration of a measurement; a faster function is called several times.
     """
-    repeats = {}
+    repeats, warm_up = {}, set()
     for name, call in calls.items():
         call()
         call()
-        repeats[name] = max(1, round(seconds / max(_duration(call, 1, device), 1e-9)))
+        duration = max(_duration(call, 1, device), 1e-9)
+        repeats[name] = max(1, round(seconds / duration))
+        if duration < 10 * seconds:
+            warm_up.add(name)
     found: dict[Name, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
         # The order changes, so that nobody always follows the same neighbour.
         order = list(calls)[number % len(calls) :] + list(calls)[: number % len(calls)]
         for name in order:
+            if name in warm_up:
+                calls[name]()
             found[name].append(_duration(calls[name], repeats[name], device))
     return {name: measured(times) for name, times in found.items()}
 

@@ -36,6 +36,14 @@ def test_networks_are_measured_against_their_twins(
     assert f"| {ratio:.2f} |" in row
 
 
+def test_training_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark(["models", *SMALL, "--systems", "plain", "EMAX", "--no-training"]) == 0
+    printed = capsys.readouterr().out
+    assert "inference" in printed
+    assert "training step" not in printed
+    assert "peak memory" not in printed
+
+
 @pytest.mark.slow
 def test_the_peak_grows_by_what_autograd_keeps() -> None:
     ballast = bytearray(b"1" * (1 << 31))  # of this process, whose peak is not asked for
