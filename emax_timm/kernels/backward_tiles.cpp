@@ -143,11 +143,20 @@ class TileWork {
     }
     for (int64_t c = 0; c < s_.d; ++c)
       grad_means[c] = softmax_[c] * (grad_means[c] - inner + grad_score);
-    along(size, [&](int64_t at, int64_t count) {
-      Vec total(0);
-      for (int64_t o = 0; o < s_.d; ++o)
-        total = fma(Vec(grad_means[o]), load(conv + o * size + at, count), total);
-      (total / Vec(s_.pixels())).store(grad_borders_ + at, count);
+    const Vec per_pixel(1.f / s_.pixels());
+    // Several vectors at once, whose sums need not wait for each other.
+    in_pieces<8>(0, (size + V - 1) / V, [&](int64_t first, auto vectors) {
+      const int64_t at = first * V, last = vectors - 1;
+      const int64_t rest = std::min(V, size - at - last * V);
+      Vec total[vectors];
+      for (int64_t o = 0; o < s_.d; ++o) {
+        const Vec grad(grad_means[o]);
+        const float* const row = conv + o * size + at;
+        for (int k = 0; k < last; ++k) total[k] = fma(grad, load(row + k * V), total[k]);
+        total[last] = fma(grad, load(row + last * V, rest), total[last]);
+      }
+      for (int k = 0; k < last; ++k) (total[k] * per_pixel).store(grad_borders_ + at + k * V);
+      (total[last] * per_pixel).store(grad_borders_ + at + last * V, rest);
     });
   }
 
@@ -190,10 +199,12 @@ class TileWork {
 
   // Strips and their gradients as rows of d.
   void write_strips(float* strips, float* grad_strips) const {
-    for (int64_t at = 0; at < s_.strip(); ++at)
-      for (int64_t c = 0; c < s_.d; ++c) {
-        strips[at * s_.d + c] = work_.strips[c * work_.length + at];
-        grad_strips[at * s_.d + c] = grad_strips_[c * work_.length + at];
+    for (int64_t at = 0; at < s_.strip(); at += V)
+      for (int64_t c = 0; c < s_.d; c += V) {
+        const int64_t from = c * work_.length + at, to = at * s_.d + c;
+        const int64_t rows = std::min(V, s_.d - c), columns = std::min(V, s_.strip() - at);
+        transpose(work_.strips + from, work_.length, rows, columns, strips + to, s_.d);
+        transpose(grad_strips_ + from, work_.length, rows, columns, grad_strips + to, s_.d);
       }
   }
 
