@@ -277,7 +277,7 @@ std::vector<Tensor> forward_of(const Shape& s, const Tensor& x, const Layer& lay
       if (fine.pooled) pool(s, images, maps, choice, begin, end, fine.pooled);
       const Gates gates = mean_gates(layer, mean, fine.pooled ? rows(fine.kept[6]) : Tensor());
       apply(s, images, maps, choice, gates.scale.const_data_ptr<float>() - begin * s.d,
-               gates.offset.const_data_ptr<float>() - begin * s.d, begin, end,
+            gates.offset.const_data_ptr<float>() - begin * s.d, begin, end,
             outputs.place(sample));
       outputs.write(sample, count);
     }

@@ -110,15 +110,14 @@ Gates mean_gates(const Layer& layer, const Tensor& mean, const Tensor& pooled) {
   const float gamma = has_branch ? *layer.gamma[0].const_data_ptr<float>() : 0;
   const int64_t rows = mean.size(0), c = mean.size(1);
   gates.fused = pooled;
-  if (has_branch) {
+  if (has_branch)
     std::tie(gates.channel, gates.channel_hidden) = squeeze_excite(mean, layer.channel);
-    gates.fused = at::empty_like(mean);
-  }
   const auto data = [](const Tensor& values) {
     return values.defined() ? values.const_data_ptr<float>() : nullptr;
   };
   const float *const channel = data(gates.channel), *const means = data(mean);
   if (has_branch && has_global) {
+    gates.fused = at::empty_like(mean);
     const float* const from = data(pooled);
     float* const fused = gates.fused.data_ptr<float>();
     along(rows * c, [&](int64_t at, int64_t count) {
