@@ -13,8 +13,6 @@ struct Weights {
   Tensor gn_weight, gn_bias;    // [d]
   Tensor constant, kernel;      // softmax(gn_bias) [d], and its product with conv3x3 [d, 9]
   float offset;                 // and with conv3x3's bias
-  Tensor conv_by_input;         // conv3x3 with an input's weights for all outputs, padded by zeros
-  Tensor padded_bias;           // to whole vectors: [d * 9, width] and [width]
   float eps;
 };
 

@@ -43,6 +43,20 @@ struct Fine {
   }
 };
 
+// conv3x3 with an input's weights for all outputs, [d * 9, width], and its bias, [width], padded by
+// zeros to whole vectors.
+std::pair<Tensor, Tensor> conv_by_input(const Weights& weights) {
+  const int64_t d = weights.conv.size(0), size = d * TAPS, width = round_up(d, V);
+  const Tensor out = at::zeros({size, width}, weights.conv.options());
+  const auto* const from = weights.conv.const_data_ptr<float>();
+  float* const to = out.data_ptr<float>();
+  for (int64_t k = 0; k < size; k += V)
+    for (int64_t o = 0; o < d; o += V)
+      transpose(from + o * size + k, size, std::min(V, d - o), std::min(V, size - k),
+                to + k * width + o, width);
+  return {out, at::constant_pad_nd(weights.conv_bias, {0, width - d})};
+}
+
 // means[t][o] = sum over c of (sum over taps of borders[t][c, tap] * conv[c, tap, o]) + bias[o]. A
 // sum per channel first: one long sum would round more. Rows of `conv` and the bias are `width`
 // long.
@@ -171,11 +185,12 @@ class MapWork {
   float *softmax_, *scale_, *taps_;
 };
 
-void fine_maps(const Shape& s, const float* x, const Weights& weights, int64_t begin_tile,
-               int64_t end_tile, const Fine& fine) {
+void fine_maps(const Shape& s, const float* x, const Weights& weights,
+               const std::pair<Tensor, Tensor>& by_input, int64_t begin_tile, int64_t end_tile,
+               const Fine& fine) {
   const int64_t width = round_up(s.d, V);
-  const auto* const conv = weights.conv_by_input.const_data_ptr<float>();
-  const auto* const bias = weights.padded_bias.const_data_ptr<float>();
+  const auto* const conv = by_input.first.const_data_ptr<float>();
+  const auto* const bias = by_input.second.const_data_ptr<float>();
   at::parallel_for(begin_tile, end_tile, s.grain(), [&](int64_t begin, int64_t end) {
     Scratch scratch(Work::size(s) + MapWork::size(s));
     Work work(s, scratch);
@@ -251,6 +266,7 @@ std::vector<Tensor> forward_of(const Shape& s, const Tensor& x, const Layer& lay
                                const std::optional<Tensor>& noise, bool keep) {
   const auto options = x.options().dtype(at::kFloat).memory_format(at::MemoryFormat::Contiguous);
   const Weights weights = weights_of(layer.spatial, layer.eps);
+  const auto by_input = conv_by_input(weights);
   const int64_t c = s.F * s.d;
   const Tensor out = at::empty_like(x);
   std::optional<Fine> kept;
@@ -267,7 +283,7 @@ std::vector<Tensor> forward_of(const Shape& s, const Tensor& x, const Layer& lay
       };
       fine.start(s, base);
       const float* const images = features.read(sample, count);
-      fine_maps(s, images, weights, begin, end, fine);
+      fine_maps(s, images, weights, by_input, begin, end, fine);
       std::optional<Tensor> drawn;
       if (noise) drawn = noise->narrow(0, sample, count);
       const Tensor mean = rows(fine.kept[0]);

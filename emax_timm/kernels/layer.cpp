@@ -69,18 +69,11 @@ void Layer::check(const Tensor& x, int64_t groups) const {
 }
 
 Weights weights_of(const std::vector<Tensor>& spatial, double eps) {
-  const int64_t d = spatial[1].numel(), size = d * TAPS, width = round_up(d, V);
-  const Tensor matrix = spatial[2].view({d, size}), constant = spatial[5].softmax(0);
-  const Tensor by_input = at::zeros({size, width}, matrix.options());
-  const auto* const from = matrix.const_data_ptr<float>();
-  float* const to = by_input.data_ptr<float>();
-  for (int64_t k = 0; k < size; k += V)
-    for (int64_t o = 0; o < d; o += V)
-      transpose(from + o * size + k, size, std::min(V, d - o), std::min(V, size - k),
-                to + k * width + o, width);
+  const int64_t d = spatial[1].numel();
+  const Tensor matrix = spatial[2].view({d, d * TAPS}), constant = spatial[5].softmax(0);
   return {spatial[0].view({d, d}), spatial[1], matrix, spatial[3], spatial[4], spatial[5], constant,
-          at::mv(matrix.t(), constant), at::dot(constant, spatial[3]).item<float>(), by_input,
-          at::constant_pad_nd(spatial[3], {0, width - d}), static_cast<float>(eps)};
+          at::mv(matrix.t(), constant), at::dot(constant, spatial[3]).item<float>(),
+          static_cast<float>(eps)};
 }
 
 Choice choose_groups(const Layer& layer, const Tensor& mean, const std::optional<Tensor>& noise,
