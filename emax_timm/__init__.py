@@ -7,6 +7,7 @@ import timm  # noqa: F401
 from .attention import EMAX, EMAXMaps, create_attention, set_grouping
 from .interpret import capture_attention, visualize_attention
 from .models import insert_attention
+from .ops import use_backend
 
 __all__ = [
     "EMAX",
@@ -15,6 +16,7 @@ __all__ = [
     "create_attention",
     "insert_attention",
     "set_grouping",
+    "use_backend",
     "visualize_attention",
 ]
 __version__ = "0.1.0"

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
+from .backends import backends, kernels
 from .benchmark.command import benchmark
 from .benchmark.model_table import list_models
 from .benchmark.plan import plan
@@ -11,7 +12,6 @@ from .hub.predict import predict
 from .hub.publish import publish
 from .hub.weights import weights
 from .interpret.command import visualize
-from .kernels import kernels
 from .training import train, validate
 from .training.config import nearest
 from .training.curves import curves
@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "plan": (plan, "work out what a training run will need"),
     "list": (list_models, "list the models, with their size and cost"),
     "benchmark": (benchmark, "measure what the attention costs"),
+    "backends": (backends, "say what computes the attention here, or why not"),
     "kernels": (kernels, "build the attention's kernels for CPUs"),
     "export": (export, "export one with torch.export or to ONNX"),
     "predict": (predict, "classify images"),

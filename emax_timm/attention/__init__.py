@@ -1,9 +1,9 @@
 """Attention modules: EMAX and those it is compared with. They know no models and no files."""
 
+from ..ops import EMAXMaps
 from .ema import EMA
 from .emax import EMAX, set_grouping
 from .factory import ATTENTIONS, GatedAttention, create_attention
-from .functional import EMAXMaps
 
 __all__ = [
     "ATTENTIONS",

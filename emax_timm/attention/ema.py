@@ -1,6 +1,6 @@
 """EMA: Efficient Multi-scale Attention with cross-spatial learning (arXiv 2305.13563).
 
-Dimension letters as in `emax.py`.
+Dimension letters as in `emax_timm.ops`.
 """
 
 import math
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .analytic import emax
-from .functional import emax_maps
-from .layer import Layer
+from ..ops import EMAXConfig, EMAXWeights, bias_of, emax, emax_maps
+from ..ops.reference import Parts
+from .children import by_children, changed_child, refuse_scripting
 
 __all__ = ["EMA"]
 
@@ -52,37 +52,41 @@ class EMA(nn.Module):
     @torch.jit.export
     def attention(self, x: Tensor) -> Tensor:
         """The spatial attention of `x` in (0, 1), not applied to it: [b, F, h, w]."""
-        return emax_maps(x, self._layer(), torch.ones(1, device=x.device), False).spatial
+        if not torch.jit.is_scripting():
+            change = changed_child(self)
+            if change is not None:
+                return by_children(x, self.parts(), change, self.training)[1].spatial
+        return emax_maps(x, self.weights(), False).spatial
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention: [b, c, h, w] to [b, c, h, w]."""
-        return emax(x, self._layer(), False)
+        if not torch.jit.is_scripting():
+            change = changed_child(self)
+            if change is not None:
+                return by_children(x, self.parts(), change, self.training)[0]
+        return emax(x, self.weights(), False)
 
-    def _layer(self) -> Layer:
-        conv1x1_bias, conv3x3_bias = self.conv1x1.bias, self.conv3x3.bias
-        # To TorchScript a convolution's bias is optional.
-        assert conv1x1_bias is not None
-        assert conv3x3_bias is not None
-        nothing: list[Tensor] = []
-        return Layer(
-            groups=self.groups,
-            batch_vote=False,
-            eps=self.gn.eps,
-            grouping=nothing,
-            spatial=[
-                self.conv1x1.weight,
-                conv1x1_bias,
-                self.conv3x3.weight,
-                conv3x3_bias,
-                self.gn.weight,
-                self.gn.bias,
-            ],
-            controller=nothing,
-            channel=nothing,
-            gamma=nothing,
-            global_=nothing,
-            residual_gate=nothing,
+    def weights(self) -> EMAXWeights:
+        """What a backend computes with."""
+        return EMAXWeights(
+            config=EMAXConfig(self.groups, [self.groups], False, self.gn.eps),
+            conv1x1_weight=self.conv1x1.weight,
+            conv1x1_bias=bias_of(self.conv1x1.weight, self.conv1x1.bias),
+            conv3x3_weight=self.conv3x3.weight,
+            conv3x3_bias=bias_of(self.conv3x3.weight, self.conv3x3.bias),
+            gn_weight=self.gn.weight,
+            gn_bias=self.gn.bias,
         )
+
+    @torch.jit.unused
+    def parts(self) -> Parts:
+        """The children, for whoever computes by calling them."""
+        return Parts(
+            EMAXConfig(self.groups, [self.groups], False, 0.0), self.conv1x1, self.conv3x3, self.gn
+        )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return refuse_scripting(self)
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}"

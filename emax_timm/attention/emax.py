@@ -4,8 +4,7 @@ EMA's grouped cross-spatial attention ("Efficient Multi-Scale Attention Module w
 Learning", arXiv 2305.13563) with a learned group count per sample, channel attention, global
 attention and a residual gate. `docs/emax.md` defines it and derives the form computed here.
 
-Dimension letters: b batch, c channels, h w height and width, F = gcd(c, factor) finest group
-count, d = c / F channels of a fine group, K candidate group counts.
+Dimension letters as in `emax_timm.ops`.
 """
 
 import math
@@ -15,51 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .analytic import emax
-from .functional import EMAXMaps, emax_maps
-from .layer import Layer
+from ..ops import EMAXConfig, EMAXMaps, EMAXWeights, bias_of, emax, emax_maps
+from ..ops.reference import Parts
+from .children import SqueezeExcite, by_children, changed_child, refuse_scripting
 
 __all__ = ["EMAX", "set_grouping"]
 
 # One node each in a torch.fx graph: inside, the code depends on the input's dtype.
 torch.fx.wrap("emax")
 torch.fx.wrap("emax_maps")
-
-
-def _present(tensor: Tensor | None) -> Tensor:
-    # To TorchScript a convolution's bias is optional.
-    assert tensor is not None
-    return tensor
-
-
-class SqueezeExciteWeights(nn.Sequential):
-    """The weights of a squeeze-and-excite gate, under the source's state-dict keys.
-
-    Only the convolutions' weights are read: `gates.squeeze_excite` does the computing.
-    """
-
-    def __init__(self, channels: int, hidden: int, device=None, dtype=None) -> None:
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        super().__init__(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(channels, hidden, kernel_size=1, **dd),
-            nn.ReLU(),
-            nn.Conv2d(hidden, channels, kernel_size=1, **dd),
-            nn.Sigmoid(),
-        )
-
-    def weights(self) -> list[Tensor]:
-        return [
-            _present(self[1].weight),  # pyright: ignore[reportArgumentType]
-            _present(self[1].bias),  # pyright: ignore[reportArgumentType]
-            _present(self[3].weight),  # pyright: ignore[reportArgumentType]
-            _present(self[3].bias),  # pyright: ignore[reportArgumentType]
-        ]
-
-    def reset_parameters(self) -> None:
-        for layer in self:
-            if isinstance(layer, nn.Conv2d):
-                layer.reset_parameters()
 
 
 class EMAX(nn.Module):
@@ -84,11 +47,8 @@ class EMAX(nn.Module):
         ValueError: If an argument is out of its range, or no given group count divides F.
     """
 
-    gamma: Tensor | None
     warmup: Tensor
     temperature: Tensor
-    group_counts: Tensor
-    same_group: Tensor | None
 
     def __init__(
         self,
@@ -123,29 +83,14 @@ class EMAX(nn.Module):
         self.group_controller = None
         if len(self.candidates) > 1:
             self.group_controller = nn.Linear(channels, len(self.candidates), **dd)
-        self.channel_gate = SqueezeExciteWeights(channels, hidden, **dd) if channel_gate else None
-        self.register_parameter(
-            "gamma", nn.Parameter(torch.empty(1, **dd)) if channel_gate else None
-        )
-        self.global_attn = SqueezeExciteWeights(channels, hidden, **dd) if global_gate else None
+        self.channel_gate = SqueezeExcite(channels, hidden, **dd) if channel_gate else None
+        self.gamma = nn.Parameter(torch.empty(1, **dd)) if channel_gate else None
+        self.global_attn = SqueezeExcite(channels, hidden, **dd) if global_gate else None
         self.residual_gate = nn.Parameter(torch.empty(channels, **dd))
 
-        # The state of the grouping's course over training: see `set_grouping`.
+        # The state of the grouping's schedule: see `set_grouping`.
         self.register_buffer("warmup", torch.empty((), device=device, dtype=torch.float32))
         self.register_buffer("temperature", torch.empty((), device=device, dtype=torch.float32))
-        # Constants that must live on the module's device.
-        counts = len(self.candidates)
-        self.register_buffer(
-            "group_counts",
-            torch.empty(counts, device=device, dtype=torch.int64),
-            persistent=False,
-        )
-        same_group = None
-        if self.candidates != [self.groups]:
-            same_group = torch.empty(
-                counts, self.groups, self.groups, device=device, dtype=torch.bool
-            )
-        self.register_buffer("same_group", same_group, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -175,18 +120,6 @@ class EMAX(nn.Module):
 
         self.warmup.fill_(1.0)
         self.temperature.fill_(1.0)
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self) -> None:
-        """Fill the constant buffers, which no checkpoint holds; timm and transformers call it."""
-        # The device is named, for a torch.device context may stand for another one.
-        device = self.group_counts.device
-        counts = torch.tensor(self.candidates, device=device)
-        self.group_counts.copy_(counts)
-        if self.same_group is not None:
-            fine = torch.arange(self.groups, device=device)
-            group = fine // (self.groups // counts).unsqueeze(-1)  # [K, F]
-            self.same_group.copy_(group.unsqueeze(-1) == group.unsqueeze(-2))
 
     @torch.jit.export
     def attention(self, x: Tensor) -> EMAXMaps:
@@ -194,50 +127,79 @@ class EMAX(nn.Module):
 
         In training mode every call draws the noise of the choice of groups anew.
         """
-        return emax_maps(x, self._layer(), self.group_counts, self.training)
+        if not torch.jit.is_scripting():
+            change = changed_child(self)
+            if change is not None:
+                return by_children(x, self.parts(), change, self.training)[1]
+        return emax_maps(x, self.weights(), self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention: [b, c, h, w] to [b, c, h, w]."""
-        return emax(x, self._layer(), self.training)
+        if not torch.jit.is_scripting():
+            change = changed_child(self)
+            if change is not None:
+                return by_children(x, self.parts(), change, self.training)[0]
+        return emax(x, self.weights(), self.training)
 
-    def _layer(self) -> Layer:
-        grouping: list[Tensor] = []
-        same_group = self.same_group
-        if same_group is not None:
-            grouping = [same_group, self.warmup, self.temperature]
-        controller: list[Tensor] = []
+    def weights(self) -> EMAXWeights:
+        """What a backend computes with."""
+        # TorchScript takes a value for present only where it has just seen it be compared to None.
+        controller_weight: Tensor | None = None
+        controller_bias: Tensor | None = None
         if self.group_controller is not None:
-            controller.append(self.group_controller.weight)
-            controller.append(self.group_controller.bias)
-        channel_weights: list[Tensor] = []
+            controller_weight = self.group_controller.weight
+            controller_bias = self.group_controller.bias
+        channel: list[Tensor | None] = [None, None, None, None]
         if self.channel_gate is not None:
-            channel_weights = self.channel_gate.weights()
-        gammas: list[Tensor] = []
-        gamma = self.gamma
-        if gamma is not None:
-            gammas.append(gamma)
-        global_weights: list[Tensor] = []
+            channel = self.channel_gate.weights()
+        global_: list[Tensor | None] = [None, None, None, None]
         if self.global_attn is not None:
-            global_weights = self.global_attn.weights()
-        return Layer(
-            groups=self.groups,
-            batch_vote=self.batch_vote,
-            eps=self.gn.eps,
-            grouping=grouping,
-            spatial=[
-                self.conv1x1.weight,
-                _present(self.conv1x1.bias),
-                self.conv3x3.weight,
-                _present(self.conv3x3.bias),
-                self.gn.weight,
-                self.gn.bias,
-            ],
-            controller=controller,
-            channel=channel_weights,
-            gamma=gammas,
-            global_=global_weights,
-            residual_gate=[self.residual_gate],
+            global_ = self.global_attn.weights()
+        return EMAXWeights(
+            config=EMAXConfig(self.groups, self.candidates, self.batch_vote, self.gn.eps),
+            conv1x1_weight=self.conv1x1.weight,
+            conv1x1_bias=bias_of(self.conv1x1.weight, self.conv1x1.bias),
+            conv3x3_weight=self.conv3x3.weight,
+            conv3x3_bias=bias_of(self.conv3x3.weight, self.conv3x3.bias),
+            gn_weight=self.gn.weight,
+            gn_bias=self.gn.bias,
+            controller_weight=controller_weight,
+            controller_bias=controller_bias,
+            channel_reduce_weight=channel[0],
+            channel_reduce_bias=channel[1],
+            channel_expand_weight=channel[2],
+            channel_expand_bias=channel[3],
+            gamma=self.gamma,
+            global_reduce_weight=global_[0],
+            global_reduce_bias=global_[1],
+            global_expand_weight=global_[2],
+            global_expand_bias=global_[3],
+            residual_gate=self.residual_gate,
+            warmup=self.warmup,
+            temperature=self.temperature,
         )
+
+    @torch.jit.unused
+    def parts(self) -> Parts:
+        """The children, for whoever computes by calling them."""
+        # Without the norm's eps, which is the child's affair.
+        config = EMAXConfig(self.groups, self.candidates, self.batch_vote, 0.0)
+        return Parts(
+            config=config,
+            conv1x1=self.conv1x1,
+            conv3x3=self.conv3x3,
+            gn=self.gn,
+            group_controller=self.group_controller,
+            channel_gate=self.channel_gate,
+            global_attn=self.global_attn,
+            gamma=self.gamma,
+            residual_gate=self.residual_gate,
+            warmup=self.warmup,
+            temperature=self.temperature,
+        )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return refuse_scripting(self)
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}, candidates={self.candidates}, batch_vote={self.batch_vote}"
@@ -246,7 +208,7 @@ class EMAX(nn.Module):
 def set_grouping(
     model: nn.Module, *, warmup: float | None = None, temperature: float | None = None
 ) -> int:
-    """Set the course of dynamic grouping on all EMAX layers of a model, in place.
+    """Set the schedule of dynamic grouping on all EMAX layers of a model, in place.
 
     Args:
         model: Any module; a DistributedDataParallel or compiled one too.

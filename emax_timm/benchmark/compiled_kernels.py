@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
 from ..attention import ATTENTIONS
+from ..ops import use_backend
 from .modules import SHAPES, differ_in_groups
 from .tables import heading, row
 
@@ -134,7 +134,7 @@ def compiled_kernels(argv: Sequence[str] | None = None) -> int:
     x = torch.randn(*options.shape, device=options.device)
     if options.channels_last:
         x = x.to(memory_format=torch.channels_last)
-    with kernels.using(False):
+    with use_backend("portable"):
         for name, loops in scheduled_loops(layer, x).items():
             print("\n".join(_report(name, loops)))
         if options.rounds:

@@ -71,7 +71,7 @@ def measure_growth(
         passes, and bytes kept for the backward pass. Systems without a factor are not on its axis.
 
     Raises:
-        KernelError: If the kernels are asked for, but are not built.
+        BackendError: If C++ is asked for, but is not built.
         UsageError: If the base cannot be halved so often.
     """
     if systems is None:

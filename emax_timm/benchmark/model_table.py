@@ -25,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .. import kernels, models
+from .. import models
+from ..ops import use_backend
 from ..training.config import UsageError, nearest
 from .tables import marks, text_around, write_between
 
@@ -143,8 +144,8 @@ def _images(model: Any, batch: int) -> Tensor:
 def count_macs(model: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates for the images x [b, c, h, w]; leaves the model in evaluation mode."""
     counter = FlopCounterMode(display=False)
-    # Fused self-attention on the CPU and our kernels are unknown to the counter.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), kernels.using(False), counter:
+    # Fused self-attention on the CPU and our backends are unknown to the counter.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), use_backend("portable"), counter:
         model.eval()(x)
     return counter.get_total_flops() // 2
 

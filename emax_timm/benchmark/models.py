@@ -92,7 +92,7 @@ def measure_models(
         `peak memory`, bytes; None for what was not measured.
 
     Raises:
-        KernelError: If the kernels are asked for, but are not built.
+        BackendError: If C++ is asked for, but is not built.
         UsageError: If there is no such network.
     """
     if systems is None:

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
-from ..attention import ATTENTIONS
-from ..attention.reference import NaiveEMAX
+from ..attention import ATTENTIONS, EMAX
+from ..ops import explain, reference, use_backend
 from .tables import heading, row
 from .timing import (
     Measured,
@@ -31,15 +30,23 @@ __all__ = [
     "Bound",
     "available",
     "computed",
+    "cpp_serves",
     "differ_in_groups",
     "has_factor",
-    "kernels_serve",
     "measure_modules",
     "measure_shape",
     "random_features",
     "report_modules",
     "saved_bytes",
 ]
+
+
+class NaiveEMAX(EMAX):
+    """EMAX by its formulas: what each layer of it would cost if it were called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.emax(x, self.parts())[0]
+
 
 # Batch, channels, height and width: ResNet-50's four stages at 224 x 224.
 SHAPES = [(8, 256, 56, 56), (8, 512, 28, 28), (8, 1024, 14, 14), (8, 2048, 7, 7)]
@@ -55,7 +62,7 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
 }
 COMPILED = ("EMAX", "SE", "CBAM", "CoordAttn")
 IN_CPP = ("EMAX", "EMA")
-# What is measured of a layer: as it is, compiled, and with the C++ kernels, which else are off.
+# What is measured of a layer: in PyTorch, compiled, and in C++.
 SYSTEMS = [
     f"{name}{way}"
     for name in LAYERS
@@ -125,7 +132,7 @@ def measure_modules(
         kept for the backward pass over those of x.
 
     Raises:
-        KernelError: If the kernels are asked for, but are not built.
+        BackendError: If C++ is asked for, but is not built.
     """
     if systems is None:
         systems = available(SYSTEMS, device, dtype)
@@ -181,14 +188,15 @@ def measure_shape(
     return times, saved
 
 
-def kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether there are kernels for such tensors in this process."""
-    return device.type == "cpu" and dtype in kernels.DTYPES and kernels.load()
+def cpp_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the C++ backend serves such tensors in this process."""
+    x = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
+    return explain(x, EMAX(1, device=device).weights())["cpp"] is None
 
 
 def available(systems: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Those of the systems that can be had: the kernels may not serve."""
-    served = kernels_serve(device, dtype)
+    """Those of the systems that can be had: C++ may not be built."""
+    served = cpp_serves(device, dtype)
     return [name for name in systems if served or "C++" not in name]
 
 
@@ -217,10 +225,11 @@ def differ_in_groups(network: nn.Module) -> None:
 
 
 def computed(system: str, call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call with the kernels or without them, as the name of the system says."""
+    """The call with the backend that the name of the system says."""
+    backend = "cpp" if system.endswith("C++") else "portable"
 
     def run() -> Any:
-        with kernels.using(system.endswith("C++")):
+        with use_backend(backend):
             return call()
 
     return run

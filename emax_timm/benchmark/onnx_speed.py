@@ -12,7 +12,7 @@ from tqdm import tqdm
 from ..hub.exporter import check_target, export_model
 from ..training.config import UsageError
 from .models import NETWORKS, Setting, check_networks, inference, make_network, random_images
-from .modules import IN_CPP, computed, kernels_serve
+from .modules import IN_CPP, computed, cpp_serves
 from .tables import heading, row
 from .timing import Measured, described, interleaved, machine, milliseconds
 
@@ -59,7 +59,7 @@ def measure_onnx(
                 calls[system, ONNX] = _session(file, random_images(setting))
                 call = inference(network.to(setting.device), setting)
                 calls[system, EAGER] = computed(EAGER, call)
-                if system in IN_CPP and kernels_serve(setting.device, setting.dtype):
+                if system in IN_CPP and cpp_serves(setting.device, setting.dtype):
                     calls[system, IN_CPP_TOO] = computed(IN_CPP_TOO, call)
             models[base] = {system: {} for system in systems}
             for (system, runtime), times in interleaved(calls, rounds, setting.device).items():
@@ -125,7 +125,7 @@ def report_onnx(found: dict[str, Any]) -> str:
             cells = [system]
             for runtime in runtimes:
                 cells.append(milliseconds(Measured(*times[runtime])) if runtime in times else "-")
-                # The kernels of a network that has none are PyTorch.
+                # A network without EMAX and EMA has no backend but PyTorch.
                 twin = plain.get(runtime, plain.get(EAGER))
                 if plain:
                     cells.append(_ratio(times[runtime], twin) if runtime in times else "-")

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..training.config import UsageError
-from .modules import PASSES, kernels_serve
+from .modules import PASSES, cpp_serves
 from .tables import heading, row
 from .timing import Measured, described, digits
 
@@ -26,7 +26,7 @@ __all__ = ["measure_settings", "report_settings"]
 
 PEERS = ("SE", "CBAM")
 EMAX = "import sys; from emax_timm.cli import main; sys.exit(main())"
-LOADED = "import sys; from emax_timm import kernels; sys.exit(not kernels.load())"
+LOADED = "import sys; from emax_timm.ops.cpp.library import problem; sys.exit(bool(problem()))"
 
 
 class Setting(NamedTuple):
@@ -63,7 +63,7 @@ def measure_settings(
         UsageError: If a process fails.
     """
     if systems is None:
-        fastest = "EMAX, C++" if kernels_serve(device, torch.float32) else "EMAX, compiled"
+        fastest = "EMAX, C++" if cpp_serves(device, torch.float32) else "EMAX, compiled"
         systems = [fastest, "EMAX", *PEERS]
     settings = list(SETTINGS)
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":

@@ -9,11 +9,12 @@ namespace emax {
 
 namespace {
 
-std::vector<Tensor> plain(at::TensorList tensors) {
+// The fields from `begin` to `end` that are there, in float32.
+std::vector<Tensor> plain(const TensorFields& fields, int64_t begin, int64_t end) {
   std::vector<Tensor> out;
-  out.reserve(tensors.size());
-  for (const Tensor& tensor : tensors)
-    out.push_back(tensor.is_floating_point() ? tensor.to(at::kFloat).contiguous() : tensor);
+  for (int64_t i = begin; i < end; ++i)
+    if (const std::optional<Tensor> field = fields.get(i))
+      out.push_back(field->to(at::kFloat).contiguous());
   return out;
 }
 
@@ -37,25 +38,22 @@ std::pair<Tensor, Tensor> squeeze_excite(const Tensor& mean, const std::vector<T
 
 }  // namespace
 
-Layer::Layer(at::TensorList grouping, at::TensorList spatial, at::TensorList controller,
-             at::TensorList channel, at::TensorList gamma, at::TensorList global,
-             at::TensorList residual_gate, bool batch_vote, double eps)
-    : grouping(plain(grouping)),
-      spatial(plain(spatial)),
-      controller(plain(controller)),
-      channel(plain(channel)),
-      gamma(plain(gamma)),
-      global(plain(global)),
-      residual_gate(plain(residual_gate)),
+Layer::Layer(const TensorFields& fields, int64_t groups, at::IntArrayRef candidates,
+             bool batch_vote, double eps)
+    : spatial(plain(fields, 0, 6)),
+      controller(plain(fields, 6, 8)),
+      channel(plain(fields, 8, 12)),
+      gamma(plain(fields, 12, 13)),
+      global(plain(fields, 13, 17)),
+      residual_gate(plain(fields, 17, 18)),
       batch_vote(batch_vote),
       eps(eps) {
-  if (this->grouping.empty()) return;
-  const Tensor& same_group = this->grouping[0];  // [K, F, F]
-  const Tensor counts = same_group.select(1, 0).sum(-1).contiguous();
-  members.assign(counts.const_data_ptr<int64_t>(),
-                 counts.const_data_ptr<int64_t>() + counts.numel());
-  warmup = this->grouping[1].item<float>();
-  temperature = this->grouping[2].item<float>();
+  const std::optional<Tensor> course = fields.get(18), tau = fields.get(19);
+  if (!course || (candidates.size() == 1 && candidates[0] == groups)) return;
+  members.clear();
+  for (const int64_t count : candidates) members.push_back(groups / count);
+  warmup = course->item<float>();
+  if (tau) temperature = tau->item<float>();
 }
 
 void Layer::check(const Tensor& x, int64_t groups) const {
@@ -63,7 +61,6 @@ void Layer::check(const Tensor& x, int64_t groups) const {
   TORCH_CHECK(c == groups * d, "the layer is for ", groups * d, " channels, the input has ", c);
   TORCH_CHECK(spatial[0].numel() == d * d && spatial[2].numel() == d * d * TAPS &&
                   spatial[3].numel() == d && spatial[4].numel() == d && spatial[5].numel() == d &&
-                  (grouping.empty() || grouping[0].size(1) == groups) &&
                   (residual_gate.empty() || residual_gate[0].numel() == c),
               "the layer's parameters do not fit each other");
 }

@@ -1,4 +1,4 @@
-// The gradients, as `attention/gradients.py` writes them out and `docs/emax.md` derives them.
+// The gradients, as `portable/backward.py` writes them out and `docs/emax.md` derives them.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -239,13 +239,11 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
   return in_order(layer, grad_x, grads);
 }
 
-std::vector<Tensor> backward(const Tensor& x, const Tensor& grad, at::TensorList grouping,
-                             at::TensorList spatial, at::TensorList controller,
-                             at::TensorList channel, at::TensorList gamma, at::TensorList global,
-                             at::TensorList residual_gate, const std::optional<Tensor>& noise,
-                             at::TensorList kept, int64_t groups, bool batch_vote, double eps) {
-  const Layer layer(grouping, spatial, controller, channel, gamma, global, residual_gate,
-                    batch_vote, eps);
+std::vector<Tensor> backward(const Tensor& x, const Tensor& grad, const TensorFields& fields,
+                             const std::optional<Tensor>& noise, at::TensorList kept,
+                             int64_t groups, at::IntArrayRef candidates, bool batch_vote,
+                             double eps) {
+  const Layer layer(fields, groups, candidates, batch_vote, eps);
   layer.check(x, groups);
   TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(),
               "the gradient must be like the input");
@@ -261,10 +259,8 @@ std::vector<Tensor> backward(const Tensor& x, const Tensor& grad, at::TensorList
 }  // namespace emax
 
 TORCH_LIBRARY_FRAGMENT(emax_timm, library) {
-  library.def("backward(Tensor x, Tensor grad, Tensor[] grouping, Tensor[] spatial, "
-              "Tensor[] controller, Tensor[] channel, Tensor[] gamma, Tensor[] global_, "
-              "Tensor[] residual_gate, Tensor? noise, Tensor[] kept, int groups, bool batch_vote, "
-              "float eps) -> Tensor[]");
+  library.def("backward(Tensor x, Tensor grad, Tensor?[] fields, Tensor? noise, Tensor[] kept, "
+              "int groups, int[] candidates, bool batch_vote, float eps) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(emax_timm, CPU, library) { library.impl("backward", emax::backward); }

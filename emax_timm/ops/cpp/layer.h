@@ -1,8 +1,9 @@
 // A layer's parameters, and all that is small enough for ATen: the choice of groups and the gates.
-// As in `attention/grouping.py` and `attention/gates.py`, which say what each computes.
+// As in `portable/forward.py`, which says what each computes.
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 
@@ -13,17 +14,19 @@
 
 namespace emax {
 
+// A layer's tensors, in the order of the fields of `EMAXWeights`; nothing for a missing part.
+using TensorFields = c10::List<std::optional<Tensor>>;
+
 // In float32; an empty list is a part that the layer does not have.
 struct Layer {
-  std::vector<Tensor> grouping, spatial, controller, channel, gamma, global, residual_gate;
+  std::vector<Tensor> spatial, controller, channel, gamma, global, residual_gate;
   bool batch_vote;
   double eps;
   std::vector<int64_t> members = {1};  // fine groups in a coarse one, by candidate
   float warmup = 1, temperature = 1;
 
-  Layer(at::TensorList grouping, at::TensorList spatial, at::TensorList controller,
-        at::TensorList channel, at::TensorList gamma, at::TensorList global,
-        at::TensorList residual_gate, bool batch_vote, double eps);
+  Layer(const TensorFields& fields, int64_t groups, at::IntArrayRef candidates, bool batch_vote,
+        double eps);
   void check(const Tensor& x, int64_t groups) const;
 };
 

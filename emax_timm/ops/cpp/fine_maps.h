@@ -1,5 +1,5 @@
 // The pass over a tile from which its fine maps follow, in the steps that `fine_maps` of
-// `attention/fine_maps.py` has; the backward pass begins with them as well.
+// `portable/fine_maps.py` has; the backward pass begins with them as well.
 #pragma once
 
 #include "tiles.h"

@@ -303,13 +303,10 @@ std::vector<Tensor> forward_of(const Shape& s, const Tensor& x, const Layer& lay
   return outputs;
 }
 
-std::vector<Tensor> forward(const Tensor& x, at::TensorList grouping, at::TensorList spatial,
-                            at::TensorList controller, at::TensorList channel,
-                            at::TensorList gamma, at::TensorList global,
-                            at::TensorList residual_gate, const std::optional<Tensor>& noise,
-                            int64_t groups, bool batch_vote, double eps, bool keep) {
-  const Layer layer(grouping, spatial, controller, channel, gamma, global, residual_gate,
-                    batch_vote, eps);
+std::vector<Tensor> forward(const Tensor& x, const TensorFields& fields,
+                            const std::optional<Tensor>& noise, int64_t groups,
+                            at::IntArrayRef candidates, bool batch_vote, double eps, bool keep) {
+  const Layer layer(fields, groups, candidates, batch_vote, eps);
   layer.check(x, groups);
   const Tensor dense = readable(x);
   std::vector<Tensor> outputs = forward_of(Shape(x, groups), dense, layer, noise, keep);
@@ -322,9 +319,8 @@ std::vector<Tensor> forward(const Tensor& x, at::TensorList grouping, at::Tensor
 }  // namespace emax
 
 TORCH_LIBRARY_FRAGMENT(emax_timm, library) {
-  library.def("forward(Tensor x, Tensor[] grouping, Tensor[] spatial, Tensor[] controller, "
-              "Tensor[] channel, Tensor[] gamma, Tensor[] global_, Tensor[] residual_gate, "
-              "Tensor? noise, int groups, bool batch_vote, float eps, bool keep) -> Tensor[]");
+  library.def("forward(Tensor x, Tensor?[] fields, Tensor? noise, int groups, int[] candidates, "
+              "bool batch_vote, float eps, bool keep) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(emax_timm, CPU, library) { library.impl("forward", emax::forward); }

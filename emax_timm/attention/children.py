@@ -1,0 +1,163 @@
+"""Whether the children of a layer still are what a backend takes them for, and what to do if not.
+
+A backend reads the weights of EMAX's and EMA's children and does the children's work itself. That
+is right only as long as calling them would give the same: a child that was quantised, pruned,
+parametrised, wrapped or replaced, or that has hooks, must be called. Then the layer computes by its
+formulas as they stand in `ops/reference.py`, and calls its children.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import EMAXMaps, bias_of
+from ..ops.dispatch import check_input, draw_noise, outside_autocast, report_fallback
+from ..ops.reference import Parts, emax
+
+__all__ = ["SqueezeExcite", "by_children", "changed_child", "refuse_scripting"]
+
+
+class SqueezeExcite(nn.Sequential):
+    """A squeeze-and-excite gate: [b, c, h, w] to [b, c, 1, 1] in (0, 1), arXiv 1709.01507.
+
+    Args:
+        channels: Number of input channels c.
+        hidden: Number of hidden units r.
+    """
+
+    def __init__(self, channels: int, hidden: int, device=None, dtype=None) -> None:
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        super().__init__(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, hidden, kernel_size=1, **dd),
+            nn.ReLU(),
+            nn.Conv2d(hidden, channels, kernel_size=1, **dd),
+            nn.Sigmoid(),
+        )
+
+    def weights(self) -> list[Tensor | None]:
+        """Weight and bias of the reducing, then of the expanding convolution."""
+        reduce, expand = self[1], self[3]
+        return [
+            reduce.weight,  # pyright: ignore[reportReturnType]
+            bias_of(reduce.weight, reduce.bias),  # pyright: ignore[reportArgumentType]
+            expand.weight,  # pyright: ignore[reportReturnType]
+            bias_of(expand.weight, expand.bias),  # pyright: ignore[reportArgumentType]
+        ]
+
+    def reset_parameters(self) -> None:
+        """Initialise the convolutions by torch's defaults."""
+        for layer in self:
+            if isinstance(layer, nn.Conv2d):
+                layer.reset_parameters()
+
+
+_KINDS = {
+    "conv1x1": nn.Conv2d,
+    "conv3x3": nn.Conv2d,
+    "gn": nn.GroupNorm,
+    "group_controller": nn.Linear,
+    "channel_gate": SqueezeExcite,
+    "global_attn": SqueezeExcite,
+}
+_GATE = {
+    "0": nn.AdaptiveAvgPool2d,
+    "1": nn.Conv2d,
+    "2": nn.ReLU,
+    "3": nn.Conv2d,
+    "4": nn.Sigmoid,
+}
+
+
+def changed_child(attention: nn.Module) -> str | None:
+    """The first child of an EMAX or EMA layer that must be called, and why; None if none must.
+
+    Hooks that are registered for all modules at once, as profilers do, do not count.
+    """
+    for name, child in attention._modules.items():
+        if child is None:
+            continue
+        reason = _change(child, _KINDS.get(name))
+        if reason is not None:
+            return f"{name} {reason}"
+        if type(child) is SqueezeExcite:
+            if len(child._modules) != len(_GATE):
+                return f"{name} has other layers"
+            for key, layer in child._modules.items():
+                reason = _change(layer, _GATE.get(key))
+                if reason is not None:
+                    return f"{name}.{key} {reason}"
+    return None
+
+
+def _change(child: Any, kind: type[nn.Module] | None) -> str | None:
+    if type(child) is not kind:
+        return f"is a {type(child).__name__}"
+    if (
+        child._forward_hooks
+        or child._forward_pre_hooks
+        or child._backward_hooks
+        or child._backward_pre_hooks
+    ):
+        return "has hooks"
+    if "forward" in child.__dict__:
+        return "has another forward"
+    if kind is nn.Conv2d:
+        side = child.kernel_size[0]
+        padding = (side // 2, side // 2)
+        usual = child.padding == padding and child.stride == child.dilation == (1, 1)
+        if not usual or child.groups != 1 or child.padding_mode != "zeros" or child.bias is None:
+            return "is another convolution"
+    elif kind is nn.GroupNorm:
+        if child.num_groups != child.num_channels or not child.affine:
+            return "is another norm"
+    elif kind is nn.Linear and child.bias is None:
+        return "has no bias"
+    return None
+
+
+def by_children(x: Tensor, parts: Parts, change: str, training: bool) -> tuple[Tensor, EMAXMaps]:
+    """The output, like x [b, c, h, w], and the maps of a layer, by calls of its children.
+
+    Args:
+        parts: The children.
+        change: What `changed_child` says.
+        training: Draw noise for the choice of groups.
+
+    Raises:
+        BackendError: If a backend was asked for that does not call children.
+        ValueError: If x has no four dimensions.
+    """
+    report_fallback(change)
+    return _by_children(x, parts, training)
+
+
+@outside_autocast
+def _by_children(x: Tensor, parts: Parts, training: bool) -> tuple[Tensor, EMAXMaps]:
+    check_input(x, x.shape[1])
+    noise = draw_noise(x, parts.config.candidates, training)
+    # Children take what their parameters are; quantised ones have none, and take float32.
+    children = [part for part in parts if isinstance(part, nn.Module)]
+    own = [p.dtype for part in children for p in part.parameters() if p.is_floating_point()]
+    dtype = own[0] if own else torch.float32
+    out, maps = emax(x.to(dtype), parts, noise if noise is None else noise.to(dtype))
+    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    return out.to(x.dtype, memory_format=layout), maps
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def refuse_scripting(attention: nn.Module) -> nn.Module:
+    """The layer itself, for `torch.jit.script`.
+
+    Raises:
+        RuntimeError: If its children must be called, which a scripted layer does not.
+    """
+    change = changed_child(attention)
+    if change is not None:
+        kind = type(attention).__name__
+        raise RuntimeError(f"{kind} cannot be scripted: its {change}; torch.jit.trace can do it")
+    return attention

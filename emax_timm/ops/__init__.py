@@ -1,0 +1,34 @@
+"""The computing core: EMAX as functions of tensors, for any backend. It knows no modules.
+
+`dispatch.emax` is the way in. It chooses a backend (`cpp`, `portable`), which computes the layer;
+`autograd` makes it one node of autograd's graph; `reference` holds the formulas that all backends
+are tested against.
+
+Dimension letters, in all files of the package:
+
+    b     batch
+    c     channels
+    h, w  height and width
+    F     finest group count, gcd(c, factor)
+    d     channels of a fine group, c / F
+    G     a group count that divides F
+    K     number of candidate group counts
+    r     hidden units of a squeeze-and-excite gate
+"""
+
+from .backend import Backend
+from .dispatch import BackendError, emax, emax_maps, explain, use_backend
+from .weights import EMAXConfig, EMAXMaps, EMAXWeights, bias_of
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "EMAXConfig",
+    "EMAXMaps",
+    "EMAXWeights",
+    "bias_of",
+    "emax",
+    "emax_maps",
+    "explain",
+    "use_backend",
+]

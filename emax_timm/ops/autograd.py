@@ -1,0 +1,92 @@
+"""EMAX as one node of autograd's graph, whichever backend computes it.
+
+Autograd on the single operations would keep about ten tensors of the size of x. This node keeps x,
+the weights and what the backend's forward pass returns for its backward pass (in the portable
+backend: two maps per fine group and five vectors per sample), and computes the rest again. A
+gradient that is to be differentiated again comes from the single operations.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import Backend
+from .portable.forward import emax_plain
+from .weights import TENSORS, EMAXWeights
+
+__all__ = ["differentiable"]
+
+
+def differentiable(
+    backend: Backend, x: Tensor, weights: EMAXWeights, noise: Tensor | None
+) -> Tensor:
+    """Apply a layer to x [b, c, h, w] with a backend, in the forward and the backward pass."""
+    config, *tensors = weights
+    return _EMAX.apply(x, noise, backend, config, *tensors)[0]
+
+
+class _EMAX(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor, noise: Tensor | None, backend: Backend, config: Any, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        out, saved = backend.forward(x, EMAXWeights(config, *tensors), noise, True)  # type: ignore[arg-type]
+        return out, *saved
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, noise, ctx.backend, ctx.config, *tensors = inputs
+        _, *saved = output
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, noise, *tensors, *saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = grad_outputs[0]
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, noise, *kept = ctx.saved_tensors
+        tensors, saved = kept[: len(TENSORS)], kept[len(TENSORS) :]
+        weights = EMAXWeights(ctx.config, *tensors)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _differentiable_gradients(grad, x, weights, noise)
+        else:
+            grads = _gradients(ctx.backend, grad, x, weights, noise, saved)
+        # In the order of `forward`'s arguments; noise, backend and config have none.
+        return grads["x"], None, None, None, *[grads.get(name) for name in TENSORS]
+
+
+def _gradients(
+    backend: Backend,
+    grad: Tensor,
+    x: Tensor,
+    weights: EMAXWeights,
+    noise: Tensor | None,
+    saved: list[Tensor],
+) -> dict[str, Tensor]:
+    """The backend's gradients, in the shapes and dtypes of the tensors."""
+    kind = x.device.type
+    if kind == "meta":
+        grads = backend.backward(grad, x, weights, noise, saved)
+    else:
+        # Whether autocast is on or not: torch.compile traces the backward pass where it is off,
+        # and runs it under the autocast of the forward pass.
+        with torch.autocast(kind, enabled=False):
+            grads = backend.backward(grad, x, weights, noise, saved)
+    likes = {"x": x, **weights._asdict()}
+    return {name: g.view_as(likes[name]).to(likes[name].dtype) for name, g in grads.items()}
+
+
+def _differentiable_gradients(
+    grad: Tensor, x: Tensor, weights: EMAXWeights, noise: Tensor | None
+) -> dict[str, Any]:
+    """Gradients that can be differentiated again (create_graph=True)."""
+    everything = {"x": x, **{name: getattr(weights, name) for name in TENSORS}}
+    inputs = {name: t for name, t in everything.items() if t is not None and t.requires_grad}
+    out = emax_plain(x, weights, noise)
+    grads = torch.autograd.grad(out, list(inputs.values()), grad, create_graph=True)
+    return {"x": None, **dict(zip(inputs, grads, strict=True))}

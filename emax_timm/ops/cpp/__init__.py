@@ -1,0 +1,59 @@
+"""EMAX in C++, for float32 and bfloat16 on CPUs, where `emax kernels build` has compiled it."""
+
+import torch
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..backend import Backend
+from ..weights import TENSORS, EMAXWeights
+from .library import problem
+
+__all__ = ["CPP", "DTYPES"]
+
+DTYPES = (torch.float32, torch.bfloat16)
+# What decides how many gradients the operator returns, and in what order.
+_WITHOUT_GRADIENT = ("warmup", "temperature")
+
+
+def _unsupported(x: Tensor, weights: EMAXWeights) -> str | None:
+    if x.device.type != "cpu":
+        return f"it serves tensors on the CPU, not on {x.device.type}"
+    if x.dtype not in DTYPES:
+        return f"it serves float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    if isinstance(x, FakeTensor):
+        return "fake tensors have no data"
+    if peek_interpreter_stack() is not None:
+        return "transforms of torch.func do not see into it"
+    return problem()
+
+
+def _forward(
+    x: Tensor, weights: EMAXWeights, noise: Tensor | None, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """It keeps what the portable backend keeps."""
+    (groups, candidates, batch_vote, eps), *tensors = weights
+    out, *saved = torch.ops.emax_timm.forward(
+        x, tensors, noise, groups, candidates, batch_vote, eps, keep
+    )
+    return out, saved
+
+
+def _backward(
+    grad: Tensor, x: Tensor, weights: EMAXWeights, noise: Tensor | None, saved: list[Tensor]
+) -> dict[str, Tensor]:
+    (groups, candidates, batch_vote, eps), *tensors = weights
+    # Without a global gate the forward pass keeps no mean of x * S, and x's takes its place.
+    kept = saved if len(saved) > 6 else [*saved, saved[0]]
+    grads = torch.ops.emax_timm.backward(
+        x, grad, tensors, noise, kept, groups, candidates, batch_vote, eps
+    )
+    names = [
+        name
+        for name, tensor in zip(TENSORS, tensors, strict=True)
+        if tensor is not None and name not in _WITHOUT_GRADIENT
+    ]
+    return dict(zip(["x", *names], grads, strict=True))
+
+
+CPP = Backend("cpp", _unsupported, _forward, _backward)

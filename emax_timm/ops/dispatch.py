@@ -1,0 +1,221 @@
+"""The way in, and the one place where a backend is chosen.
+
+Scripting, tracing, export and forward-mode differentiation follow single operations: they always
+get the portable backend's, one by one.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from functools import wraps
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .autograd import differentiable
+from .backend import Backend
+from .cpp import CPP
+from .portable import PORTABLE
+from .portable.forward import emax_plain, maps_plain
+from .weights import EMAXMaps, EMAXWeights
+
+__all__ = [
+    "BACKENDS",
+    "BackendError",
+    "check_input",
+    "choose",
+    "draw_noise",
+    "emax",
+    "emax_maps",
+    "explain",
+    "outside_autocast",
+    "report_fallback",
+    "use_backend",
+]
+
+_logger = logging.getLogger(__name__)
+
+BACKENDS: tuple[Backend, ...] = (CPP, PORTABLE)
+"""In order of preference; the last one serves every input."""
+
+_wanted: ContextVar[str | None] = ContextVar("emax_backend", default=None)
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for cannot serve; the message is one line that says why."""
+
+
+def emax(x: Tensor, weights: EMAXWeights, training: bool) -> Tensor:
+    """Apply a layer to x [b, c, h, w], keeping layout and dtype.
+
+    Args:
+        training: Draw noise for the choice of groups.
+
+    Raises:
+        BackendError: If a backend was asked for that cannot serve.
+        ValueError: If x is no [b, c, h, w].
+    """
+    check_input(x, weights.config.groups * weights.gn_bias.shape[0])
+    noise = draw_noise(x, weights.config.candidates, training)
+    if not torch.jit.is_scripting():
+        return _emax(x, weights, noise)
+    return emax_plain(x, weights, noise)
+
+
+def emax_maps(x: Tensor, weights: EMAXWeights, training: bool) -> EMAXMaps:
+    """The attention maps of a layer for x [b, c, h, w]; the portable backend computes them.
+
+    Args:
+        training: Draw noise for the choice of groups.
+
+    Raises:
+        ValueError: If x is no [b, c, h, w].
+    """
+    check_input(x, weights.config.groups * weights.gn_bias.shape[0])
+    noise = draw_noise(x, weights.config.candidates, training)
+    if not torch.jit.is_scripting():
+        return _maps(x, weights, noise)
+    return maps_plain(x, weights, noise)
+
+
+def draw_noise(x: Tensor, candidates: list[int], training: bool) -> Tensor | None:
+    """Samples of Gumbel(0, 1) for the choice of groups, [b, K], if there is to be any noise."""
+    if len(candidates) == 1 or not training:
+        return None
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    noise = torch.empty([x.shape[0], len(candidates)], dtype=dtype, device=x.device)
+    # Exponential(1) samples can round to 0, whose logarithm is infinite.
+    return -noise.exponential_().clamp(min=1e-30).log()
+
+
+def outside_autocast(function: Callable) -> Callable:
+    """Keep autocast from turning the matrix products of `function(x, ...)` into half precision.
+
+    TorchScript compiles the undecorated function and cannot leave autocast: there the products
+    are half precision.
+    """
+
+    @wraps(function)
+    def wrapper(x: Tensor, *args, **kwargs):
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):  # which meta tensors have none of
+            with torch.autocast(kind, enabled=False):
+                return function(x, *args, **kwargs)
+        return function(x, *args, **kwargs)
+
+    return wrapper
+
+
+@outside_autocast
+def _emax(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> Tensor:
+    if _follows_operations():
+        return emax_plain(x, weights, noise)
+    backend = choose(x, weights)
+    if not torch.is_grad_enabled():
+        return backend.forward(x, weights, noise, False)[0]
+    return differentiable(backend, x, weights, noise)
+
+
+@outside_autocast
+def _maps(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> EMAXMaps:
+    return maps_plain(x, weights, noise)
+
+
+def check_input(x: Tensor, channels: int) -> None:
+    """Refuse an input that is no [b, channels, h, w].
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"x must be [b, {channels}, h, w], not {list(x.shape)}")
+
+
+def _follows_operations() -> bool:
+    return torch.jit.is_tracing() or _exporting() or forward_ad._current_level >= 0
+
+
+def _exporting() -> bool:
+    # torch 2.6 does not tell, and its compiler knows too little of autograd nodes: there this is
+    # true of torch.compile as well.
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+
+
+# The choice --------------------------------------------------------------------------------------
+
+
+def choose(x: Tensor, weights: EMAXWeights) -> Backend:
+    """The first backend that serves these tensors, or the one that was asked for.
+
+    Raises:
+        BackendError: If the one that was asked for does not serve, or does not exist.
+    """
+    wanted = _wanted_backend()
+    for backend in BACKENDS:
+        if wanted is None or backend.name == wanted:
+            reason = backend.unsupported(x, weights)
+            if reason is None:
+                return backend
+            if wanted is not None:
+                raise BackendError(f"the backend {wanted} was asked for, but {reason}")
+    raise BackendError(_unknown(wanted))
+
+
+def explain(x: Tensor, weights: EMAXWeights) -> dict[str, str | None]:
+    """By the name of each backend: None if it serves these tensors, else why not."""
+    return {backend.name: backend.unsupported(x, weights) for backend in BACKENDS}
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Compute EMAX and EMA with this backend in the context: an error where it cannot serve.
+
+    It overrules EMAX_BACKEND, nests, and holds for the calling thread or task alone. A backward
+    pass takes the backend of its forward pass, in the context or not. What torch.compile has
+    compiled keeps the backend that it was compiled with.
+
+    Args:
+        name: "cpp", "portable", or "auto" for the best that serves.
+
+    Raises:
+        BackendError: If there is no such backend; in the forward pass, if it cannot serve.
+    """
+    if name != "auto" and name not in [backend.name for backend in BACKENDS]:
+        raise BackendError(_unknown(name))
+    token = _wanted.set(name)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def report_fallback(reason: str) -> None:
+    """Say once why a layer computes by calling its children.
+
+    Raises:
+        BackendError: If a backend was asked for that does not.
+    """
+    wanted = _wanted_backend()
+    if wanted not in (None, PORTABLE.name):
+        raise BackendError(f"the backend {wanted} was asked for, but {reason}")
+    if reason not in _reported:
+        _reported.add(reason)
+        _logger.warning("EMAX calls its layers one by one, which is slower: %s", reason)
+
+
+_reported: set[str] = set()
+
+
+# torch.compile calls this while it traces, rather than tracing what reads the environment.
+@torch.compiler.assume_constant_result
+def _wanted_backend() -> str | None:
+    name = _wanted.get() or os.environ.get("EMAX_BACKEND") or "auto"
+    return None if name == "auto" else name
+
+
+def _unknown(name: str | None) -> str:
+    known = ", ".join(["auto", *(backend.name for backend in BACKENDS)])
+    return f"unknown backend {name}: EMAX_BACKEND and use_backend take one of {known}"

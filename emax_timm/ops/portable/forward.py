@@ -1,0 +1,325 @@
+"""A layer's attention and output, in the order of the data.
+
+x -> fine maps of the finest groups -> choice of a group count -> spatial attention S -> gates ->
+output. `docs/emax.md` proves the shortcuts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..weights import EMAXConfig, EMAXMaps, EMAXWeights, in_dtype, present
+from .fine_maps import FineMaps, fine_maps
+
+__all__ = [
+    "Attended",
+    "Gates",
+    "GroupChoice",
+    "Mixing",
+    "attend_again",
+    "choose_groups",
+    "emax_plain",
+    "forward",
+    "maps_plain",
+    "mix_groups",
+    "output_factor",
+    "prepare",
+    "score_groups",
+    "squeeze_excite",
+]
+
+
+class GroupChoice(NamedTuple):
+    """How much of each candidate group count a sample takes, [b, K] each."""
+
+    logits: Tensor
+    soft: Tensor
+    """softmax((logits + noise) / temperature)."""
+    choice: Tensor
+    """One-hot."""
+
+
+class Mixing(NamedTuple):
+    """A mixture over candidate group counts, as it acts on the fine maps."""
+
+    first: Tensor
+    """Row-stochastic matrix on the first terms, [b, F, F]."""
+    second: Tensor
+    """Row-stochastic matrix on the second terms, [b, F, F]."""
+    equal: Tensor
+    """First matrix of each candidate, [K, F, F]."""
+    weighted: Tensor
+    """Second matrix of each candidate, [b, K, F, F]."""
+
+
+class Gates(NamedTuple):
+    """Gates from the means of x and of x * S, [b, c] each but the hidden units, [b, r]."""
+
+    channel: Tensor
+    """w_c; 0 without the channel gate."""
+    channel_hidden: Tensor
+    fused: Tensor
+    """Mean of the fused features."""
+    global_: Tensor
+    """w_g; 1 without the global gate."""
+    global_hidden: Tensor
+    scale: Tensor
+    """out = x * (scale * S + offset)."""
+    offset: Tensor
+
+
+class Attended(NamedTuple):
+    """All that a layer computes of x but the output."""
+
+    fine: FineMaps
+    groups: GroupChoice
+    spatial: Tensor
+    """S, [b, F, h, w]."""
+    pooled: Tensor
+    """Mean of x * S over the image, [b, F, d]; of x without the global gate."""
+    gates: Gates
+
+
+# The ways in -------------------------------------------------------------------------------------
+
+
+def forward(
+    x: Tensor, weights: EMAXWeights, noise: Tensor | None, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The backend's forward pass; it keeps the fine maps and, with a global gate, `pooled`."""
+    grouped, cast = prepare(x, weights)
+    attended = _attend(grouped, cast, noise, plain=False)
+    out = _apply_attention(grouped, attended).to(x.dtype)
+    saved = []
+    if keep:
+        # torch.compile refuses the same tensor twice.
+        pooled = [] if weights.global_reduce_weight is None else [attended.pooled]
+        saved = [*attended.fine, *pooled]
+    return out, saved
+
+
+def emax_plain(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> Tensor:
+    """Apply a layer to x [b, c, h, w] by operations that autograd and graph tracers can follow."""
+    grouped, cast = prepare(x, weights)
+    return _apply_attention(grouped, _attend(grouped, cast, noise, plain=True)).to(x.dtype)
+
+
+def maps_plain(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> EMAXMaps:
+    """The attention maps of a layer for x [b, c, h, w]."""
+    grouped, cast = prepare(x, weights)
+    attended = _attend(grouped, cast, noise, plain=True)
+    logits = attended.groups.logits
+    candidates = torch.tensor(weights.config.candidates, device=x.device)
+    return EMAXMaps(
+        spatial=attended.spatial,
+        channel=attended.gates.channel,
+        global_=attended.gates.global_,
+        group_probs=torch.softmax(logits, dim=-1),
+        group_count=candidates[logits.argmax(dim=-1)],
+    )
+
+
+def prepare(x: Tensor, weights: EMAXWeights) -> tuple[Tensor, EMAXWeights]:
+    """What this backend computes with: x [b, c, h, w] as [b, F, d, h, w], and the weights.
+
+    In float32 if x is half precision.
+    """
+    half = x.dtype == torch.float16 or x.dtype == torch.bfloat16
+    dtype = torch.float32 if half else x.dtype
+    # A view in any memory format.
+    return x.to(dtype).unflatten(1, [weights.config.groups, -1]), in_dtype(weights, dtype)
+
+
+def _attend(x: Tensor, weights: EMAXWeights, noise: Tensor | None, plain: bool) -> Attended:
+    fine = fine_maps(x, weights, plain)
+    pooled = fine.mean
+    groups, spatial = _choose_and_mix(fine, weights, noise)
+    if weights.global_reduce_weight is not None:
+        pooled = _pool_attended(x, spatial)
+    gates = _mean_gates(fine.mean.flatten(1), pooled.flatten(1), weights)
+    return Attended(fine, groups, spatial, pooled, gates)
+
+
+def attend_again(
+    fine: FineMaps, pooled: Tensor, weights: EMAXWeights, noise: Tensor | None
+) -> Attended:
+    """What follows from the saved tensors of the forward pass, without a look at x."""
+    groups, spatial = _choose_and_mix(fine, weights, noise)
+    gates = _mean_gates(fine.mean.flatten(1), pooled.flatten(1), weights)
+    return Attended(fine, groups, spatial, pooled, gates)
+
+
+# The group count: how each sample chooses one, and what the choice makes of the fine maps ---------
+
+
+def _choose_and_mix(
+    fine: FineMaps, weights: EMAXWeights, noise: Tensor | None
+) -> tuple[GroupChoice, Tensor]:
+    groups = _controlled_choice(fine.mean.flatten(1), weights, noise)
+    warmup = weights.warmup
+    if warmup is None or weights.config.candidates == [weights.config.groups]:
+        return groups, torch.sigmoid(fine.first + fine.second)
+    mixing = mix_groups(score_groups(fine), groups.choice, weights.config, warmup)
+    mixed = torch.matmul(mixing.first, fine.first.flatten(2))
+    mixed = mixed + torch.matmul(mixing.second, fine.second.flatten(2))
+    return groups, torch.sigmoid(mixed).view_as(fine.first)  # [b, F, h, w]
+
+
+def _controlled_choice(mean: Tensor, weights: EMAXWeights, noise: Tensor | None) -> GroupChoice:
+    """The controller's choice of a candidate from the means of x, [b, c]."""
+    controller_weight = weights.controller_weight
+    if controller_weight is None:
+        nothing = torch.zeros_like(mean[:, :1])
+        return GroupChoice(nothing, nothing + 1, nothing + 1)
+    logits = F.linear(mean, controller_weight, weights.controller_bias)
+    temperature = present(weights.temperature)
+    choice, soft = choose_groups(logits, temperature, noise, weights.config.batch_vote)
+    return GroupChoice(logits, soft, choice)
+
+
+def choose_groups(
+    logits: Tensor, temperature: Tensor, noise: Tensor | None, batch_vote: bool
+) -> tuple[Tensor, Tensor]:
+    """One-hot choice of a candidate, by argmax, with the gradient of a softmax.
+
+    Straight-through Gumbel-softmax (arXiv 1611.01144); without noise, a straight-through softmax.
+    Ties take the first candidate, the smallest count.
+
+    Args:
+        logits: [b, K].
+        temperature: Scalar tensor, > 0.
+        noise: Gumbel noise, [b, K], or None.
+        batch_vote: Every sample takes the batch's most frequent choice.
+
+    Returns:
+        The choice and the softmax, [b, K] each.
+    """
+    if noise is not None:
+        logits = logits + noise
+    soft = torch.softmax(logits / temperature, dim=-1)
+    candidates = torch.arange(soft.shape[1], device=soft.device)
+    hard = (candidates == soft.argmax(dim=-1, keepdim=True)).to(soft.dtype)
+    if batch_vote:
+        hard = (candidates == hard.sum(0).argmax()).to(soft.dtype).expand_as(soft)
+    return hard + (soft - soft.detach()), soft
+
+
+def score_groups(fine: FineMaps) -> Tensor:
+    """The score of each fine group's second term in a coarser group, [b, F]."""
+    return torch.logsumexp(fine.conv_means, dim=-1)
+
+
+def mix_groups(score: Tensor, choice: Tensor, config: EMAXConfig, warmup: Tensor) -> Mixing:
+    """How the maps of a mixture over candidate group counts follow from the fine maps.
+
+    A coarse group's terms are convex combinations of those of its fine groups: equal weights for
+    the first, softmax(score) within the group for the second. So a mixture over candidates is a
+    row-stochastic matrix on the fine maps.
+
+    Args:
+        score: [b, F].
+        choice: Weights of the candidates, [b, K].
+        config: Of the layer.
+        warmup: Scalar tensor in [0, 1]; 0 is the finest grouping whatever `choice` says.
+    """
+    fine = torch.arange(config.groups, device=score.device)
+    group = torch.stack([fine // (config.groups // count) for count in config.candidates])
+    same_group = group.unsqueeze(-1) == group.unsqueeze(-2)  # [K, F, F]
+    # A third is no float32 number, nor is 1 - 0.1f: float64 inputs need float64 quotients.
+    equal = same_group.to(score.dtype)
+    equal = equal / equal.sum(-1, keepdim=True)  # [K, F, F]
+    warmup = warmup.to(score.dtype)
+    # A softmax per row, hence normalised by the maximum of its group: one maximum for all would
+    # underflow to 0 / 0 in groups far below it.
+    scores = score[:, None, None, :].masked_fill(~same_group, float("-inf"))  # [b, K, F, F]
+    weighted = torch.softmax(scores, dim=-1)
+    rest = (1 - warmup) * torch.eye(score.shape[1], device=score.device, dtype=score.dtype)
+    choice = warmup * choice
+    first = rest + torch.matmul(choice, equal.flatten(1)).view_as(scores[:, 0])
+    second = rest + (choice[:, :, None, None] * weighted).sum(1)
+    return Mixing(first, second, equal, weighted)
+
+
+# The gates, and the factor on x that they make of the spatial attention ---------------------------
+
+
+def _pool_attended(x: Tensor, spatial: Tensor) -> Tensor:
+    """Means over the image of x [b, F, d, h, w] times S [b, F, h, w]: [b, F, d]."""
+    products = torch.matmul(x.flatten(3), spatial.flatten(2).unsqueeze(-1))
+    return products.squeeze(-1) / (x.shape[3] * x.shape[4])
+
+
+def _mean_gates(mean: Tensor, pooled: Tensor, weights: EMAXWeights) -> Gates:
+    """Channel and global attention, from the means of x and of x * S, [b, c] each."""
+    channel = torch.zeros_like(mean)
+    global_ = torch.ones_like(mean)
+    channel_hidden, global_hidden = channel, global_
+    fused = pooled
+    gamma = weights.gamma
+    if gamma is not None:
+        channel, channel_hidden = squeeze_excite(
+            mean,
+            present(weights.channel_reduce_weight),
+            present(weights.channel_reduce_bias),
+            present(weights.channel_expand_weight),
+            present(weights.channel_expand_bias),
+        )
+        # The mean of the fused features follows from these two; they are never written.
+        fused = fused + gamma * channel * mean
+    global_reduce_weight = weights.global_reduce_weight
+    if global_reduce_weight is not None:
+        global_, global_hidden = squeeze_excite(
+            fused,
+            global_reduce_weight,
+            present(weights.global_reduce_bias),
+            present(weights.global_expand_weight),
+            present(weights.global_expand_bias),
+        )
+    # x + alpha * (x * (S + gamma * w_c) * w_g - x) is one factor on x: x is read once, and
+    # alpha = 0 gives a factor of exactly 1.
+    scale, offset = global_, torch.zeros_like(global_)
+    residual_gate = weights.residual_gate
+    if residual_gate is not None:
+        scale = residual_gate * global_
+        offset = (1 - residual_gate).expand_as(scale)
+    if gamma is not None:
+        offset = offset + scale * gamma * channel
+    return Gates(channel, channel_hidden, fused, global_, global_hidden, scale, offset)
+
+
+def squeeze_excite(
+    mean: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Squeeze-and-excitation's gate (arXiv 1709.01507).
+
+    Args:
+        mean: [b, c].
+        reduce_weight, reduce_bias: Of a 1x1 convolution, [r, c, 1, 1] and [r].
+        expand_weight, expand_bias: Of a 1x1 convolution, [c, r, 1, 1] and [c].
+
+    Returns:
+        The gate in (0, 1), [b, c], and the hidden units that it is made from, [b, r].
+    """
+    hidden = torch.relu(F.linear(mean, reduce_weight.flatten(1), reduce_bias))
+    return torch.sigmoid(F.linear(hidden, expand_weight.flatten(1), expand_bias)), hidden
+
+
+def output_factor(gates: Gates, spatial: Tensor) -> Tensor:
+    """scale * S + offset, [b, F, d, h, w], for S [b, F, h, w]."""
+    groups = spatial.shape[1]
+    scale = gates.scale.unflatten(1, [groups, -1]).unsqueeze(-1).unsqueeze(-1)
+    offset = gates.offset.unflatten(1, [groups, -1]).unsqueeze(-1).unsqueeze(-1)
+    return torch.addcmul(offset, scale, spatial.unsqueeze(2))
+
+
+def _apply_attention(x: Tensor, attended: Attended) -> Tensor:
+    """The output of a layer, [b, c, h, w], in the dtype and memory format of x [b, F, d, h, w]."""
+    # x comes first: its memory format is the product's. The product has four dimensions: of a view
+    # of five the compiler would make a copy for channels_last.
+    return x.flatten(1, 2) * output_factor(attended.gates, attended.spatial).flatten(1, 2)
