@@ -10,6 +10,7 @@ from timm.layers.cbam import CbamModule
 from timm.layers.coord_attn import CoordAttn
 from torch import Tensor, nn
 
+from ..ops import exporting
 from .ema import EMA
 from .emax import EMAX
 from .self_attention import SelfAttention2d
@@ -65,7 +66,17 @@ class GatedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention: [b, c, h, w] to [b, c, h, w]."""
         gate = self.residual_gate.to(x.dtype).view(1, -1, 1, 1)
+        if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves no other one out)
+            if exporting():
+                return self._lerp_by_parts(x.contiguous(), gate)
         return torch.lerp(x, self.attention(x).to(x.dtype), gate)
+
+    @torch.jit.unused
+    def _lerp_by_parts(self, x: Tensor, gate: Tensor) -> Tensor:
+        """lerp's formula, where torch.export would guard on the strides of lerp's result."""
+        attended = self.attention(x).to(x.dtype)
+        change = attended - x
+        return torch.where(gate < 0.5, x + gate * change, attended - (1 - gate) * change)
 
 
 def create_attention(

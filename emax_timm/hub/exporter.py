@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 
 from ..files import replace_file
 from ..training.config import UsageError
+from .onnx_shapes import take_sizes_from_tensors
 from .verify import Check, ExportError, Shape, first_line, outputs_of, random_images, times, verify
 
 __all__ = ["FORMATS", "ExportReport", "check_target", "export_model"]
@@ -251,7 +252,9 @@ def _save(
                 opset_version=OPSET,
                 verbose=False,
             )
-            onnx_program.save(file, external_data=False)
+            model = onnx_program.model_proto
+            take_sizes_from_tensors(model)
+            file.write_bytes(model.SerializeToString())
     except OSError:
         raise
     except Exception as error:

@@ -236,10 +236,25 @@ def _with_attention(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self, *args, **kwargs):
         return self.attention(cls.forward(self, *args, **kwargs))
 
-    namespace: dict[str, Any] = {"forward": forward, "__module__": __name__}
+    def reduce_ex(self, protocol):
+        # No import finds this class: pickle makes it anew.
+        _, _, *state = cls.__reduce_ex__(self, protocol)
+        return _empty_with_attention, (cls,), *state
+
+    namespace: dict[str, Any] = {
+        "forward": forward,
+        "__reduce_ex__": reduce_ex,
+        "__module__": __name__,
+    }
     if issubclass(cls, nn.ModuleDict):
         # DenseNet's blocks run through their items.
         namespace["items"] = lambda self: [
             (name, layer) for name, layer in self._modules.items() if name != "attention"
         ]
     return type(f"{cls.__name__}WithAttention", (cls,), namespace)  # pyright: ignore[reportReturnType]
+
+
+def _empty_with_attention(cls: type[nn.Module]) -> nn.Module:
+    """An object of the class above, which pickle fills."""
+    kind = _with_attention(cls)
+    return kind.__new__(kind)

@@ -17,7 +17,7 @@ Dimension letters, in all files of the package:
 """
 
 from .backend import Backend
-from .dispatch import BackendError, emax, emax_maps, explain, use_backend
+from .dispatch import BackendError, emax, emax_maps, explain, exporting, use_backend
 from .weights import EMAXConfig, EMAXMaps, EMAXWeights, bias_of
 
 __all__ = [
@@ -30,5 +30,6 @@ __all__ = [
     "emax",
     "emax_maps",
     "explain",
+    "exporting",
     "use_backend",
 ]

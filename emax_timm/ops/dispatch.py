@@ -31,6 +31,7 @@ __all__ = [
     "emax",
     "emax_maps",
     "explain",
+    "exporting",
     "outside_autocast",
     "report_fallback",
     "use_backend",
@@ -111,7 +112,10 @@ def outside_autocast(function: Callable) -> Callable:
 
 @outside_autocast
 def _emax(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> Tensor:
-    if _follows_operations():
+    if exporting():
+        # In another layout, torch.export would guard on strides.
+        return emax_plain(x.contiguous(), weights, noise)
+    if torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return emax_plain(x, weights, noise)
     backend = choose(x, weights)
     if not torch.is_grad_enabled():
@@ -134,13 +138,12 @@ def check_input(x: Tensor, channels: int) -> None:
         raise ValueError(f"x must be [b, {channels}, h, w], not {list(x.shape)}")
 
 
-def _follows_operations() -> bool:
-    return torch.jit.is_tracing() or _exporting() or forward_ad._current_level >= 0
+def exporting() -> bool:
+    """Whether torch.export traces, which writes single operations down.
 
-
-def _exporting() -> bool:
-    # torch 2.6 does not tell, and its compiler knows too little of autograd nodes: there this is
-    # true of torch.compile as well.
+    torch 2.6 does not tell, and its compiler knows too little of autograd nodes: there this is true
+    of torch.compile as well.
+    """
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 

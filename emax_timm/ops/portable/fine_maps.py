@@ -111,11 +111,19 @@ def row_and_column_gates(
         Means of x over w [b, F, d, h] and over h [b, F, d, w], and the gates in (0, 1) from each.
     """
     rows, columns = x.mean(4), _column_means(x, plain)
-    mixing = weights.conv1x1_weight.flatten(1)  # [d, d]
-    shift = weights.conv1x1_bias.unsqueeze(-1)  # [d, 1]
-    gate_h = torch.sigmoid(torch.matmul(mixing, rows) + shift)
-    gate_w = torch.sigmoid(torch.matmul(mixing, columns) + shift)
+    gate_h = torch.sigmoid(_mix_channels(rows, weights, plain))
+    gate_w = torch.sigmoid(_mix_channels(columns, weights, plain))
     return rows, columns, gate_h, gate_w
+
+
+def _mix_channels(x: Tensor, weights: EMAXWeights, plain: bool) -> Tensor:
+    """conv1x1 of x [b, F, d, n]."""
+    if plain:
+        # With a matrix product torch.export would guard on the sizes of images.
+        weight = weights.conv1x1_weight.flatten(2)  # [d, d, 1]
+        mixed = F.conv1d(x.flatten(0, 1), weight, weights.conv1x1_bias)
+        return mixed.unflatten(0, [x.shape[0], x.shape[1]])
+    return torch.matmul(weights.conv1x1_weight.flatten(1), x) + weights.conv1x1_bias.unsqueeze(-1)
 
 
 def deviations(x: Tensor, mean: Tensor, gate_h: Tensor, gate_w: Tensor) -> Tensor:

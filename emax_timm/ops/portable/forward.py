@@ -207,8 +207,14 @@ def choose_groups(
 
 
 def score_groups(fine: FineMaps) -> Tensor:
-    """The score of each fine group's second term in a coarser group, [b, F]."""
-    return torch.logsumexp(fine.conv_means, dim=-1)
+    """The score of each fine group's second term in a coarser group, [b, F].
+
+    It is the logsumexp of the channels' means, which some tools that read ONNX files do not know:
+    the difference of a mean and its log-softmax, for every channel the same but for rounding, which
+    is least where the softmax is large.
+    """
+    log_share = torch.log_softmax(fine.conv_means, dim=-1)
+    return (log_share.exp().detach() * (fine.conv_means - log_share)).sum(-1)
 
 
 def mix_groups(score: Tensor, choice: Tensor, config: EMAXConfig, warmup: Tensor) -> Mixing:
