@@ -6,6 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before anything loads torch: workers of pytest-xdist, and what they start, share the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hub_server import Hub, serve
 from hub_testing import REPO, Published, emax

@@ -15,7 +15,7 @@ from ..ops import EMAXMaps, bias_of
 from ..ops.dispatch import check_input, draw_noise, outside_autocast, report_fallback
 from ..ops.reference import Parts, emax
 
-__all__ = ["SqueezeExcite", "by_children", "changed_child", "refuse_scripting"]
+__all__ = ["SqueezeExcite", "by_children", "changed_child", "refuse_scripting", "without_exports"]
 
 
 class SqueezeExcite(nn.Sequential):
@@ -117,25 +117,24 @@ def _change(child: Any, kind: type[nn.Module] | None) -> str | None:
     return None
 
 
-def by_children(x: Tensor, parts: Parts, change: str, training: bool) -> tuple[Tensor, EMAXMaps]:
+def by_children(x: Tensor, layer: Any, change: str) -> tuple[Tensor, EMAXMaps]:
     """The output, like x [b, c, h, w], and the maps of a layer, by calls of its children.
 
     Args:
-        parts: The children.
-        change: What `changed_child` says.
-        training: Draw noise for the choice of groups.
+        layer: An EMAX or EMA layer.
+        change: What `changed_child` says of it.
 
     Raises:
         BackendError: If a backend was asked for that does not call children.
-        ValueError: If x has no four dimensions.
+        ValueError: If x is no [b, c, h, w].
     """
     report_fallback(change)
-    return _by_children(x, parts, training)
+    check_input(x, layer.channels)
+    return _by_children(x, layer.parts(), layer.training)
 
 
 @outside_autocast
 def _by_children(x: Tensor, parts: Parts, training: bool) -> tuple[Tensor, EMAXMaps]:
-    check_input(x, x.shape[1])
     noise = draw_noise(x, parts.config.candidates, training)
     # Children take what their parameters are; quantised ones have none, and take float32.
     children = [part for part in parts if isinstance(part, nn.Module)]
@@ -161,3 +160,12 @@ def refuse_scripting(attention: nn.Module) -> nn.Module:
         kind = type(attention).__name__
         raise RuntimeError(f"{kind} cannot be scripted: its {change}; torch.jit.trace can do it")
     return attention
+
+
+def without_exports(attention: nn.Module, names: list[str]) -> list[str]:
+    """The names of a layer's attributes that torch.jit.trace may look at.
+
+    It compiles the methods that are marked for TorchScript, and those read the weights of children
+    that must be called.
+    """
+    return names if changed_child(attention) is None else [n for n in names if n != "attention"]

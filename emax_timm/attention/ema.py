@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import EMAXConfig, EMAXWeights, bias_of, emax, emax_maps
 from ..ops.reference import Parts
-from .children import by_children, changed_child, refuse_scripting
+from .children import by_children, changed_child, refuse_scripting, without_exports
 
 __all__ = ["EMA"]
 
@@ -41,6 +41,7 @@ class EMA(nn.Module):
         for name, value in (("channels", channels), ("factor", factor)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        self.channels = channels
         self.groups = math.gcd(channels, factor)  # F
         self.group_channels = channels // self.groups  # d
         self.conv1x1 = nn.Conv2d(self.group_channels, self.group_channels, kernel_size=1, **dd)
@@ -55,7 +56,7 @@ class EMA(nn.Module):
         if not torch.jit.is_scripting():
             change = changed_child(self)
             if change is not None:
-                return by_children(x, self.parts(), change, self.training)[1].spatial
+                return by_children(x, self, change)[1].spatial
         return emax_maps(x, self.weights(), False).spatial
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class EMA(nn.Module):
         if not torch.jit.is_scripting():
             change = changed_child(self)
             if change is not None:
-                return by_children(x, self.parts(), change, self.training)[0]
+                return by_children(x, self, change)[0]
         return emax(x, self.weights(), False)
 
     def weights(self) -> EMAXWeights:
@@ -87,6 +88,9 @@ class EMA(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return refuse_scripting(self)
+
+    def __dir__(self) -> list[str]:
+        return without_exports(self, super().__dir__())
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}"

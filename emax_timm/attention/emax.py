@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..ops import EMAXConfig, EMAXMaps, EMAXWeights, bias_of, emax, emax_maps
 from ..ops.reference import Parts
-from .children import SqueezeExcite, by_children, changed_child, refuse_scripting
+from .children import SqueezeExcite, by_children, changed_child, refuse_scripting, without_exports
 
 __all__ = ["EMAX", "set_grouping"]
 
@@ -70,6 +70,7 @@ class EMAX(nn.Module):
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
         if not isinstance(gate_init, int | float) or not math.isfinite(gate_init):
             raise ValueError(f"gate_init must be a finite number, not {gate_init!r}")
+        self.channels = channels
         self.groups = math.gcd(channels, factor)  # F
         self.candidates = _candidates(self.groups, group_counts)
         self.batch_vote = batch_vote
@@ -130,7 +131,7 @@ class EMAX(nn.Module):
         if not torch.jit.is_scripting():
             change = changed_child(self)
             if change is not None:
-                return by_children(x, self.parts(), change, self.training)[1]
+                return by_children(x, self, change)[1]
         return emax_maps(x, self.weights(), self.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ class EMAX(nn.Module):
         if not torch.jit.is_scripting():
             change = changed_child(self)
             if change is not None:
-                return by_children(x, self.parts(), change, self.training)[0]
+                return by_children(x, self, change)[0]
         return emax(x, self.weights(), self.training)
 
     def weights(self) -> EMAXWeights:
@@ -200,6 +201,9 @@ class EMAX(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return refuse_scripting(self)
+
+    def __dir__(self) -> list[str]:
+        return without_exports(self, super().__dir__())
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}, candidates={self.candidates}, batch_vote={self.batch_vote}"

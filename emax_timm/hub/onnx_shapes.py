@@ -26,6 +26,7 @@ def take_sizes_from_tensors(model: Any) -> None:
     shapes = {value.name: _sizes(value) for value in values}
     first: dict[str, tuple[str, int]] = {}  # tensor and axis, by size
     made: dict[int | str, str] = {}  # name of a tensor that holds the size, by size
+    joined: dict[tuple[int | str, ...], str] = {}  # and of one that holds several
     nodes: list[Any] = []
 
     def note(name: str) -> None:
@@ -52,9 +53,12 @@ def take_sizes_from_tensors(model: Any) -> None:
         if any(isinstance(size, str) for size in sizes) and all(
             isinstance(size, int) or size in first for size in sizes
         ):
-            shape = f"shape_of_{node.output[0]}"
-            nodes.append(helper.make_node("Concat", [holder(s) for s in sizes], [shape], axis=0))
-            node.input[1] = shape
+            key = tuple(sizes)
+            if key not in joined:
+                joined[key] = f"sizes_{len(joined)}"
+                parts = [holder(size) for size in sizes]
+                nodes.append(helper.make_node("Concat", parts, [joined[key]], axis=0))
+            node.input[1] = joined[key]
         nodes.append(node)
         for name in node.output:
             note(name)
@@ -67,7 +71,7 @@ def _sizes(value: Any) -> list[int | str]:
 
 
 def _replace_nodes(graph: Any, nodes: list[Any]) -> None:
-    """Put nodes in place of a graph's, without those that nothing needs."""
+    """Put nodes in place of a graph's, and drop what nothing needs then."""
     needed = {value.name for value in graph.output}
     kept = []
     for node in reversed(nodes):
@@ -76,6 +80,7 @@ def _replace_nodes(graph: Any, nodes: list[Any]) -> None:
             kept.append(node)
     del graph.node[:]
     graph.node.extend(reversed(kept))
-    still_there = [value for value in graph.value_info if value.name in needed]
-    del graph.value_info[:]
-    graph.value_info.extend(still_there)
+    for named in (graph.initializer, graph.value_info):
+        still_there = [entry for entry in named if entry.name in needed]
+        del named[:]
+        named.extend(still_there)

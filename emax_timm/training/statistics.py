@@ -76,9 +76,10 @@ def layer_statistics(model: nn.Module, images: Tensor) -> dict[str, dict[str, An
 
 def _measure(layer: EMAX, x: Tensor) -> dict[str, Any]:
     maps = layer.attention(x)
-    chosen = maps.group_count.unsqueeze(1) == layer.group_counts  # [b, K]
+    candidates = torch.tensor(layer.candidates, device=maps.group_count.device)
+    chosen = maps.group_count.unsqueeze(1) == candidates  # [b, K]
     result: dict[str, Any] = {
-        "group_counts": layer.group_counts.tolist(),
+        "group_counts": layer.candidates,
         "histogram": chosen.sum(0).tolist(),
         "residual_gate": layer.residual_gate.abs().mean().item(),
         "spatial_saturation": _saturation(maps.spatial),

@@ -1,7 +1,6 @@
 """Whole networks with EMAX against the same networks with the naive formulas."""
 
 import copy
-from typing import Any
 
 import pytest
 import timm
@@ -11,7 +10,7 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from emax_timm.attention import EMAX
-from emax_timm.attention.reference import NaiveEMAX
+from emax_timm.benchmark.modules import NaiveEMAX
 
 
 def network_with_emax(name: str, seed: int) -> nn.Module:
@@ -39,19 +38,10 @@ def network_with_emax(name: str, seed: int) -> nn.Module:
 
 def with_the_naive_formulas(network: nn.Module) -> nn.Module:
     network = copy.deepcopy(network)
-    for name, module in list(network.named_modules()):
-        if isinstance(module, EMAX):
-            channels = module.residual_gate.numel()
-            naive = NaiveEMAX(channels, factor=module.groups, reduction=_reduction(module))
-            naive.load_state_dict(module.state_dict())
-            network.set_submodule(name, naive.eval())
-    assert not any(isinstance(module, EMAX) for module in network.modules())
+    for module in network.modules():
+        if type(module) is EMAX:
+            module.__class__ = NaiveEMAX
     return network
-
-
-def _reduction(module: EMAX) -> int:
-    gate: Any = module.channel_gate
-    return module.residual_gate.numel() // gate[1].out_channels
 
 
 def results(network: nn.Module, images: Tensor) -> dict[str, Tensor]:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from emax_timm import kernels
 from emax_timm.benchmark.command import benchmark
 from emax_timm.benchmark.modules import LAYERS
 from emax_timm.benchmark.timing import Measured, mean_ratio
+from emax_timm.ops.cpp import library
 
 
 def test_all_layers_are_measured_on_all_shapes(
@@ -56,7 +56,7 @@ def test_kernels_that_are_not_built_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("EMAX_KERNELS_DIR", str(tmp_path))
-    monkeypatch.setattr(kernels, "_loaded", None)
+    monkeypatch.setattr(library, "_problem", library._NOT_TRIED)
     options = ["--systems", "EMAX, C++", "--shapes", "1x8x4x4", "--rounds", "1"]
     assert benchmark(["modules", *options]) == 2
     assert "run `emax kernels build`" in capsys.readouterr().err

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emax_timm.attention import EMAX
-from emax_timm.attention.reference import NaiveEMAX
+from emax_timm.attention import EMA, EMAX
+from emax_timm.ops import EMAXMaps, reference
 
 # One entry per way in which a layer can lack a part.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -52,7 +52,7 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def force(module: EMAX | NaiveEMAX, count: int, margin: float = 3.0) -> None:
+def force(module: EMAX, count: int, margin: float = 3.0) -> None:
     """Makes the controller choose `count`, with a softmax that still has a gradient."""
     if module.group_controller is None:
         assert module.candidates == [count]
@@ -71,9 +71,38 @@ def make_emax(
     return module
 
 
-def reference_of(module: EMAX, channels: int, **knobs: Any) -> NaiveEMAX:
-    """The naive module with the same parameters, in the same dtype and mode."""
-    naive = NaiveEMAX(channels, dtype=module.residual_gate.dtype, **knobs)
+def make_ema(
+    channels: int, *, seed: int = 0, dtype: torch.dtype = torch.float64, **knobs: Any
+) -> EMA:
+    """An EMA layer in eval mode with random parameters."""
+    module = EMA(channels, dtype=dtype, **knobs).eval()
+    randomise(module, seed)
+    return module
+
+
+class ReferenceEMAX(EMAX):
+    """An EMAX layer that computes by the plain formulas of `ops/reference.py`."""
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self._both(x, noise)[0]
+
+    def attention(self, x: Tensor, noise: Tensor | None = None) -> EMAXMaps:
+        return self._both(x, noise)[1]
+
+    def _both(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, EMAXMaps]:
+        return reference.emax(x, reference.parts_of(self.weights()), noise)
+
+
+class ReferenceEMA(EMA):
+    """An EMA layer that computes by the plain formulas of `ops/reference.py`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.emax(x, reference.parts_of(self.weights()))[0]
+
+
+def reference_of(module: EMAX, channels: int, **knobs: Any) -> ReferenceEMAX:
+    """The plain formulas with the same parameters, in the same dtype and mode."""
+    naive = ReferenceEMAX(channels, dtype=module.residual_gate.dtype, **knobs)
     naive.load_state_dict(module.state_dict())
     return naive.train(module.training)
 
@@ -106,11 +135,13 @@ def emax_results(module: EMAX, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
         return results | module.attention(x)._asdict()
 
 
-def naive_results(module: NaiveEMAX, x: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+def naive_results(
+    module: ReferenceEMAX, x: Tensor, noise: Tensor | None = None
+) -> dict[str, Tensor]:
     """Output, gradients and maps of the reference."""
     results = gradients(module, x, lambda x: module(x, noise))
     with torch.no_grad():
-        return results | module.attention(x, noise)
+        return results | module.attention(x, noise)._asdict()
 
 
 def assert_same(

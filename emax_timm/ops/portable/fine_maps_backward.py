@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..weights import EMAXWeights
-from .fine_maps import border_means, deviations, row_and_column_gates, weigh_channels
+from .fine_maps import FineMaps, border_means, deviations, row_and_column_gates, weigh_channels
 from .forward import Attended, output_factor
 
 __all__ = ["FineGrads", "fine_maps_backward"]
@@ -42,35 +42,23 @@ def fine_maps_backward(
     pixels = h * w
     fine = attended.fine
     conv3x3 = weights.conv3x3_weight.flatten(1)  # [d, d * 9]
-    constant = torch.softmax(weights.gn_bias, dim=0)  # [d]
-    kernel = torch.matmul(constant, conv3x3).view(-1, 9)
     rows, columns, gate_h, gate_w = row_and_column_gates(x, weights, plain=False)
     deviation = deviations(x, fine.mean, gate_h, gate_w)
+    grad_gated, grad_means, grad_gn_weight, grad_gn_bias = _second_term_backward(
+        deviation, weights, fine, grads
+    )
 
-    # second = sum over d of scale * (deviation - gated_mean) + softmax * gn_bias
-    softmax = torch.softmax(fine.conv_means, dim=-1)  # [b, F, d]
-    scale = softmax * weights.gn_weight * fine.rstd
-    # Centred, so that a mean of the deviations that is far above their deviation cancels exactly.
-    total = grads.second.sum((2, 3)).unsqueeze(-1)  # [b, F, 1]
-    second = grads.second - total.unsqueeze(-1) / pixels
-    # No matrix product: its long sums round more, and what follows magnifies that.
-    grad_scale = (deviation * second.unsqueeze(2)).sum((3, 4))
-    grad_softmax = grad_scale * weights.gn_weight * fine.rstd + weights.gn_bias * total
-    grad_gn_weight = (grad_scale * softmax * fine.rstd).sum((0, 1))
-    grad_gn_bias = (softmax * total).sum((0, 1))
-    # The gradient of the gated features, through the map and through their two moments.
-    curve = -grad_scale * softmax * weights.gn_weight * fine.rstd.pow(3) / pixels
-    grad_gated = _as_image(curve) * (deviation - _as_image(fine.gated_mean))
-    grad_gated = grad_gated + _as_image(scale) * second.unsqueeze(2)
-
-    # The softmax is over the border means' products with conv3x3.
+    # The means of conv3x3(x) are the border means' products with its weight.
     borders = border_means(x, rows, columns)  # [b, F, d, 9]
-    inner = (softmax * grad_softmax).sum(-1, keepdim=True)
-    grad_means = softmax * (grad_softmax - inner + grads.score.unsqueeze(-1))  # [b, F, d]
     grad_borders = torch.matmul(grad_means, conv3x3).view_as(borders) / pixels
-
+    # The first term is a correlation with conv3x3, weighted with softmax(gn_bias).
+    constant = torch.softmax(weights.gn_bias, dim=0)  # [d]
+    kernel = torch.matmul(constant, conv3x3).view(-1, 9)
     moved = _as_each_offset_sees(grads.first)  # [b, F, 9, h, w]
-    grad_kernel = torch.matmul(x.flatten(3), moved.flatten(3).mT).sum((0, 1))  # [d, 9]
+    grad_kernel = torch.matmul(x.flatten(3), moved.flatten(3).mT).sum((0, 1)).flatten()  # [d * 9]
+    grad_first = grads.first.sum()
+    grad_constant = torch.matmul(conv3x3, grad_kernel) + grad_first * weights.conv3x3_bias
+    grad_constant = constant * (grad_constant - torch.dot(constant, grad_constant))
 
     # The gates of rows and columns, whose gradients are sums of that of their product.
     grad_gate = grad_gated * x
@@ -96,10 +84,6 @@ def fine_maps_backward(
     grad_pre = torch.cat([grad_pre_h, grad_pre_w], 3)  # [b, F, d, h + w]
     pooled = torch.cat([rows, columns], 3)
     grad_means, borders = grad_means.flatten(0, 1), borders.flatten(2).flatten(0, 1)  # [b * F, ...]
-    # The kernel is conv3x3, weighted with softmax(gn_bias).
-    grad_kernel, grad_first = grad_kernel.flatten(), grads.first.sum()
-    grad_constant = torch.matmul(conv3x3, grad_kernel) + grad_first * weights.conv3x3_bias
-    grad_constant = constant * (grad_constant - torch.dot(constant, grad_constant))
     return {
         "x": grad_x,
         "conv1x1_weight": torch.matmul(grad_pre, pooled.mT).sum((0, 1)),
@@ -109,6 +93,41 @@ def fine_maps_backward(
         "gn_weight": grad_gn_weight,
         "gn_bias": grad_gn_bias + grad_constant,
     }
+
+
+def _second_term_backward(
+    deviation: Tensor, weights: EMAXWeights, fine: FineMaps, grads: FineGrads
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of what the second term and the scores come from.
+
+    second = sum over d of scale * (deviation - gated_mean) + softmax * gn_bias
+
+    Args:
+        deviation: [b, F, d, h, w].
+
+    Returns:
+        Gradients of the gated features, [b, F, d, h, w], of the means of conv3x3(x), [b, F, d], and
+        of gn's weight and bias, [d] each; of the bias without what it has in the first term.
+    """
+    pixels = deviation.shape[3] * deviation.shape[4]
+    softmax = torch.softmax(fine.conv_means, dim=-1)  # [b, F, d]
+    scale = softmax * weights.gn_weight * fine.rstd
+    # Centred, so that a mean of the deviations that is far above their deviation cancels exactly.
+    total = grads.second.sum((2, 3)).unsqueeze(-1)  # [b, F, 1]
+    second = grads.second - total.unsqueeze(-1) / pixels
+    # No matrix product: its long sums round more, and what follows magnifies that.
+    grad_scale = (deviation * second.unsqueeze(2)).sum((3, 4))
+    grad_softmax = grad_scale * weights.gn_weight * fine.rstd + weights.gn_bias * total
+    grad_gn_weight = (grad_scale * softmax * fine.rstd).sum((0, 1))
+    grad_gn_bias = (softmax * total).sum((0, 1))
+    # The gradient of the gated features, through the map and through their two moments.
+    curve = -grad_scale * softmax * weights.gn_weight * fine.rstd.pow(3) / pixels
+    grad_gated = _as_image(curve) * (deviation - _as_image(fine.gated_mean))
+    grad_gated = grad_gated + _as_image(scale) * second.unsqueeze(2)
+    # The scores are the logsumexps of what the softmax is of.
+    inner = (softmax * grad_softmax).sum(-1, keepdim=True)
+    grad_means = softmax * (grad_softmax - inner + grads.score.unsqueeze(-1))
+    return grad_gated, grad_means, grad_gn_weight, grad_gn_bias
 
 
 def _as_image(values: Tensor) -> Tensor:

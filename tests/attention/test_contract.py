@@ -1,0 +1,113 @@
+"""Every attention of the factory keeps the contract, bare and behind a gate."""
+
+from typing import Any, ClassVar
+
+from attention_contract import AttentionContract, GateContract
+from ema_contract import EMAContract
+from graph_contract import CompileContract, ExportContract, GraphContract
+
+
+class GatedContract(GateContract, ExportContract, CompileContract):
+    """What takes seconds is tested behind the gate alone, which has the bare attention inside."""
+
+    gate_init = 0.5
+
+
+class TestEMA(EMAContract):
+    name = "ema"
+    sizes = ("channels", "factor")
+
+
+class TestGatedEMA(GatedContract, GraphContract):
+    name = "ema"
+    exact_under_autocast = True
+
+
+class TestSE(AttentionContract, GraphContract):
+    name = "se"
+
+
+class TestGatedSE(GatedContract, TestSE):
+    pass
+
+
+class TestECA(AttentionContract, GraphContract):
+    name = "eca"
+
+
+class TestGatedECA(GatedContract, TestECA):
+    pass
+
+
+class TestCBAM(AttentionContract, GraphContract):
+    name = "cbam"
+
+
+class TestGatedCBAM(GatedContract, TestCBAM):
+    pass
+
+
+class TestCoord(AttentionContract, GraphContract):
+    name = "coord"
+
+
+class TestGatedCoord(GatedContract, TestCoord):
+    pass
+
+
+class TestMSA(AttentionContract, GraphContract):
+    name = "msa"
+    sizes = ("channels", "head_dim", "max_size")
+
+
+class TestGatedMSA(GatedContract, TestMSA):
+    pass
+
+
+# EMAX has a gate of its own, and parts that it can lack -------------------------------------------
+
+
+class EMAXContract(GateContract, EMAContract):
+    name = "emax"
+
+
+class TestEMAX(EMAXContract, ExportContract, CompileContract):
+    sizes = ("channels", "factor", "reduction")
+    exact_under_autocast = True
+
+
+class Variant(EMAXContract):
+    widths = (2, 40)
+
+
+class TestEMAXFinest(Variant):
+    knobs: ClassVar[dict[str, Any]] = {"group_counts": "finest"}
+
+
+class TestEMAXWithoutFinest(Variant):
+    knobs: ClassVar[dict[str, Any]] = {"group_counts": [1, 2]}
+
+
+class TestEMAXOneCoarse(Variant):
+    knobs: ClassVar[dict[str, Any]] = {"group_counts": [2]}
+
+
+class TestEMAXNoChannelGate(Variant):
+    knobs: ClassVar[dict[str, Any]] = {"channel_gate": False}
+
+
+class TestEMAXNoGlobalGate(Variant):
+    knobs: ClassVar[dict[str, Any]] = {"global_gate": False}
+
+
+class TestEMAXSpatialOnly(Variant):
+    knobs: ClassVar[dict[str, Any]] = {"channel_gate": False, "global_gate": False}
+
+
+class TestEMAXOneHiddenUnit(Variant):
+    knobs: ClassVar[dict[str, Any]] = {"reduction": 1000}
+
+
+class TestEMAXBatchVote(Variant):
+    knobs: ClassVar[dict[str, Any]] = {"batch_vote": True}
+    independent = False  # the batch votes on the group count
