@@ -2,8 +2,9 @@
 
 from ..ops import EMAXMaps
 from .ema import EMA
-from .emax import EMAX, set_grouping
+from .emax import EMAX
 from .factory import ATTENTIONS, GatedAttention, create_attention
+from .schedule import set_grouping
 
 __all__ = [
     "ATTENTIONS",

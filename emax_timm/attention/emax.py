@@ -18,7 +18,7 @@ from ..ops import EMAXConfig, EMAXMaps, EMAXWeights, bias_of, emax, emax_maps
 from ..ops.reference import Parts
 from .children import SqueezeExcite, by_children, changed_child, refuse_scripting, without_exports
 
-__all__ = ["EMAX", "set_grouping"]
+__all__ = ["EMAX"]
 
 # One node each in a torch.fx graph: inside, the code depends on the input's dtype.
 torch.fx.wrap("emax")
@@ -89,7 +89,7 @@ class EMAX(nn.Module):
         self.global_attn = SqueezeExcite(channels, hidden, **dd) if global_gate else None
         self.residual_gate = nn.Parameter(torch.empty(channels, **dd))
 
-        # The state of the grouping's schedule: see `set_grouping`.
+        # The state of the grouping's schedule: see `schedule.set_grouping`.
         self.register_buffer("warmup", torch.empty((), device=device, dtype=torch.float32))
         self.register_buffer("temperature", torch.empty((), device=device, dtype=torch.float32))
         self.reset_parameters()
@@ -207,36 +207,6 @@ class EMAX(nn.Module):
 
     def extra_repr(self) -> str:
         return f"groups={self.groups}, candidates={self.candidates}, batch_vote={self.batch_vote}"
-
-
-def set_grouping(
-    model: nn.Module, *, warmup: float | None = None, temperature: float | None = None
-) -> int:
-    """Set the schedule of dynamic grouping on all EMAX layers of a model, in place.
-
-    Args:
-        model: Any module; a DistributedDataParallel or compiled one too.
-        warmup: s in [0, 1]: 0 groups as EMA does, 1 as the controller chooses. None keeps it.
-        temperature: tau > 0 of the straight-through softmax. None keeps it.
-
-    Returns:
-        The number of EMAX layers found; those of a scripted model are not.
-
-    Raises:
-        ValueError: If a value is out of its range.
-    """
-    if warmup is not None and not 0 <= warmup <= 1:
-        raise ValueError(f"warmup must be in [0, 1], not {warmup!r}")
-    smallest = torch.finfo(torch.float32).tiny
-    if temperature is not None and not smallest <= temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, not {temperature!r}")
-    layers = [module for module in model.modules() if isinstance(module, EMAX)]
-    for layer in layers:
-        if warmup is not None:
-            layer.warmup.fill_(warmup)
-        if temperature is not None:
-            layer.temperature.fill_(temperature)
-    return len(layers)
 
 
 def _candidates(finest: int, group_counts: str | Sequence[int] | None) -> list[int]:
