@@ -69,14 +69,17 @@ class EMA(nn.Module):
 
     def weights(self) -> EMAXWeights:
         """What a backend computes with."""
+        conv1x1 = self.conv1x1
+        conv3x3 = self.conv3x3
+        gn = self.gn
         return EMAXWeights(
-            config=EMAXConfig(self.groups, [self.groups], False, self.gn.eps),
-            conv1x1_weight=self.conv1x1.weight,
-            conv1x1_bias=bias_of(self.conv1x1.weight, self.conv1x1.bias),
-            conv3x3_weight=self.conv3x3.weight,
-            conv3x3_bias=bias_of(self.conv3x3.weight, self.conv3x3.bias),
-            gn_weight=self.gn.weight,
-            gn_bias=self.gn.bias,
+            config=EMAXConfig(self.groups, [self.groups], False, gn.eps),
+            conv1x1_weight=conv1x1.weight,
+            conv1x1_bias=bias_of(conv1x1.weight, conv1x1.bias),
+            conv3x3_weight=conv3x3.weight,
+            conv3x3_bias=bias_of(conv3x3.weight, conv3x3.bias),
+            gn_weight=gn.weight,
+            gn_bias=gn.bias,
         )
 
     @torch.jit.unused

@@ -156,14 +156,17 @@ class EMAX(nn.Module):
         global_: list[Tensor | None] = [None, None, None, None]
         if self.global_attn is not None:
             global_ = self.global_attn.weights()
+        conv1x1 = self.conv1x1
+        conv3x3 = self.conv3x3
+        gn = self.gn
         return EMAXWeights(
-            config=EMAXConfig(self.groups, self.candidates, self.batch_vote, self.gn.eps),
-            conv1x1_weight=self.conv1x1.weight,
-            conv1x1_bias=bias_of(self.conv1x1.weight, self.conv1x1.bias),
-            conv3x3_weight=self.conv3x3.weight,
-            conv3x3_bias=bias_of(self.conv3x3.weight, self.conv3x3.bias),
-            gn_weight=self.gn.weight,
-            gn_bias=self.gn.bias,
+            config=EMAXConfig(self.groups, self.candidates, self.batch_vote, gn.eps),
+            conv1x1_weight=conv1x1.weight,
+            conv1x1_bias=bias_of(conv1x1.weight, conv1x1.bias),
+            conv3x3_weight=conv3x3.weight,
+            conv3x3_bias=bias_of(conv3x3.weight, conv3x3.bias),
+            gn_weight=gn.weight,
+            gn_bias=gn.bias,
             controller_weight=controller_weight,
             controller_bias=controller_bias,
             channel_reduce_weight=channel[0],

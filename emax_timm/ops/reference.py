@@ -132,8 +132,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     image, shape = list(range(2, x.ndim)), [1, -1, *[1] * (x.ndim - 2)]
-    variance, mean = torch.var_mean(x, image, correction=0, keepdim=True)
-    normed = (x - mean) / torch.sqrt(variance + eps)
+    deviation = x - x.mean(image, keepdim=True)
+    normed = deviation / torch.sqrt(deviation.square().mean(image, keepdim=True) + eps)
     return normed * weight.reshape(shape) + bias.reshape(shape)
 
 

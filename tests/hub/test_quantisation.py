@@ -49,10 +49,13 @@ class Calibration:
 
 
 @pytest.mark.parametrize("name", ["test_resnet_emax", "test_convnext_emax"])
-def test_static_int8_classifies_as_float32_does(name: str, tmp_path: Path) -> None:
+def test_static_int8_classifies_as_float32_does(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from onnxruntime.quantization import quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    monkeypatch.chdir(tmp_path)  # onnxruntime leaves files where it is called
     model = timm.create_model(name, pretrained=True).eval()
     files = [tmp_path / f"{kind}.onnx" for kind in ("float", "prepared", "int8")]
     assert export([name, "--pretrained", "--output", str(files[0])]) == 0
@@ -71,10 +74,13 @@ def test_static_int8_classifies_as_float32_does(name: str, tmp_path: Path) -> No
     assert torch.corrcoef(torch.stack([actual.flatten(), expected.flatten()]))[0, 1] > 0.98
 
 
-def test_every_network_that_is_exported_is_read(tmp_path: Path) -> None:
+def test_every_network_that_is_exported_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With strides and paddings whose sizes a tool derives in another form than torch does."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "model.onnx"
     options = ["--model-kwargs", "layers=(1,1,1,1)", "channels=(8,16,16,32)"]
     assert export(["resnet18_emax", *options, "--img-size", "64", "--output", str(file)]) == 0

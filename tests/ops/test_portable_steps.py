@@ -1,4 +1,4 @@
-"""The functions of the grouping, each against a plain statement of what it computes."""
+"""The steps of the portable backend, each against a plain statement of what it computes."""
 
 from itertools import pairwise
 
@@ -6,9 +6,37 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emax_testing import randn
-from torch import Tensor
+from torch import Tensor, nn
 
-from emax_timm.attention.grouping import choose_groups, gumbel_noise, mix_groups
+from emax_timm.ops import EMAXConfig
+from emax_timm.ops.dispatch import draw_noise
+from emax_timm.ops.portable.fine_maps import border_means, correlate
+from emax_timm.ops.portable.forward import choose_groups, mix_groups, squeeze_excite
+
+# The pass over x --------------------------------------------------------------------------------
+
+SIZES = pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 1), (2, 2), (1, 2), (7, 5)], ids=str)
+
+
+@SIZES
+def test_border_means_are_the_means_of_the_convolutions_by_one_offset(
+    size: tuple[int, int],
+) -> None:
+    x = randn(2, 3, 4, *size)
+    images = x.reshape(-1, 1, *size)
+    expected = F.conv2d(images, torch.eye(9).double().view(9, 1, 3, 3), padding=1).mean((2, 3))
+    actual = border_means(x, x.mean(4), x.mean(3))
+    torch.testing.assert_close(actual, expected.view(2, 3, 4, 9), rtol=0, atol=1e-14)
+
+
+@SIZES
+@pytest.mark.parametrize("plain", [False, True])
+def test_correlate_is_a_convolution_of_each_group(size: tuple[int, int], plain: bool) -> None:
+    x, kernel = randn(2, 3, 4, *size), randn(4, 9, seed=1)
+    groups = x.flatten(0, 1)
+    expected = F.conv2d(groups, kernel.view(1, 4, 3, 3), padding=1).view(2, 3, *size)
+    torch.testing.assert_close(correlate(x, kernel, plain), expected, rtol=0, atol=1e-13)
+
 
 # Mixing -----------------------------------------------------------------------------------------
 
@@ -23,8 +51,8 @@ def mixing_matrices(
     score: Tensor, choice: Tensor, counts: list[int], warmup: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The matrices that act on the first and the second term, each [b, F, F]."""
-    fine = score.shape[1]
-    mixing = mix_groups(score, choice, same_group(fine, counts), torch.tensor(warmup))
+    config = EMAXConfig(score.shape[1], counts, batch_vote=False, eps=1e-5)
+    mixing = mix_groups(score, choice, config, torch.tensor(warmup))
     return mixing.first, mixing.second
 
 
@@ -121,7 +149,7 @@ def test_choose_groups_samples_with_the_softmaxs_probabilities(temperature: floa
     torch.manual_seed(0)
     tau = torch.tensor(temperature)
     logits = logits.expand(40_000, 4)
-    choice, _ = choose_groups(logits, tau, gumbel_noise(logits), batch_vote=False)
+    choice, _ = choose_groups(logits, tau, draw_noise(logits, [1, 2, 4, 8], True), False)
     # Four standard deviations of a frequency are 0.01.
     torch.testing.assert_close(choice.mean(0), torch.softmax(logits[0], dim=0), rtol=0, atol=0.01)
 
@@ -131,5 +159,30 @@ def test_choose_groups_survives_an_exponential_sample_of_zero(
 ) -> None:
     monkeypatch.setattr(Tensor, "exponential_", Tensor.zero_)
     logits = randn(3, 4, dtype=torch.float32)
-    choice, _ = choose_groups(logits, ONE, gumbel_noise(logits), batch_vote=False)
+    noise = draw_noise(logits, [1, 2, 4, 8], True)
+    choice, _ = choose_groups(logits, ONE, noise, batch_vote=False)
     assert torch.equal(choice, F.one_hot(logits.argmax(1), 4).float())
+
+
+def test_draw_noise_draws_where_there_is_something_to_choose_in_training() -> None:
+    x = randn(3, 24, 2, 2)
+    assert draw_noise(x, [8], True) is None
+    assert draw_noise(x, [4, 8], False) is None
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        noise = draw_noise(x.to(dtype), [4, 8], True)
+        assert noise is not None
+        assert noise.shape == (3, 2)
+        assert noise.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+# Gates ------------------------------------------------------------------------------------------
+
+
+def test_squeeze_excite_equals_its_modules() -> None:
+    gate = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 3, 1), nn.ReLU(), nn.Conv2d(3, 8, 1), nn.Sigmoid()
+    ).double()
+    x = randn(2, 8, 3, 4)
+    actual, hidden = squeeze_excite(x.mean((2, 3)), *gate.parameters())
+    torch.testing.assert_close(actual, gate(x).flatten(1), rtol=0, atol=1e-14)
+    torch.testing.assert_close(hidden, gate[:3](x).flatten(1), rtol=0, atol=1e-14)

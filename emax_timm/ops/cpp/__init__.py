@@ -23,7 +23,8 @@ def _unsupported(x: Tensor, weights: EMAXWeights) -> str | None:
         return f"it serves float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     if isinstance(x, FakeTensor):
         return "fake tensors have no data"
-    if peek_interpreter_stack() is not None:
+    # torch.compile traces with a stack of its own, and sees the operators.
+    if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
         return "transforms of torch.func do not see into it"
     return problem()
 

@@ -48,11 +48,11 @@ Layer::Layer(const TensorFields& fields, int64_t groups, at::IntArrayRef candida
       residual_gate(plain(fields, 17, 18)),
       batch_vote(batch_vote),
       eps(eps) {
-  const std::optional<Tensor> course = fields.get(18), tau = fields.get(19);
-  if (!course || (candidates.size() == 1 && candidates[0] == groups)) return;
+  if (candidates.size() == 1 && candidates[0] == groups) return;
   members.clear();
   for (const int64_t count : candidates) members.push_back(groups / count);
-  warmup = course->item<float>();
+  const std::optional<Tensor> s = fields.get(18), tau = fields.get(19);
+  warmup = s ? s->item<float>() : 0;
   if (tau) temperature = tau->item<float>();
 }
 
