@@ -12,6 +12,7 @@ from .hub.predict import predict
 from .hub.publish import publish
 from .hub.weights import weights
 from .interpret.command import visualize
+from .ops import BackendError
 from .training import train, validate
 from .training.config import nearest
 from .training.curves import curves
@@ -37,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `emax COMMAND ...`; returns the exit status."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in COMMANDS:
-        return COMMANDS[name][0](rest, prog=f"emax {name}")
+        try:
+            return COMMANDS[name][0](rest, prog=f"emax {name}")
+        except BackendError as error:
+            print(f"emax {name}: error: {error}", file=sys.stderr)
+            return 2
     lines = [f"  emax {command:<10} {text}" for command, (_, text) in COMMANDS.items()]
     usage = "\n".join(["usage: emax COMMAND --help", *lines])
     if name in ("-h", "--help"):

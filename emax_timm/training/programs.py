@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import WriteError
+from ..ops import BackendError
 from . import checkpoint
 from .build import build_trainer
 from .checks import check_bounds, check_model
@@ -211,7 +212,7 @@ def _status_of(program: Callable[[], None], prog: str) -> int:
     prefix = prog if rank == "0" else f"{prog} (rank {rank})"
     try:
         program()
-    except UsageError as error:
+    except (UsageError, BackendError) as error:
         # One line, also where the error of a library has several.
         print(f"{prefix}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

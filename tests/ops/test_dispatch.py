@@ -2,11 +2,13 @@
 
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from emax_testing import make_ema, make_emax, randn
+from PIL import Image
 from torch import Tensor
 
 from emax_timm.attention import EMA, EMAX
@@ -319,3 +321,15 @@ def test_another_shape_is_refused_with_the_right_one(layer: Any, shape: tuple[in
         with pytest.raises(ValueError, match=r"x must be \[b, 24, h, w\], not ") as raised:
             call(x)
         assert str(list(shape)) in str(raised.value)
+
+
+def test_a_command_with_an_unknown_backend_ends_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EMAX_BACKEND", "fast")
+    Image.new("L", (28, 28)).save(tmp_path / "image.png")
+    options = ["-m", "test_resnet_emax.fashion_mnist", str(tmp_path / "image.png")]
+    assert main(["predict", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("emax predict: error: unknown backend fast: ")
+    assert error.count("\n") == 1
