@@ -15,6 +15,7 @@ __all__ = [
     "deviations",
     "fine_maps",
     "row_and_column_gates",
+    "ungroup",
     "weigh_channels",
 ]
 
@@ -173,6 +174,12 @@ def border_means(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return rows.mean(-1, keepdim=True) - missed.flatten(-2)
 
 
+def ungroup(x: Tensor) -> Tensor:
+    """x [b, F, d, h, w] as [b, c, h, w], a view in any memory format."""
+    # With d = 1, torch.export would guard on the sizes of images to flatten.
+    return x.squeeze(2) if x.shape[2] == 1 else x.flatten(1, 2)
+
+
 def weigh_channels(x: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums over the channels of each group.
 
@@ -201,7 +208,7 @@ def correlate(x: Tensor, kernel: Tensor, plain: bool) -> Tensor:
         return _sum_over_offsets(x, kernel)
     groups = x.shape[1]
     weight = kernel.view(1, -1, 3, 3).expand(groups, -1, -1, -1)
-    return F.conv2d(x.flatten(1, 2), weight, padding=1, groups=groups)
+    return F.conv2d(ungroup(x), weight, padding=1, groups=groups)
 
 
 @torch.jit.unused

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..weights import EMAXConfig, EMAXMaps, EMAXWeights, in_dtype, present
-from .fine_maps import FineMaps, fine_maps
+from .fine_maps import FineMaps, fine_maps, ungroup
 
 __all__ = [
     "Attended",
@@ -328,4 +328,4 @@ def _apply_attention(x: Tensor, attended: Attended) -> Tensor:
     """The output of a layer, [b, c, h, w], in the dtype and memory format of x [b, F, d, h, w]."""
     # x comes first: its memory format is the product's. The product has four dimensions: of a view
     # of five the compiler would make a copy for channels_last.
-    return x.flatten(1, 2) * output_factor(attended.gates, attended.spatial).flatten(1, 2)
+    return ungroup(x) * ungroup(output_factor(attended.gates, attended.spatial))
