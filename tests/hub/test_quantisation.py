@@ -59,8 +59,8 @@ def test_static_int8_classifies_as_float32_does(
     model = timm.create_model(name, pretrained=True).eval()
     files = [tmp_path / f"{kind}.onnx" for kind in ("float", "prepared", "int8")]
     assert export([name, "--pretrained", "--output", str(files[0])]) == 0
-    # The pools beside test_resnet's convolutions have sizes that the tool does not know to be theirs:
-    # it needs telling, with attention or without.
+    # The pools beside test_resnet's convolutions have sizes that the tool does not know to be
+    # theirs: it needs telling, with attention or without.
     quant_pre_process(str(files[0]), str(files[1]), auto_merge=name == "test_resnet_emax")
     calibration, _ = sample_images(model, "train.tar", 64)
     quantize_static(str(files[1]), str(files[2]), Calibration(calibration))  # pyright: ignore[reportArgumentType]
