@@ -4,6 +4,7 @@ import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ SAMPLES = Path(emax_timm.__file__).parent / "samples" / "fashion_mnist"
 def sample_images(model: nn.Module, archive: str, count: int) -> tuple[Tensor, list[str]]:
     """Images of the packaged sample, as the model takes them, and the names of their classes."""
     config = resolve_model_data_config(model)
-    transform = create_transform(**config, is_training=False)
+    transform: Any = create_transform(**config, is_training=False)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
     images, classes = [], []
     with tarfile.open(SAMPLES / archive) as tar:

@@ -107,7 +107,7 @@ def test_hooks_fire_on_every_child_of_every_attention(name: str) -> None:
 def test_forward_mode_gives_the_difference_quotient(name: str) -> None:
     model = model_named(name).double()
     x, tangent = images().double(), images(seed=1).double()
-    _, actual = torch.func.jvp(model, (x,), (tangent,))
+    actual = torch.func.jvp(model, (x,), (tangent,))[1]
     step = 1e-6
     with torch.no_grad():
         expected = (model(x + step * tangent) - model(x - step * tangent)) / (2 * step)
