@@ -125,7 +125,7 @@ def _change(child: Any, kind: type[nn.Module] | None) -> str:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(child, name) for name in hooks):
         return "has hooks"
-    return f"is another {kind.__name__} than EMAX's"
+    return f"is another {type(child).__name__} than EMAX's"
 
 
 def by_children(x: Tensor, layer: Any, change: str) -> tuple[Tensor, EMAXMaps]:
