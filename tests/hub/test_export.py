@@ -316,7 +316,7 @@ def test_command_exports_the_folder_of_a_run_and_says_nothing_else(
     assert (result.returncode, result.stderr) == (0, "")
     head, *table = result.stdout.splitlines()
     assert head.startswith("model.onnx: ONNX, opset 18")
-    assert "height from 33" in head
+    assert "height from 1, width from 1" in head
     assert [line.split("  ")[0] for line in table] == [
         *("input", "1 x 3 x 64 x 64", "2 x 3 x 48 x 80", "3 x 3 x 77 x 69")
     ]
