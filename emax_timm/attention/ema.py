@@ -68,7 +68,7 @@ class EMA(nn.Module):
         return emax(x, self.weights(), False)
 
     def weights(self) -> EMAXWeights:
-        """What a backend computes with."""
+        """The constants and tensors that a backend takes, for this layer."""
         conv1x1 = self.conv1x1
         conv3x3 = self.conv3x3
         gn = self.gn

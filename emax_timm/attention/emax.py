@@ -143,7 +143,7 @@ class EMAX(nn.Module):
         return emax(x, self.weights(), self.training)
 
     def weights(self) -> EMAXWeights:
-        """What a backend computes with."""
+        """The constants and tensors that a backend takes, for this layer."""
         # TorchScript takes a value for present only where it has just seen it be compared to None.
         controller_weight: Tensor | None = None
         controller_bias: Tensor | None = None

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from attention_contract import LAYOUTS
-from emax_testing import assert_same, gradients, make_ema, randn
+from emax_testing import assert_same, gradients, make_ema, published_ema, randn
 from plain_forms import by_formulas
 from torch import Tensor
 
@@ -16,40 +16,6 @@ KEYS = ["conv1x1.weight", "conv1x1.bias", "conv3x3.weight", "conv3x3.bias", "gn.
 # Channels, factor and the groups that follow.
 LAYERS = [(1, 32, 1), (3, 32, 1), (32, 32, 32), (40, 32, 8), (100, 32, 4), (36, 24, 12), (12, 1, 1)]
 SIZES = [(1, 1), (1, 7), (5, 1), (2, 2), (17, 9)]
-
-
-def softmax(values: Tensor) -> Tensor:
-    """Over the last dimension."""
-    powers = (values - values.amax(-1, keepdim=True)).exp()
-    return powers / powers.sum(-1, keepdim=True)
-
-
-def formula(x: Tensor, weights: list[Tensor]) -> Tensor:
-    """Algorithm of arXiv 2305.13563 in sums and products: n groups of i channels, to o channels."""
-    mix, mix_bias, kernel, kernel_bias, scale, shift = weights
-    h, w = x.shape[2:]
-    grouped = x.reshape(-1, len(mix), h, w)
-    # The two directions share one 1x1 convolution.
-    along_h = torch.einsum("oi,nih->noh", mix[:, :, 0, 0], grouped.sum(3) / w)
-    along_w = torch.einsum("oi,niw->now", mix[:, :, 0, 0], grouped.sum(2) / h)
-    gate_h = 1 / (1 + (-along_h - mix_bias[:, None]).exp())
-    gate_w = 1 / (1 + (-along_w - mix_bias[:, None]).exp())
-    gated = torch.einsum("nihw,nih,niw->nihw", grouped, gate_h, gate_w)
-    deviation = gated - gated.sum((2, 3), keepdim=True) / (h * w)
-    variance = (deviation**2).sum((2, 3), keepdim=True) / (h * w)
-    one = deviation / (variance + 1e-5).sqrt() * scale[:, None, None] + shift[:, None, None]
-
-    padded = torch.zeros(len(grouped), len(mix), h + 2, w + 2, dtype=x.dtype)
-    padded[:, :, 1:-1, 1:-1] = grouped
-    three = kernel_bias[:, None, None].expand(len(grouped), -1, h, w)
-    for row in range(3):
-        for column in range(3):
-            seen = padded[:, :, row : row + h, column : column + w]
-            three = three + torch.einsum("oi,nihw->nohw", kernel[:, :, row, column], seen)
-
-    cross = torch.einsum("ni,nihw->nhw", softmax(one.mean((2, 3))), three)
-    cross = cross + torch.einsum("ni,nihw->nhw", softmax(three.mean((2, 3))), one)
-    return (grouped / (1 + (-cross[:, None]).exp())).view_as(x)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +36,7 @@ def test_ema_and_the_reference_equal_the_published_formula(
                 module.conv1x1.weight.div_(100)
                 module.conv3x3.weight.div_(100)
         weights: list[Tensor] = [module.get_parameter(key) for key in KEYS]
-        expected = gradients(module, x, partial(formula, weights=weights))
+        expected = gradients(module, x, partial(published_ema, weights=weights))
         # A large mean costs the reference digits, as it would torch's group norm.
         tolerance = 1e-9 if kind == "mean" else 1e-10
         assert_same(gradients(module, x, by_formulas(module)), expected, tolerance)
@@ -152,4 +118,4 @@ def test_the_state_dict_is_the_published_one(channels: int, d: int) -> None:
     module.load_state_dict(given)
     x = randn(2, channels, 3, 4, dtype=torch.float32)
     weights = [given[key] for key in KEYS]
-    torch.testing.assert_close(module(x), formula(x, weights), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module(x), published_ema(x, weights), rtol=1e-4, atol=1e-5)

@@ -173,3 +173,37 @@ def assert_as_precise(draws: list[dict[str, tuple[float, float]]]) -> None:
     for name in draws[0]:
         ours, naive = (statistics.median(draw[name][i] for draw in draws) for i in (0, 1))
         assert ours <= max(4 * naive, 1e-6), f"{name}: error {ours:.1e}, naive {naive:.1e}"
+
+
+def softmax(values: Tensor) -> Tensor:
+    """Over the last dimension."""
+    powers = (values - values.amax(-1, keepdim=True)).exp()
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def published_ema(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """EMA by sums and products, as in arXiv 2305.13563: n groups of i channels, to o channels."""
+    mix, mix_bias, kernel, kernel_bias, scale, shift = weights
+    h, w = x.shape[2:]
+    grouped = x.reshape(-1, len(mix), h, w)
+    # The two directions share one 1x1 convolution.
+    along_h = torch.einsum("oi,nih->noh", mix[:, :, 0, 0], grouped.sum(3) / w)
+    along_w = torch.einsum("oi,niw->now", mix[:, :, 0, 0], grouped.sum(2) / h)
+    gate_h = 1 / (1 + (-along_h - mix_bias[:, None]).exp())
+    gate_w = 1 / (1 + (-along_w - mix_bias[:, None]).exp())
+    gated = torch.einsum("nihw,nih,niw->nihw", grouped, gate_h, gate_w)
+    deviation = gated - gated.sum((2, 3), keepdim=True) / (h * w)
+    variance = (deviation**2).sum((2, 3), keepdim=True) / (h * w)
+    one = deviation / (variance + 1e-5).sqrt() * scale[:, None, None] + shift[:, None, None]
+
+    padded = torch.zeros(len(grouped), len(mix), h + 2, w + 2, dtype=x.dtype)
+    padded[:, :, 1:-1, 1:-1] = grouped
+    three = kernel_bias[:, None, None].expand(len(grouped), -1, h, w)
+    for row in range(3):
+        for column in range(3):
+            seen = padded[:, :, row : row + h, column : column + w]
+            three = three + torch.einsum("oi,nihw->nohw", kernel[:, :, row, column], seen)
+
+    cross = torch.einsum("ni,nihw->nhw", softmax(one.mean((2, 3))), three)
+    cross = cross + torch.einsum("ni,nihw->nhw", softmax(three.mean((2, 3))), one)
+    return (grouped / (1 + (-cross[:, None]).exp())).view_as(x)
