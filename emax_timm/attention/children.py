@@ -90,29 +90,34 @@ def changed_child(attention: nn.Module) -> str | None:
 
 
 def _is_untouched(child: Any, kind: type[nn.Module] | None) -> bool:
-    """Whether calling the child is what its kind does; every forward pass asks this 16 times."""
-    return (
-        type(child) is kind
-        and not child._forward_hooks
-        and not child._forward_pre_hooks
-        and not child._backward_hooks
-        and not child._backward_pre_hooks
-        and "forward" not in child.__dict__
-        and (kind is not nn.Conv2d or _is_usual_convolution(child))
-        and (kind is not nn.GroupNorm or (child.affine and child.num_groups == child.num_channels))
-        and (kind is not nn.Linear or child._parameters.get("bias", child) is not None)
-    )
+    """Whether calling the child is what its kind does.
+
+    Every forward pass asks this 16 times: in the instance's dictionary an attribute takes a third
+    of the time that `nn.Module` takes for it.
+    """
+    if type(child) is not kind:
+        return False
+    own = child.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return False
+    if own["_backward_hooks"] or own["_backward_pre_hooks"] or "forward" in own:
+        return False
+    if kind is nn.Conv2d:
+        return _is_usual_convolution(own)
+    if kind is nn.Linear:
+        return own["_parameters"].get("bias", child) is not None
+    return kind is not nn.GroupNorm or (own["affine"] and own["num_groups"] == own["num_channels"])
 
 
-def _is_usual_convolution(child: Any) -> bool:
-    side = child.kernel_size[0]
+def _is_usual_convolution(own: dict[str, Any]) -> bool:
+    side = own["kernel_size"][0]
     return (
-        child.padding == (side // 2, side // 2)
-        and child.stride == (1, 1)
-        and child.dilation == (1, 1)
-        and child.groups == 1
-        and child.padding_mode == "zeros"
-        and child._parameters.get("bias", child) is not None
+        own["padding"] == (side // 2, side // 2)
+        and own["stride"] == (1, 1)
+        and own["dilation"] == (1, 1)
+        and own["groups"] == 1
+        and own["padding_mode"] == "zeros"
+        and own["_parameters"].get("bias", own) is not None
     )
 
 
