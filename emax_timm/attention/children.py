@@ -38,12 +38,13 @@ class SqueezeExcite(nn.Sequential):
 
     def weights(self) -> list[Tensor | None]:
         """Weight and bias of the reducing, then of the expanding convolution."""
-        reduce, expand = self[1], self[3]
+        # By name: `self[1]` looks through the list, in every forward pass.
+        reduce, expand = getattr(self, "1"), getattr(self, "3")
         return [
-            reduce.weight,  # pyright: ignore[reportReturnType]
-            bias_of(reduce.weight, reduce.bias),  # pyright: ignore[reportArgumentType]
-            expand.weight,  # pyright: ignore[reportReturnType]
-            bias_of(expand.weight, expand.bias),  # pyright: ignore[reportArgumentType]
+            reduce.weight,
+            bias_of(reduce.weight, reduce.bias),
+            expand.weight,
+            bias_of(expand.weight, expand.bias),
         ]
 
     def reset_parameters(self) -> None:
