@@ -13,7 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 from hub_server import Hub, serve
 from hub_testing import REPO, Published, emax
-from training_testing import TRAIN, Programs, image_folder
+from interpreters import Interpreter
+from training_testing import TRAIN, image_folder
 
 # Kernels that whoever runs the tests has built would compute in place of what is tested.
 _no_kernels = tempfile.TemporaryDirectory(prefix="emax-kernels-")
@@ -21,9 +22,9 @@ os.environ.setdefault("EMAX_KERNELS_DIR", _no_kernels.name)
 
 
 @pytest.fixture(scope="session")
-def programs() -> Iterator[Programs]:
+def programs() -> Iterator[Interpreter]:
     """Runs train.py and validate.py in processes of their own."""
-    programs = Programs()
+    programs = Interpreter("emax_timm.training")
     yield programs
     programs.close()
 
@@ -35,7 +36,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(programs: Programs, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(programs: Interpreter, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of train.py; not to be written to."""
     options = "--model test_resnet_emax --img-size 32 -b 8 -j 0 --warmup-epochs 0 --epochs 3"
     options += " --opt adamw --lr 0.003 --output . --experiment run"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_testing import ENVIRONMENT
+from interpreters import ENVIRONMENT
 
 from emax_timm.benchmark.accuracy import table
 

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 from faults_testing import RUN
-from training_testing import TRAIN, Programs, run_on_two_ranks
+from interpreters import Interpreter
+from training_testing import TRAIN, run_on_two_ranks
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def whole(programs: Programs, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(programs: Interpreter, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing befell."""
     folder = tmp_path_factory.mktemp("whole")
     result = programs.run(TRAIN, images, *RUN, cwd=folder)

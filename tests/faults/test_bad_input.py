@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreters import Interpreter, Result
 from training_testing import (
     SMALL,
     TRAIN,
     VALIDATE,
-    Programs,
-    Result,
     files_in,
     image_folder,
     newest_checkpoint,
@@ -41,7 +40,7 @@ def message(result: Result, script: str) -> str:
 
 
 @pytest.fixture
-def refused(programs: Programs, tmp_path: Path) -> Refused:
+def refused(programs: Interpreter, tmp_path: Path) -> Refused:
     """Runs a script that must be refused and returns its one line."""
 
     def refused(script: str, *arguments: str | Path) -> str:
@@ -57,7 +56,7 @@ def refused(programs: Programs, tmp_path: Path) -> Refused:
 
 
 @pytest.fixture(scope="module")
-def finished(programs: Programs, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(programs: Interpreter, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run on `images`; not to be written to."""
     folder = tmp_path_factory.mktemp("finished")
     options = ["--output", folder, "--experiment", "run", "--epochs", "1"]
@@ -75,9 +74,9 @@ def run_copy(finished: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("script", [TRAIN, VALIDATE])
 def test_program_started_as_users_do_refuses_an_unknown_flag(script: str, tmp_path: Path) -> None:
     # The other cases go through the server; this one shows that it leaves nothing out.
-    import training_testing
+    import interpreters
 
-    program = training_testing.ROOT / script
+    program = interpreters.ROOT / script
     result = run_program(program, "/nowhere", "--modle", "resnet18", cwd=tmp_path)
     assert message(result, script).endswith(
         "unknown flag --modle; the nearest valid one is --model"

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from faults_testing import RUN, assert_same_run
+from interpreters import Interpreter
 from training_testing import (
     SMALL,
     TRAIN,
     VALIDATE,
-    Programs,
     rows_without_seconds,
     run_on_two_ranks,
     state_of,
@@ -40,7 +40,7 @@ def skipped(stderr: str) -> set[str]:
 
 
 def test_training_skips_and_counts_a_broken_image_whatever_the_workers(
-    programs: Programs, folder: Path, tmp_path: Path
+    programs: Interpreter, folder: Path, tmp_path: Path
 ) -> None:
     [path] = break_images(folder, 1)
     runs = []
@@ -60,7 +60,7 @@ def test_training_skips_and_counts_a_broken_image_whatever_the_workers(
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_broken_images_stop_the_run_and_mended_ones_let_it_go_on(
-    programs: Programs, images: Path, folder: Path, tmp_path: Path, workers: int
+    programs: Interpreter, images: Path, folder: Path, tmp_path: Path, workers: int
 ) -> None:
     paths = break_images(folder, 5)
     argv = [folder, *RUN, "-j", str(workers), "--max-broken-fraction", "0.1"]
@@ -82,7 +82,7 @@ def test_too_many_broken_images_stop_the_run_and_mended_ones_let_it_go_on(
 
 
 def test_run_that_goes_on_has_counted_the_broken_images_before(
-    programs: Programs, folder: Path, tmp_path: Path
+    programs: Interpreter, folder: Path, tmp_path: Path
 ) -> None:
     break_images(folder, 4)
     runs = []
@@ -112,7 +112,7 @@ def test_too_many_broken_images_stop_all_ranks(folder: Path, tmp_path: Path) -> 
 
 
 def test_broken_validation_image_is_an_error_that_names_it(
-    programs: Programs, images: Path, folder: Path, tmp_path: Path
+    programs: Interpreter, images: Path, folder: Path, tmp_path: Path
 ) -> None:
     [path] = break_images(folder, 1, "validation")
     argv = [folder, *SMALL, "--epochs", "1", "--output", ".", "--experiment", "run"]

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from faults_testing import NAN_AT, RUN, assert_same_run, with_fault
-from training_testing import TRAIN, Programs, left_by, state_of
+from interpreters import Interpreter
+from training_testing import TRAIN, left_by, state_of
 
 
 def test_loss_that_is_not_finite_keeps_the_last_good_step(
-    programs: Programs, images: Path, whole: Path, tmp_path: Path
+    programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     script = with_fault(tmp_path, NAN_AT.format(factor="float('nan')"))
     result = programs.run(str(script), images, *RUN, cwd=tmp_path)
@@ -30,7 +31,7 @@ def test_loss_that_is_not_finite_keeps_the_last_good_step(
 
 
 def test_step_that_is_not_finite_is_skipped_if_asked(
-    programs: Programs, images: Path, tmp_path: Path
+    programs: Interpreter, images: Path, tmp_path: Path
 ) -> None:
     script = with_fault(tmp_path, NAN_AT.format(factor="float('inf')"))
     result = programs.run(str(script), images, *RUN, "--nonfinite", "skip", cwd=tmp_path)
@@ -57,7 +58,7 @@ NAN = "float('nan')"
 
 
 def test_metric_that_is_not_a_number_is_never_the_best(
-    programs: Programs, images: Path, tmp_path: Path
+    programs: Interpreter, images: Path, tmp_path: Path
 ) -> None:
     metrics = f"[(1, {NAN}, 9), (1, 70, 9), ({NAN}, 80, 9)]"
     script = with_fault(tmp_path, METRICS.format(metrics=metrics))
@@ -78,7 +79,7 @@ Trainer._loss = spike
 
 @pytest.mark.parametrize("policy", ["warn", "skip", "stop"])
 def test_spike_of_the_loss_meets_the_policy_and_names_its_samples(
-    programs: Programs, images: Path, tmp_path: Path, policy: str
+    programs: Interpreter, images: Path, tmp_path: Path, policy: str
 ) -> None:
     script = with_fault(tmp_path, SPIKE)
     options = ["--loss-spike", "20", "--on-spike", policy]

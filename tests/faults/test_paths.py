@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from faults_testing import RUN, assert_same_run, keep_only
+from interpreters import Interpreter
 from PIL import Image
-from training_testing import SMALL, TRAIN, Programs, files_in, newest_checkpoint
+from training_testing import SMALL, TRAIN, files_in, newest_checkpoint
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_links_in_a_run_s_folder_are_replaced_not_followed(
-    programs: Programs, images: Path, whole: Path, outside: Path, tmp_path: Path
+    programs: Interpreter, images: Path, whole: Path, outside: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
     keep_only(folder, 10)
@@ -53,7 +54,7 @@ def test_links_in_a_run_s_folder_are_replaced_not_followed(
 
 @pytest.mark.parametrize("name", ["../outside/state.pt", "/etc/hostname", "state.pt/../state.pt"])
 def test_sums_name_no_file_that_is_opened(
-    programs: Programs, images: Path, whole: Path, tmp_path: Path, name: str
+    programs: Interpreter, images: Path, whole: Path, tmp_path: Path, name: str
 ) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
     with (newest_checkpoint(folder) / "SHA256SUMS").open("a") as file:
@@ -63,7 +64,7 @@ def test_sums_name_no_file_that_is_opened(
 
 
 def test_members_of_a_tar_with_odd_names_leave_nothing_outside(
-    programs: Programs, tmp_path: Path
+    programs: Interpreter, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -90,7 +91,7 @@ def test_members_of_a_tar_with_odd_names_leave_nothing_outside(
 
 @pytest.mark.parametrize("name", ["../run", "..", "a/b", "/tmp/run"])
 def test_name_of_a_run_is_that_of_one_folder(
-    programs: Programs, images: Path, tmp_path: Path, name: str
+    programs: Interpreter, images: Path, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "cwd").mkdir()
     result = programs.run(TRAIN, images, *SMALL, "--experiment", name, cwd=tmp_path / "cwd")

@@ -10,17 +10,8 @@ from pathlib import Path
 
 import pytest
 from faults_testing import NAN_AT, RUN, assert_same_run, keep_only, with_fault
-from training_testing import (
-    ENVIRONMENT,
-    ROOT,
-    TRAIN,
-    VALIDATE,
-    Programs,
-    Result,
-    rows_without_seconds,
-    run_on_two_ranks,
-    state_of,
-)
+from interpreters import ENVIRONMENT, ROOT, Interpreter, Result
+from training_testing import TRAIN, VALIDATE, rows_without_seconds, run_on_two_ranks, state_of
 
 SLOW = pytest.mark.slow
 pytestmark = pytest.mark.timeout(400)
@@ -236,7 +227,7 @@ def test_all_ranks_stop_before_a_step_that_is_not_finite_on_one(
 
 @SLOW
 def test_run_goes_on_with_a_warning_where_the_number_of_ranks_changes(
-    programs: Programs, images: Path, whole: Path, whole_on_two_ranks: Path, tmp_path: Path
+    programs: Interpreter, images: Path, whole: Path, whole_on_two_ranks: Path, tmp_path: Path
 ) -> None:
     for name, source, step in (("one", whole, 10), ("two", whole_on_two_ranks, 5)):
         (tmp_path / name).mkdir()
@@ -263,7 +254,7 @@ def test_run_goes_on_with_a_warning_where_the_number_of_ranks_changes(
 
 
 def test_images_that_do_not_divide_are_counted_once_each(
-    programs: Programs, images: Path, whole: Path, tmp_path: Path
+    programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     data = Path(shutil.copytree(images, tmp_path / "images"))
     (data / "validation" / "cat" / "0.png").unlink()
@@ -277,7 +268,7 @@ def test_images_that_do_not_divide_are_counted_once_each(
 
 
 def test_accuracy_of_two_ranks_is_that_of_validate_on_one(
-    programs: Programs, whole_on_two_ranks: Path, tmp_path: Path
+    programs: Interpreter, whole_on_two_ranks: Path, tmp_path: Path
 ) -> None:
     found = json.loads((whole_on_two_ranks / "summary.json").read_text())["validation"]
     weights = whole_on_two_ranks / "model.safetensors"

@@ -9,7 +9,8 @@ import pytest
 import safetensors.torch
 import torch
 from faults_testing import RUN, assert_same_run, with_fault
-from training_testing import TRAIN, VALIDATE, Programs, newest_checkpoint, only_line
+from interpreters import Interpreter
+from training_testing import TRAIN, VALIDATE, newest_checkpoint, only_line
 
 from emax_timm.training.checkpoint import load_checkpoint
 from emax_timm.training.distributed import World
@@ -51,7 +52,7 @@ Trainer.save = counting
 
 
 def run_killed_at(
-    operation: int, programs: Programs, images: Path, folder: Path, whole: Path
+    operation: int, programs: Interpreter, images: Path, folder: Path, whole: Path
 ) -> bool:
     """Kill a run at an operation of a save and let it go on; False if there is no such operation.
 
@@ -76,7 +77,7 @@ def run_killed_at(
 
 @pytest.mark.parametrize("operation", [2, 5, 9, 13])
 def test_run_killed_in_a_save_has_its_newest_whole_checkpoint(
-    operation: int, programs: Programs, images: Path, whole: Path, tmp_path: Path
+    operation: int, programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     assert run_killed_at(operation, programs, images, tmp_path / "killed", whole)
 
@@ -84,7 +85,7 @@ def test_run_killed_in_a_save_has_its_newest_whole_checkpoint(
 @SLOW
 @pytest.mark.timeout(600)
 def test_run_killed_at_each_operation_of_a_save_has_its_newest_whole_checkpoint(
-    programs: Programs, images: Path, whole: Path, tmp_path: Path
+    programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     operation = 1
     while run_killed_at(operation, programs, images, tmp_path / str(operation), whole):
@@ -106,7 +107,7 @@ Trainer.train_step = full
 
 
 def test_full_disk_is_reported_and_the_checkpoint_before_is_there(
-    programs: Programs, images: Path, whole: Path, tmp_path: Path
+    programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     script = with_fault(tmp_path, FULL_DISK)
     result = programs.run(str(script), images, *RUN, cwd=tmp_path)
@@ -132,7 +133,7 @@ Trainer.train_step = vanishes
 
 @pytest.mark.parametrize("then", ["pass", "open('run', 'w').close()"], ids=["gone", "a file"])
 def test_run_whose_folder_vanishes_says_so_and_leaves_its_checkpoint(
-    programs: Programs, images: Path, whole: Path, tmp_path: Path, then: str
+    programs: Interpreter, images: Path, whole: Path, tmp_path: Path, then: str
 ) -> None:
     script = with_fault(tmp_path, VANISHES.format(then=then))
     result = programs.run(str(script), images, *RUN, cwd=tmp_path)
@@ -175,7 +176,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_is_left_out_loudly(
-    programs: Programs, images: Path, whole: Path, tmp_path: Path, damage: str
+    programs: Interpreter, images: Path, whole: Path, tmp_path: Path, damage: str
 ) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
     newest = newest_checkpoint(folder)
@@ -189,7 +190,7 @@ def test_damaged_checkpoint_is_left_out_loudly(
 
 
 def test_run_whose_checkpoints_are_all_damaged_is_refused_and_untouched(
-    programs: Programs, images: Path, whole: Path, tmp_path: Path
+    programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
     for path in (folder / "checkpoints").iterdir():
@@ -205,7 +206,7 @@ def test_run_whose_checkpoints_are_all_damaged_is_refused_and_untouched(
 @pytest.mark.parametrize("name", ["model.safetensors", "last.safetensors"])
 @pytest.mark.parametrize("sums", [True, False])
 def test_damaged_weights_are_refused_by_name(
-    programs: Programs,
+    programs: Interpreter,
     whole: Path,
     tmp_path: Path,
     damage: Callable[[Path], None],
@@ -228,7 +229,7 @@ def test_damaged_weights_are_refused_by_name(
 
 @pytest.mark.parametrize("value", ["nan", "65504 * 2 in float16"])
 def test_weights_that_are_not_finite_are_refused_by_key(
-    programs: Programs, whole: Path, tmp_path: Path, value: str
+    programs: Interpreter, whole: Path, tmp_path: Path, value: str
 ) -> None:
     tensors = safetensors.torch.load_file(whole / "model.safetensors")
     if value == "nan":

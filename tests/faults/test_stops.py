@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from faults_testing import RUN, assert_same_run, keep_only, with_fault
-from training_testing import TRAIN, Programs, run_program, state_of
+from interpreters import Interpreter
+from training_testing import TRAIN, run_program, state_of
 
 SIGNAL_AT = """
 def signal_at(self, batches):
@@ -46,7 +47,7 @@ def test_error_ends_a_run_with_workers(images: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_number_of_workers_changes_nothing(
-    programs: Programs, images: Path, whole: Path, tmp_path: Path, workers: int
+    programs: Interpreter, images: Path, whole: Path, tmp_path: Path, workers: int
 ) -> None:
     result = programs.run(TRAIN, images, *RUN, "-j", str(workers), cwd=tmp_path)
     assert result.status == 0, result.stderr
@@ -71,7 +72,7 @@ def test_signal_stops_at_the_step_and_the_run_goes_on(
     images: Path,
     whole: Path,
     tmp_path: Path,
-    programs: Programs,
+    programs: Interpreter,
     fault: str,
     status: int,
     step: int,
@@ -89,7 +90,7 @@ def test_signal_stops_at_the_step_and_the_run_goes_on(
 
 
 def test_run_that_goes_on_elsewhere_warns_of_what_is_not_to_the_bit(
-    programs: Programs, images: Path, whole: Path, tmp_path: Path
+    programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
     keep_only(folder, 10)
@@ -106,7 +107,7 @@ def test_run_that_goes_on_elsewhere_warns_of_what_is_not_to_the_bit(
     "kills", [3, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
 )
 def test_run_killed_at_random_moments_ends_as_if_it_had_not_been(
-    programs: Programs, images: Path, whole: Path, tmp_path: Path, kills: int
+    programs: Interpreter, images: Path, whole: Path, tmp_path: Path, kills: int
 ) -> None:
     moments, done, runs = random.Random(kills), 0, 0
     while done < kills:
@@ -126,7 +127,7 @@ def test_run_killed_at_random_moments_ends_as_if_it_had_not_been(
 
 
 def test_second_run_in_a_folder_is_refused_and_a_dead_one_is_no_reason(
-    programs: Programs, images: Path, tmp_path: Path
+    programs: Interpreter, images: Path, tmp_path: Path
 ) -> None:
     fault = f"""
 def nested(self, batches):

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults_testing import assert_same_run, keep_only, with_fault
+from interpreters import Interpreter
 from PIL import Image
-from training_testing import SMALL, TRAIN, Programs, state_of
+from training_testing import SMALL, TRAIN, state_of
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ Trainer.{name} = signalled
 
 
 def test_stream_goes_on_in_mid_epoch_with_a_warning_and_as_many_steps(
-    programs: Programs, shards: Path, tmp_path: Path
+    programs: Interpreter, shards: Path, tmp_path: Path
 ) -> None:
     script = with_fault(tmp_path, SIGNAL.format(name="train_step", when="step == 5"))
     result = programs.run(str(script), *options(shards), cwd=tmp_path)
@@ -61,7 +62,7 @@ def test_stream_goes_on_in_mid_epoch_with_a_warning_and_as_many_steps(
 
 
 def test_stream_goes_on_after_an_epoch_as_if_it_had_not_stopped(
-    programs: Programs, shards: Path, tmp_path: Path
+    programs: Interpreter, shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "whole").mkdir()
     assert programs.run(TRAIN, *options(shards), cwd=tmp_path / "whole").status == 0

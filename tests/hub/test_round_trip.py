@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 from hub_testing import REPO, Published, emax, in_new_process
-from training_testing import VALIDATE, Programs
+from interpreters import Interpreter
+from training_testing import VALIDATE
 
 import emax_timm  # noqa: F401  (registers the models)
 
@@ -59,7 +60,7 @@ def test_published_model_has_the_same_top1(
 
 
 def test_release_is_a_run_that_can_be_validated(
-    published: Published, images: Path, programs: Programs, tmp_path: Path
+    published: Published, images: Path, programs: Interpreter, tmp_path: Path
 ) -> None:
     """The commands in the card."""
     summary = json.loads((published.run / "summary.json").read_text())["validation"]

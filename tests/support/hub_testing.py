@@ -1,13 +1,14 @@
 """What the tests of weights share: processes that know the local hub alone."""
 
-import os
+import atexit
+import functools
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors.torch
 from hub_server import Hub
+from interpreters import ENVIRONMENT, Interpreter
 from torch import Tensor
 
 EMAX = "import sys; from emax_timm.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -23,18 +24,25 @@ class Published(NamedTuple):
     stdout: str
 
 
+@functools.cache
+def _interpreter() -> Interpreter:
+    """One without the hub's client, which reads its environment when it is imported."""
+    interpreter = Interpreter("torch", "torchvision", "safetensors.torch")
+    atexit.register(interpreter.close)
+    return interpreter
+
+
 def in_new_process(
     source: str, home: Path, *arguments: str | Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run Python where the hub's client has its cache in `home` and no other hub."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", source, *map(str, arguments)],
-        env={**clean, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=200,
+    clean = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("HUGGING")}
+    result = _interpreter().run(
+        *("-c", source, *arguments),
+        cwd=Path.cwd(),
+        environment={**clean, "HF_HOME": str(home), **environment},
     )
+    return subprocess.CompletedProcess(source, result.status, result.stdout, result.stderr)
 
 
 def emax(

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from training_testing import ROOT, flags
+from interpreters import ROOT
+from training_testing import flags
 
 from emax_timm.training import TrainConfig, UsageError, ValidateConfig
 from emax_timm.training.checks import check_config

@@ -14,13 +14,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from interpreters import ENVIRONMENT, ROOT, Interpreter
 from training_testing import (
-    ENVIRONMENT,
-    ROOT,
     SMALL,
     TRAIN,
     VALIDATE,
-    Programs,
     files_in,
     only_line,
     run_on_two_ranks,
@@ -127,7 +125,7 @@ def test_two_ranks_refuse_a_mistake_in_one_line_each(images: Path, tmp_path: Pat
 
 
 def test_progress_is_plain_lines_without_a_terminal(
-    programs: Programs, images: Path, tmp_path: Path
+    programs: Interpreter, images: Path, tmp_path: Path
 ) -> None:
     options = ["--epochs", "2", "--log-interval", "2", "--output", tmp_path]
     result = programs.run(TRAIN, images, *SMALL, *options, cwd=tmp_path)

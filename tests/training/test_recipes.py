@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from training_testing import ROOT
+from interpreters import ROOT
 
 import emax_timm  # noqa: F401  (registers the models)
 from emax_timm.training import TrainConfig

@@ -15,10 +15,11 @@ import pytest
 import timm
 import torch
 import yaml
+from interpreters import Interpreter
 from safetensors import safe_open
 from timm.data import resolve_model_data_config
 from torch import nn
-from training_testing import SMALL_MODEL, TRAIN, VALIDATE, Programs, files_in, state_of
+from training_testing import SMALL_MODEL, TRAIN, VALIDATE, files_in, state_of
 
 import emax_timm
 from emax_timm.files import replace_file
@@ -249,7 +250,7 @@ def test_validation_of_a_run_gives_its_metrics(run_of: RunOf, name: str) -> None
 
 
 def test_run_of_a_config_that_was_saved_is_the_same_run(
-    run_of: RunOf, programs: Programs, tmp_path: Path
+    run_of: RunOf, programs: Interpreter, tmp_path: Path
 ) -> None:
     first = run_of().folder
     arguments = ["-c", first / "config.yaml", "--experiment", "again"]
@@ -290,7 +291,7 @@ def test_flag_wins_over_the_file_in_what_is_done(
 
 
 def test_folder_given_beside_the_sample_is_not_passed_over(
-    programs: Programs, images: Path, tmp_path: Path
+    programs: Interpreter, images: Path, tmp_path: Path
 ) -> None:
     # The sample's splits are not in the folder: whether the folder wins or the two are refused
     # together, there is nothing to train on or to validate.

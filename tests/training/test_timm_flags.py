@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from training_testing import TRAIN, VALIDATE, Programs
+from interpreters import Interpreter
+from training_testing import TRAIN, VALIDATE
 
 from emax_timm.training import TrainConfig, UsageError
 from emax_timm.training.config import from_mapping, parse_settings
@@ -114,7 +115,7 @@ TYPICAL = (
 
 @pytest.mark.parametrize("model", ["resnet18_emax", "resnet18"])
 def test_typical_timm_command_line_runs(
-    programs: Programs, images: Path, tmp_path: Path, model: str
+    programs: Interpreter, images: Path, tmp_path: Path, model: str
 ) -> None:
     arguments = ["--model", model, *TYPICAL.split(), "--output", tmp_path, "--experiment", "run"]
     result = programs.run(TRAIN, images, *arguments, cwd=tmp_path)

@@ -1,25 +1,15 @@
-"""What the tests of training share: tiny data sets and options, and programs run as processes.
+"""What the tests of training share: tiny data sets and options, and what runs leave."""
 
-Run as a script this file is the server behind `Programs`: it imports torch and timm once and forks
-a process per program, which spares the seconds that every start of Python would cost.
-"""
-
-import atexit
-import contextlib
 import json
-import os
-import runpy
-import signal
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from interpreters import ENVIRONMENT, Result
+
 TRAIN, VALIDATE = "train.py", "validate.py"
 
 # A model that trains an epoch of `image_folder` in under a second.
@@ -29,28 +19,8 @@ SMALL = [
     *["--img-size", "32", "-b", "8", "-j", "0", "--warmup-epochs", "0", "--lr", "0.05"],
 ]
 
-# Every name that a process under test may write to is given to it, so its environment is small.
-ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TQDM_"))},
-    "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
-}
-
-
 # `trainer_for` of conftest.py: options to a Trainer.
 MakeTrainer = Callable[..., Any]
-
-
-class Result(NamedTuple):
-    """What a finished process leaves."""
-
-    status: int
-    stdout: str
-    stderr: str
-
-    @property
-    def last_line(self) -> str:
-        return self.stdout.splitlines()[-1]
 
 
 def run_program(*command: str | Path, cwd: Path, timeout: float = 250) -> Result:
@@ -70,69 +40,6 @@ def run_on_two_ranks(*command: str | Path, cwd: Path, options: Sequence[str] = (
     """Run a script under torchrun, which may have more options."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
     return run_program(*launcher, *command, cwd=cwd)
-
-
-class Programs:
-    """Starts train.py and validate.py in processes of their own, quickly."""
-
-    def __init__(self) -> None:
-        self.server = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT,
-        )
-
-    def run(
-        self, script: str, *arguments: str | Path, cwd: Path, kill_after: float | None = None
-    ) -> Result:
-        """Run a script of the checkout in the folder `cwd`; SIGKILL it after so many seconds."""
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            request = [script, list(map(str, arguments)), str(cwd), str(out), str(err), kill_after]
-            self.server.stdin.write(json.dumps(request) + "\n")
-            self.server.stdin.flush()
-            status = int(self.server.stdout.readline())
-            return Result(status, out.read_text(), err.read_text())
-
-    def close(self) -> None:
-        assert self.server.stdin is not None
-        self.server.stdin.close()
-        self.server.wait(30)
-
-
-def serve() -> None:
-    """Fork a process for every line that comes in, and answer with its exit status."""
-    import emax_timm.training  # noqa: F401  (what makes a start slow)
-
-    for line in sys.stdin:
-        script, arguments, cwd, out, err, kill_after = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            os.chdir(cwd)
-            for descriptor, path in ((1, out), (2, err)):
-                os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
-            sys.argv = [script, *arguments]
-            sys.path[0] = str(ROOT)
-            status = 1
-            try:
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else 0
-            except BaseException:
-                sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            atexit._run_exitfuncs()  # as the interpreter does; multiprocessing ends workers there
-            os._exit(status)
-        if kill_after is not None:
-            time.sleep(kill_after)
-            os.kill(child, signal.SIGKILL)  # in vain if it has ended
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 def image_folder(
@@ -239,7 +146,3 @@ def only_line(text: str) -> str:
 
 def flags(values: Iterable[Any]) -> list[str]:
     return [str(value) for value in values]
-
-
-if __name__ == "__main__":
-    serve()
