@@ -29,6 +29,8 @@ SUMS = "SHA256SUMS"
 class WriteError(RuntimeError):
     """A file cannot be written; the message is one line that says where and why."""
 
+    exit_code = 1
+
 
 @contextlib.contextmanager
 def writing_to(path: Path) -> Iterator[None]:

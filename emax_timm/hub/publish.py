@@ -1,22 +1,21 @@
 """The `emax publish` command."""
 
 import contextlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import SUMS, WriteError, lock_folder, remove, write_folder, writing_to
+from ..files import SUMS, lock_folder, remove, write_folder, writing_to
 from ..models.weights import INDEX_FILE, WEIGHTS, WeightsEntry, read_index, write_index
+from ..runner import command
 from ..training.checks import check_bounds
 from ..training.config import UsageError, from_mapping, parse_settings
 from ..training.distributed import open_world
-from ..training.images import BrokenImageError
 from ..training.options import option
 from .integrity import check_folder
 from .release import Release, make_release
-from .upload import UploadError, check_repo, upload
+from .upload import check_repo, upload
 
 __all__ = ["publish", "put_in_index"]
 
@@ -44,7 +43,8 @@ class PublishConfig:
     workers: int | None = option(None, "processes that load images (default: as the run)", "-j")
 
 
-def publish(argv: Sequence[str] | None = None, prog: str = "emax publish") -> int:
+@command("emax publish")
+def publish(argv: Sequence[str], prog: str) -> int:
     """Publish a run as the command line says; returns the exit status."""
     try:
         settings = parse_settings(PublishConfig, argv, prog)
@@ -71,12 +71,8 @@ def publish(argv: Sequence[str] | None = None, prog: str = "emax publish") -> in
             with writing_to(Path(config.index_file)):
                 put_in_index(entry, Path(config.index_file))
             print(f"{release.model}.{release.tag} is in {config.index_file}")
-    except (UsageError, ValueError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (BrokenImageError, UploadError, WriteError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except ValueError as error:  # of an index, or of a release's files
+        raise UsageError(str(error)) from error
     return 0
 
 

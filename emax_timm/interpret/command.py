@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 from PIL import Image
 from timm.data import resolve_data_config
 
-from ..files import WriteError, remove, write_folder, writing_to
+from ..files import remove, write_folder, writing_to
 from ..hub.predict import DEFAULT_MODEL, class_namer
+from ..runner import command
 from ..training.checks import check_bounds
 from ..training.config import UsageError, from_mapping, parse_settings
 from ..training.images import BrokenImageError, open_image
@@ -61,25 +61,22 @@ class VisualizeConfig:
     overwrite: bool = option(False, "replace an earlier report")
 
 
-def visualize(argv: Sequence[str] | None = None, prog: str = "emax visualize") -> int:
+@command("emax visualize")
+def visualize(argv: Sequence[str], prog: str) -> int:
     """Make the report as the command line says; returns the exit status."""
-    try:
-        settings = parse_settings(VisualizeConfig, argv, prog)
-        config = from_mapping(VisualizeConfig, settings, "the command line")
-        check_bounds(config)
-        sources = find_images(config.images)
-        output = _check_output(config)
-        _check_packages(config)
-        name = _model_name(config)
-        model = _load(config, name)
-        compared = {other: _load_compared(other) for other in config.compare}
-        files = make_report(config, name, model, compared, sources)
-        with writing_to(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            _put(output, files)
-    except (ImportError, UsageError, WriteError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    settings = parse_settings(VisualizeConfig, argv, prog)
+    config = from_mapping(VisualizeConfig, settings, "the command line")
+    check_bounds(config)
+    sources = find_images(config.images)
+    output = _check_output(config)
+    _check_packages(config)
+    name = _model_name(config)
+    model = _load(config, name)
+    compared = {other: _load_compared(other) for other in config.compare}
+    files = make_report(config, name, model, compared, sources)
+    with writing_to(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _put(output, files)
     print(output / REPORT)
     return 0
 
@@ -165,12 +162,14 @@ def _check_output(config: VisualizeConfig) -> Path:
         if any(output.iterdir()) and not (config.overwrite and (output / REPORT).is_file()):
             hint = "--overwrite replaces it" if (output / REPORT).is_file() else "give another one"
             raise UsageError(f"{output} is not empty; {hint}")
-    with writing_to(output):
+    try:
         # A folder that can be made beside it, and is not kept: what is wrong is known at once.
         parent = next(folder for folder in output.absolute().parents if folder.exists())
         probe = parent / f".{output.name}.partial"
         probe.mkdir(exist_ok=True)
         probe.rmdir()
+    except OSError as error:
+        raise UsageError(f"cannot write to {output}: {error.strerror or error}") from None
     return output
 
 

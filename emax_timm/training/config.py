@@ -19,6 +19,7 @@ import yaml
 from .options import NOT_HERE
 
 __all__ = [
+    "Parser",
     "UsageError",
     "find_config",
     "from_mapping",
@@ -34,6 +35,8 @@ ConfigT = TypeVar("ConfigT")
 
 class UsageError(Exception):
     """A mistake in what the user asked for; its message is one line that says what to do."""
+
+    exit_code = 2
 
 
 def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[str, Any]:
@@ -169,7 +172,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One whose errors are a `UsageError`, one line without the usage."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
@@ -190,8 +195,8 @@ class _KeyValues(argparse.Action):
         setattr(namespace, self.dest, result)
 
 
-def _parser(kind: type, prog: str) -> _Parser:
-    parser = _Parser(
+def _parser(kind: type, prog: str) -> Parser:
+    parser = Parser(
         prog=prog,
         description=kind.__doc__,
         allow_abbrev=False,

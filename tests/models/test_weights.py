@@ -14,7 +14,7 @@ from hub_testing import as_bytes, in_new_process
 from torch import Tensor, nn
 
 import emax_timm  # noqa: F401  (registers the models)
-from emax_timm.cli import main
+from emax_cli import main
 from emax_timm.models import weights
 
 TWINS = {
@@ -273,7 +273,7 @@ def test_pretrained_without_weights_raises() -> None:
         timm.create_model("convnextv2_atto_emax", pretrained=True)
 
 
-PIN = "import sys; from emax_timm.cli import main; sys.exit(main(sys.argv[1:]))"
+PIN = "import sys; from emax_cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def test_pin_fills_in_what_the_hub_says(hub: Hub, tmp_path: Path) -> None:
