@@ -308,5 +308,5 @@ def test_pin_refuses_what_is_no_index(
     index = tmp_path / "weights.json"
     index.write_text(content)
     assert main(["weights", "pin", "--index", str(index)]) == 2
-    assert capsys.readouterr().err.startswith("emax weights pin: error: ")
+    assert capsys.readouterr().err.startswith("emax weights: error: ")
     assert index.read_text() == content
