@@ -16,19 +16,16 @@ ANSWERS = {"--help": 0, "trian": 2}
 
 def _fresh(source: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float]:
     """Run Python in a process of its own; the seconds are the least of three runs."""
+    command = [sys.executable, "-c", source]
     seconds = []
-    for _ in range(3):
+    while True:
         start = time.monotonic()
         done = subprocess.run(
-            [sys.executable, "-c", source],
-            cwd=cwd,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=60,
+            command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
         )
         seconds.append(time.monotonic() - start)
-    return done, min(seconds)
+        if len(seconds) == 3:
+            return done, min(seconds)
 
 
 @pytest.mark.parametrize("word", ANSWERS)

@@ -36,8 +36,10 @@ class ExportConfig:
     pretrained: bool = option(
         False, "published weights (always from hf-hub: and local-dir: without --checkpoint)"
     )
-    num_classes: int | None = option(None, "number of classes; 0 for pooled features")
-    img_size: int | None = option(None, "side of the images (default: as in the model's config)")
+    num_classes: int | None = option(None, "number of classes; 0 for pooled features", least=0)
+    img_size: int | None = option(
+        None, "side of the images (default: as in the model's config)", least=1
+    )
     model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
     features_only: bool = option(False, "feature maps of all stages instead of logits")
     fixed_size: bool = option(False, "take images of this size only")
@@ -78,10 +80,6 @@ def export(argv: Sequence[str], prog: str) -> int:
 def _build(config: ExportConfig) -> tuple[Any, tuple[int, int, int], bool]:
     """The model, the size of its input, and whether it has weights from somewhere."""
     name = str(config.model)
-    for option_name in ("num_classes", "img_size"):
-        value, least = getattr(config, option_name), int(option_name == "img_size")
-        if value is not None and value < least:
-            raise UsageError(f"{option_name} must be at least {least}, not {value}")
     pretrained = config.pretrained or ":" in name
     model = load_model(name, pretrained, config.checkpoint, config.num_classes, config.model_kwargs)
     channels, *sides = model.pretrained_cfg["input_size"]

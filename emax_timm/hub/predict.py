@@ -10,7 +10,7 @@ import torch
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 
 from ..runner import command
-from ..training.checks import check_bounds, check_model
+from ..training.checks import check_model
 from ..training.config import UsageError, from_mapping, parse_settings
 from ..training.images import BrokenImageError, open_image
 from ..training.models import create_model
@@ -32,7 +32,7 @@ class PredictConfig:
         "hf-hub:ORG/NAME; the default knows ten kinds of clothes, light on a dark ground",
         "-m",
     )
-    top: int = option(3, "classes to name for each image")
+    top: int = option(3, "classes to name for each image", least=1)
     exif_orientation: bool = option(True, "turn images upright as their EXIF data say")
 
 
@@ -49,7 +49,6 @@ def predict(argv: Sequence[str], prog: str) -> int:
     broken = 0
     settings = parse_settings(PredictConfig, argv, prog)
     config = from_mapping(PredictConfig, settings, "the command line")
-    check_bounds(config)
     if not config.images:
         raise UsageError("nothing to classify: give image files")
     for path in map(Path, config.images):

@@ -9,7 +9,6 @@ from typing import Any
 from ..files import SUMS, lock_folder, remove, write_folder, writing_to
 from ..models.weights import INDEX_FILE, WEIGHTS, WeightsEntry, read_index, write_index
 from ..runner import command
-from ..training.checks import check_bounds
 from ..training.config import UsageError, from_mapping, parse_settings
 from ..training.distributed import open_world
 from ..training.options import option
@@ -39,8 +38,12 @@ class PublishConfig:
     index_file: str = option(str(INDEX_FILE), "another index", metavar="FILE")
     data_dir: str | None = option(None, "where the run's data are now")
     device: str = option("", "cpu, cuda, … (default: cuda if there is one, else cpu)")
-    batch_size: int | None = option(None, "images per forward pass (default: as the run)", "-b")
-    workers: int | None = option(None, "processes that load images (default: as the run)", "-j")
+    batch_size: int | None = option(
+        None, "images per forward pass (default: as the run)", "-b", least=1
+    )
+    workers: int | None = option(
+        None, "processes that load images (default: as the run)", "-j", least=0
+    )
 
 
 @command("emax publish")
@@ -49,7 +52,6 @@ def publish(argv: Sequence[str], prog: str) -> int:
     try:
         settings = parse_settings(PublishConfig, argv, prog)
         config = from_mapping(PublishConfig, settings, "the command line")
-        check_bounds(config)
         _check(config)
         run = Path(str(config.run))
         folder = Path(config.output) if config.output else run / "release"

@@ -13,7 +13,6 @@ from timm.data import resolve_data_config
 from ..files import remove, write_folder, writing_to
 from ..hub.predict import DEFAULT_MODEL, class_namer
 from ..runner import command
-from ..training.checks import check_bounds
 from ..training.config import UsageError, from_mapping, parse_settings
 from ..training.images import BrokenImageError, open_image
 from ..training.models import load_model
@@ -47,15 +46,15 @@ class VisualizeConfig:
     output: str | None = option(None, "folder to make", metavar="DIR")
     checkpoint: str | None = option(None, "weights, a .safetensors file", metavar="FILE")
     pretrained: bool = option(True, "published weights, without --checkpoint")
-    num_classes: int | None = option(None, "number of classes (default: the model's)")
+    num_classes: int | None = option(None, "number of classes (default: the model's)", least=1)
     model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
     compare: list[str] = option(
         [], "models, with their weights, to show beside it", metavar="MODEL"
     )
     grad_cam: bool = option(True, "draw Grad-CAM beside the attention")
-    max_images: int = option(12, "images to draw, as many of each class; all are counted")
-    top: int = option(3, "classes to name for each image")
-    batch_size: int = option(32, "images to run at a time", "-b")
+    max_images: int = option(12, "images to draw, as many of each class; all are counted", least=1)
+    top: int = option(3, "classes to name for each image", least=1)
+    batch_size: int = option(32, "images to run at a time", "-b", least=1)
     format: str = option("png", "of the figures", choices=tuple(MEDIA_TYPES))
     exif_orientation: bool = option(True, "turn images upright as their EXIF data say")
     overwrite: bool = option(False, "replace an earlier report")
@@ -66,7 +65,6 @@ def visualize(argv: Sequence[str], prog: str) -> int:
     """Make the report as the command line says; returns the exit status."""
     settings = parse_settings(VisualizeConfig, argv, prog)
     config = from_mapping(VisualizeConfig, settings, "the command line")
-    check_bounds(config)
     sources = find_images(config.images)
     output = _check_output(config)
     _check_packages(config)

@@ -10,7 +10,7 @@ from typing import Any
 from ..runner import command
 from . import checkpoint
 from .build import build_trainer
-from .checks import check_bounds, check_model
+from .checks import check_model
 from .config import UsageError, from_mapping, layered, parse_settings, read_yaml
 from .data import (
     class_names,
@@ -89,7 +89,6 @@ def validate_with(settings: dict[str, Any], world: World, tested: bool = True) -
                 "name the model with --model, and its classes with --num-classes"
             )
     config = from_mapping(ValidateConfig, settings, "the command line")
-    check_bounds(config)
     if config.model is None:
         raise UsageError(
             "nothing to validate: give --checkpoint FILE, or --model NAME --pretrained"
