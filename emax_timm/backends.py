@@ -1,21 +1,22 @@
 """`emax backends` and `emax kernels`: what computes the attention on this machine."""
 
-import argparse
-import sys
 from collections.abc import Sequence
 
 import torch
 
 from .attention import EMAX
 from .ops import explain
-from .ops.cpp.library import BuildError, build
+from .ops.cpp.library import build
+from .runner import command
+from .training.config import Parser, UsageError
 
 __all__ = ["backends", "kernels"]
 
 
-def backends(argv: Sequence[str] | None = None, prog: str = "emax backends") -> int:
+@command("emax backends")
+def backends(argv: Sequence[str], prog: str) -> int:
     """Print for each backend whether it serves here, or why not; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog,
         description="What computes the attention on this machine, the first that serves preferred. "
         "EMAX_BACKEND=NAME asks for one, and makes it an error where that cannot serve.",
@@ -34,14 +35,14 @@ def backends(argv: Sequence[str] | None = None, prog: str = "emax backends") -> 
     return 0
 
 
-def kernels(argv: Sequence[str] | None = None, prog: str = "emax kernels") -> int:
+@command("emax kernels")
+def kernels(argv: Sequence[str], prog: str) -> int:
     """Build the C++ backend as the command line says; returns the exit status."""
-    parser = argparse.ArgumentParser(prog, description="EMAX in C++ for CPUs.", allow_abbrev=False)
+    parser = Parser(prog, description="EMAX in C++ for CPUs.", allow_abbrev=False)
     parser.add_argument("action", choices=["build"], help="build: compile it for this machine")
     parser.parse_args(argv)
     try:
         print(f"built {build()}; EMAX uses it from now on (EMAX_BACKEND=portable does not)")
-    except (OSError, BuildError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise UsageError(str(error)) from error
     return 0

@@ -2,12 +2,13 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 __all__ = [
     "SUMS",
@@ -28,6 +29,8 @@ SUMS = "SHA256SUMS"
 
 class WriteError(RuntimeError):
     """A file cannot be written; the message is one line that says where and why."""
+
+    exit_code = 1
 
 
 @contextlib.contextmanager
@@ -102,9 +105,20 @@ def _hidden(path: Path) -> Path:
 
 def _sync(path: Path) -> None:
     """Have the system write a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes only what is open for writing, and opens no folders: there, and on the network
+    # file systems that answer EINVAL, the file system alone decides when it writes the names.
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+    except PermissionError:
+        if folder:
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not folder or error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(descriptor)
 
@@ -116,13 +130,16 @@ def lock_folder(folder: Path) -> Iterator[bool]:
     The system takes the lock back when the process dies, whatever it dies of, and does not pass it
     on to its children.
     """
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def sha256_of(content: bytes | Path) -> str:

@@ -17,13 +17,13 @@ from hub_testing import emax
 from PIL import Image
 from timm_suite import ALL
 
+from emax_cli import main
 from emax_timm.attention import ATTENTIONS
 from emax_timm.benchmark import markdown, measure, model_names
 from emax_timm.benchmark.command import benchmark_parser
 from emax_timm.benchmark.faithfulness import MEASURES, faithfulness_parser
 from emax_timm.benchmark.plan import plan
 from emax_timm.benchmark.tables import text_around
-from emax_timm.cli import main
 from emax_timm.training import TrainConfig, train
 from emax_timm.training.config import from_mapping, parse_settings
 from emax_timm.training.data import SAMPLES
@@ -276,7 +276,7 @@ def test_readme_command_runs(line: str, workplace: Path) -> None:
         arguments[arguments.index("--epochs") + 1] = "2"
     launchers = {
         **{"python": [], "torchrun": ["-m", "torch.distributed.run"]},
-        "emax": ["-c", "import sys; from emax_timm.cli import main; sys.exit(main())"],
+        "emax": ["-c", "import sys; from emax_cli import main; sys.exit(main())"],
     }
     launcher = launchers[program]
     arguments = [str(ROOT / a) if (ROOT / a).suffix == ".py" else a for a in arguments]

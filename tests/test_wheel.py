@@ -45,8 +45,9 @@ def run(installed: Path, cwd: Path, *command: str) -> subprocess.CompletedProces
 def test_wheel_holds_the_package_its_data_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     info = f"emax_timm-{emax_timm.__version__}.dist-info/"
-    assert all(name.startswith(("emax_timm/", info)) for name in names)
+    assert all(name.startswith(("emax_cli.py", "emax_timm/", info)) for name in names)
     assert {
+        "emax_cli.py",
         "emax_timm/py.typed",
         "emax_timm/configs/quickstart.yaml",
         "emax_timm/models/weights.json",

@@ -18,7 +18,7 @@ from typing import Any
 
 __all__ = ["accuracy", "table"]
 
-_TRAIN = "import sys; from emax_timm.training import train; sys.exit(train())"
+_TRAIN = "import sys; from emax_cli import run; sys.exit(run('train', None, 'train.py'))"
 
 
 def accuracy(argv: Sequence[str] | None = None) -> int:

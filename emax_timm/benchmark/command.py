@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 
 from ..files import replace_file
-from ..hub.verify import ExportError
-from ..training.config import UsageError
+from ..runner import FailedRunError, command
+from ..training.config import Parser, UsageError
 from ..training.distributed import open_world
 from ..training.options import TrainConfig
 from . import growth, models, modules, onnx_speed, settings, startup, train_speed
@@ -26,9 +25,9 @@ Result = tuple[dict[str, Any], str]
 """Figures, and the report of them."""
 
 
-def benchmark(argv: Sequence[str] | None = None, prog: str = "emax benchmark") -> int:
+@command("emax benchmark")
+def benchmark(argv: Sequence[str], prog: str) -> int:
     """Run the benchmark that the command line asks for; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
     options = benchmark_parser(prog).parse_args(argv)
     try:
         if options.write is not None:
@@ -40,15 +39,19 @@ def benchmark(argv: Sequence[str] | None = None, prog: str = "emax benchmark") -
         found, report = result
         print(report)
         if options.write is not None:
-            command = shlex.join([*prog.split(), *argv])
-            made = f"Made by `{command}` in {time.monotonic() - start:.0f} seconds"
+            words = shlex.join([*prog.split(), *argv])
+            made = f"Made by `{words}` in {time.monotonic() - start:.0f} seconds"
             write_between(options.write, options.mark, f"{made}:\n\n{report}\n")
         if options.json is not None:
             text = json.dumps(found, indent=2) + "\n"
             replace_file(options.json, lambda temporary: temporary.write_text(text))
-    except (OSError, RuntimeError, AssertionError, ExportError, UsageError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except AssertionError as error:  # two backends, or files, do not compute the same
+        raise FailedRunError(str(error)) from error
+    except (OSError, RuntimeError) as error:
+        if hasattr(error, "exit_code"):
+            raise
+        # Whatever torch makes of a device or a shape.
+        raise UsageError(str(error)) from error
     return 0
 
 
@@ -134,8 +137,10 @@ def _tensors(options: argparse.Namespace) -> tuple[torch.device, torch.dtype, to
 
 def benchmark_parser(prog: str) -> argparse.ArgumentParser:
     """Of the command line of `emax benchmark`."""
-    parser = argparse.ArgumentParser(
-        prog, description="Measure what the attention costs, against its peers in the same run."
+    parser = Parser(
+        prog,
+        allow_abbrev=False,
+        description="Measure what the attention costs, against its peers in the same run.",
     )
     commands = parser.add_subparsers(title="what is measured", required=True, metavar="WHAT")
 
@@ -251,14 +256,13 @@ def _add_images(parser: argparse.ArgumentParser, batch: int, size: int) -> None:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    shape = tuple(int(size) for size in text.split("x"))
-    if len(shape) != 4 or min(shape) < 1:
-        raise ValueError
-    return shape
+    sizes = text.split("x")
+    if len(sizes) != 4 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"a shape is four sizes such as 8x64x56x56, not {text}")
+    return tuple(map(int, sizes))
 
 
 def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise ValueError
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)

@@ -3,18 +3,16 @@
 Nothing big is computed: the figures follow from the shapes of tensors that hold no data.
 """
 
-import argparse
 import dataclasses
 import json
 import math
 import os
 import pkgutil
 import shlex
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import timm
 import torch
@@ -27,7 +25,8 @@ from tqdm import tqdm
 
 from .. import models
 from ..ops import use_backend
-from ..training.config import UsageError, nearest
+from ..runner import command
+from ..training.config import Parser, UsageError, nearest
 from .tables import marks, text_around, write_between
 
 __all__ = ["ModelRow", "list_models", "markdown", "measure", "model_names", "plain_text"]
@@ -71,22 +70,19 @@ class ModelRow:
     reference: bool
 
 
-def list_models(argv: Sequence[str] | None = None, prog: str = "emax list") -> int:
+@command("emax list")
+def list_models(argv: Sequence[str], prog: str) -> int:
     """Print the table of models as the command line says; returns the exit status."""
-    try:
-        options = _parser(prog).parse_args(argv)
-        if options.write is not None:
-            text_around(options.write, MARK)  # refused before the models are measured
-        names = model_names(options.filter)
-        # disable=None: on a terminal only.
-        rows = [measure(name) for name in tqdm(names, leave=False, disable=None)]
-        if options.write is not None:
-            words = [options.filter] if options.filter else []
-            command = shlex.join([*prog.split(), *words, "--write", os.path.relpath(options.write)])
-            write_between(options.write, MARK, f"Made by `{command}`:\n\n{markdown(rows)}\n")
-    except UsageError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    options = _parser(prog).parse_args(argv)
+    if options.write is not None:
+        text_around(options.write, MARK)  # refused before the models are measured
+    names = model_names(options.filter)
+    # disable=None: on a terminal only.
+    rows = [measure(name) for name in tqdm(names, leave=False, disable=None)]
+    if options.write is not None:
+        words = [options.filter] if options.filter else []
+        made_by = shlex.join([*prog.split(), *words, "--write", os.path.relpath(options.write)])
+        write_between(options.write, MARK, f"Made by `{made_by}`:\n\n{markdown(rows)}\n")
     table = markdown if options.markdown else plain_text
     objects = [dataclasses.asdict(row) for row in rows]
     print(json.dumps(objects, indent=2) if options.json else table(rows))
@@ -204,13 +200,8 @@ def _rounded(value: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(value or 1)))}f}"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def _parser(prog: str) -> _Parser:
-    parser = _Parser(prog, description="List the models.", epilog=NOTE, allow_abbrev=False)
+def _parser(prog: str) -> Parser:
+    parser = Parser(prog, description="List the models.", epilog=NOTE, allow_abbrev=False)
     parser.add_argument("filter", nargs="?", default="", metavar="FILTER", help='as "resnet*"')
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--json", action="store_true", help="print objects, not rounded")

@@ -2,7 +2,6 @@
 
 import math
 import multiprocessing
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -204,6 +203,10 @@ def _peak(base: str, system: str, setting: Setting) -> int:
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return 1024 * int(line.split()[1])
+    try:
+        import resource
+    except ImportError:
+        raise RuntimeError("this system does not tell the peak memory of a process") from None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

@@ -4,12 +4,10 @@ Neither a GPU nor the data is touched: the figures follow from the options and f
 tensors that hold no data.
 """
 
-import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import timm
 import torch
@@ -18,8 +16,9 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..runner import command
 from ..training.checks import check_config, model_arguments
-from ..training.config import UsageError, from_mapping, parse_settings
+from ..training.config import Parser, UsageError, from_mapping, parse_settings
 from ..training.data import data_config_of
 from ..training.options import TrainConfig
 from .model_table import activation_bytes, count_macs
@@ -91,17 +90,13 @@ class Plan:
         return self.images_per_epoch * self.epochs
 
 
-def plan(argv: Sequence[str] | None = None, prog: str = "emax plan") -> int:
+@command("emax plan")
+def plan(argv: Sequence[str], prog: str) -> int:
     """Print the plan of a configuration as the command line says; returns the exit status."""
-    try:
-        options, flags = _parser(prog).parse_known_args(argv)
-        settings = parse_settings(TrainConfig, ["-c", options.config, *flags], prog)
-        config = from_mapping(TrainConfig, settings, source="the command line")
-        made = make_plan(config, options.gpus, options.train_images, options.images_per_second)
-    except UsageError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(report(made))
+    options, flags = _parser(prog).parse_known_args(argv)
+    settings = parse_settings(TrainConfig, ["-c", options.config, *flags], prog)
+    config = from_mapping(TrainConfig, settings, source="the command line")
+    print(report(make_plan(config, options.gpus, options.train_images, options.images_per_second)))
     return 0
 
 
@@ -291,13 +286,8 @@ def _giga(amount: float) -> str:
     return f"{amount / 1e9:.2f} GB"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def _parser(prog: str) -> _Parser:
-    parser = _Parser(
+def _parser(prog: str) -> Parser:
+    parser = Parser(
         prog,
         description="Work out what a training run will need, without a GPU or data.",
         epilog="Further flags are those of train, and win over the file.",

@@ -25,7 +25,7 @@ from .timing import Measured, described, digits
 __all__ = ["measure_settings", "report_settings"]
 
 PEERS = ("SE", "CBAM")
-EMAX = "import sys; from emax_timm.cli import main; sys.exit(main())"
+EMAX = "import sys; from emax_cli import main; sys.exit(main())"
 LOADED = "import sys; from emax_timm.ops.cpp.library import problem; sys.exit(bool(problem()))"
 
 

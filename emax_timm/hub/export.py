@@ -1,6 +1,5 @@
 """The `emax export` command."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Any
 
 from timm.models._features import FeatureGetterNet
 
+from ..runner import command
 from ..training.config import UsageError, from_mapping, parse_settings
 from ..training.models import load_model
 from ..training.options import option
 from .exporter import FORMATS, check_target, export_model
-from .verify import ExportError
 
 __all__ = ["ExportConfig", "export"]
 
@@ -37,8 +36,10 @@ class ExportConfig:
     pretrained: bool = option(
         False, "published weights (always from hf-hub: and local-dir: without --checkpoint)"
     )
-    num_classes: int | None = option(None, "number of classes; 0 for pooled features")
-    img_size: int | None = option(None, "side of the images (default: as in the model's config)")
+    num_classes: int | None = option(None, "number of classes; 0 for pooled features", least=0)
+    img_size: int | None = option(
+        None, "side of the images (default: as in the model's config)", least=1
+    )
     model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
     features_only: bool = option(False, "feature maps of all stages instead of logits")
     fixed_size: bool = option(False, "take images of this size only")
@@ -46,46 +47,39 @@ class ExportConfig:
     overwrite: bool = option(False, "replace the file if there is one")
 
 
-def export(argv: Sequence[str] | None = None, prog: str = "emax export") -> int:
+@command("emax export")
+def export(argv: Sequence[str], prog: str) -> int:
     """Export as the command line says; returns the exit status.
 
     2 for what the user can mend, 1 for a model that cannot be exported or a file that is not the
     model: then nothing is left behind, and a file that was there before stays as it was.
     """
-    try:
-        settings = parse_settings(ExportConfig, argv, prog)
-        config = from_mapping(ExportConfig, settings, "the command line")
-        if config.model is None or config.output is None:
-            raise UsageError("nothing to export: give MODEL --output FILE")
-        path = Path(config.output)
-        # Before the weights are fetched.
-        file_format = check_target(path, config.format, config.overwrite)
-        model, input_size, trained = _build(config)
-        report = export_model(
-            model,
-            path,
-            file_format,
-            input_size=input_size,
-            fixed_size=config.fixed_size,
-            fixed_batch=config.fixed_batch,
-            overwrite=config.overwrite,
-        )
-        print(report)
-        if not trained:
-            print("The weights are initial ones; --checkpoint or --pretrained gives trained ones.")
-    except (UsageError, ExportError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+    settings = parse_settings(ExportConfig, argv, prog)
+    config = from_mapping(ExportConfig, settings, "the command line")
+    if config.model is None or config.output is None:
+        raise UsageError("nothing to export: give MODEL --output FILE")
+    path = Path(config.output)
+    # Before the weights are fetched.
+    file_format = check_target(path, config.format, config.overwrite)
+    model, input_size, trained = _build(config)
+    report = export_model(
+        model,
+        path,
+        file_format,
+        input_size=input_size,
+        fixed_size=config.fixed_size,
+        fixed_batch=config.fixed_batch,
+        overwrite=config.overwrite,
+    )
+    print(report)
+    if not trained:
+        print("The weights are initial ones; --checkpoint or --pretrained gives trained ones.")
     return 0
 
 
 def _build(config: ExportConfig) -> tuple[Any, tuple[int, int, int], bool]:
     """The model, the size of its input, and whether it has weights from somewhere."""
     name = str(config.model)
-    for option_name in ("num_classes", "img_size"):
-        value, least = getattr(config, option_name), int(option_name == "img_size")
-        if value is not None and value < least:
-            raise UsageError(f"{option_name} must be at least {least}, not {value}")
     pretrained = config.pretrained or ":" in name
     model = load_model(name, pretrained, config.checkpoint, config.num_classes, config.model_kwargs)
     channels, *sides = model.pretrained_cfg["input_size"]

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 
-from ..training.checks import check_bounds, check_model
+from ..runner import command
+from ..training.checks import check_model
 from ..training.config import UsageError, from_mapping, parse_settings
 from ..training.images import BrokenImageError, open_image
 from ..training.models import create_model
@@ -31,7 +32,7 @@ class PredictConfig:
         "hf-hub:ORG/NAME; the default knows ten kinds of clothes, light on a dark ground",
         "-m",
     )
-    top: int = option(3, "classes to name for each image")
+    top: int = option(3, "classes to name for each image", least=1)
     exif_orientation: bool = option(True, "turn images upright as their EXIF data say")
 
 
@@ -42,32 +43,28 @@ class Prediction(NamedTuple):
     probability: float
 
 
-def predict(argv: Sequence[str] | None = None, prog: str = "emax predict") -> int:
+@command("emax predict")
+def predict(argv: Sequence[str], prog: str) -> int:
     """Classify images as the command line says; returns the exit status."""
     broken = 0
-    try:
-        settings = parse_settings(PredictConfig, argv, prog)
-        config = from_mapping(PredictConfig, settings, "the command line")
-        check_bounds(config)
-        if not config.images:
-            raise UsageError("nothing to classify: give image files")
-        for path in map(Path, config.images):
-            if not path.is_file():
-                what = "is a folder; give the files in it" if path.is_dir() else "does not exist"
-                raise UsageError(f"{path} {what}")
-        check_model(config.model, {})
-        model = create_model(config.model, pretrained=True).eval()
-        if not model.num_classes:
-            raise UsageError(f"model {config.model} has no classifier")
-        for path, found in predictions(model, config.images, config.top, config.exif_orientation):
-            if isinstance(found, BrokenImageError):
-                broken += 1
-                print(f"{prog}: error: broken image {path}: {found}", file=sys.stderr)
-            else:
-                print(f"{path}: {', '.join(f'{p.name} {p.probability:.3f}' for p in found)}")
-    except UsageError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    settings = parse_settings(PredictConfig, argv, prog)
+    config = from_mapping(PredictConfig, settings, "the command line")
+    if not config.images:
+        raise UsageError("nothing to classify: give image files")
+    for path in map(Path, config.images):
+        if not path.is_file():
+            what = "is a folder; give the files in it" if path.is_dir() else "does not exist"
+            raise UsageError(f"{path} {what}")
+    check_model(config.model, {})
+    model = create_model(config.model, pretrained=True).eval()
+    if not model.num_classes:
+        raise UsageError(f"model {config.model} has no classifier")
+    for path, found in predictions(model, config.images, config.top, config.exif_orientation):
+        if isinstance(found, BrokenImageError):
+            broken += 1
+            print(f"{prog}: error: broken image {path}: {found}", file=sys.stderr)
+        else:
+            print(f"{path}: {', '.join(f'{p.name} {p.probability:.3f}' for p in found)}")
     return 1 if broken else 0
 
 

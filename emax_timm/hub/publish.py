@@ -1,22 +1,20 @@
 """The `emax publish` command."""
 
 import contextlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import SUMS, WriteError, lock_folder, remove, write_folder, writing_to
+from ..files import SUMS, lock_folder, remove, write_folder, writing_to
 from ..models.weights import INDEX_FILE, WEIGHTS, WeightsEntry, read_index, write_index
-from ..training.checks import check_bounds
+from ..runner import command
 from ..training.config import UsageError, from_mapping, parse_settings
 from ..training.distributed import open_world
-from ..training.images import BrokenImageError
 from ..training.options import option
 from .integrity import check_folder
 from .release import Release, make_release
-from .upload import UploadError, check_repo, upload
+from .upload import check_repo, upload
 
 __all__ = ["publish", "put_in_index"]
 
@@ -40,16 +38,20 @@ class PublishConfig:
     index_file: str = option(str(INDEX_FILE), "another index", metavar="FILE")
     data_dir: str | None = option(None, "where the run's data are now")
     device: str = option("", "cpu, cuda, … (default: cuda if there is one, else cpu)")
-    batch_size: int | None = option(None, "images per forward pass (default: as the run)", "-b")
-    workers: int | None = option(None, "processes that load images (default: as the run)", "-j")
+    batch_size: int | None = option(
+        None, "images per forward pass (default: as the run)", "-b", least=1
+    )
+    workers: int | None = option(
+        None, "processes that load images (default: as the run)", "-j", least=0
+    )
 
 
-def publish(argv: Sequence[str] | None = None, prog: str = "emax publish") -> int:
+@command("emax publish")
+def publish(argv: Sequence[str], prog: str) -> int:
     """Publish a run as the command line says; returns the exit status."""
     try:
         settings = parse_settings(PublishConfig, argv, prog)
         config = from_mapping(PublishConfig, settings, "the command line")
-        check_bounds(config)
         _check(config)
         run = Path(str(config.run))
         folder = Path(config.output) if config.output else run / "release"
@@ -71,12 +73,8 @@ def publish(argv: Sequence[str] | None = None, prog: str = "emax publish") -> in
             with writing_to(Path(config.index_file)):
                 put_in_index(entry, Path(config.index_file))
             print(f"{release.model}.{release.tag} is in {config.index_file}")
-    except (UsageError, ValueError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (BrokenImageError, UploadError, WriteError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    except ValueError as error:  # of an index, or of a release's files
+        raise UsageError(str(error)) from error
     return 0
 
 

@@ -16,6 +16,8 @@ __all__ = ["Published", "UploadError", "check_repo", "upload"]
 class UploadError(RuntimeError):
     """The hub did not take a release; the message is one line."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True)
 class Published:

@@ -30,6 +30,8 @@ Run = Callable[[Tensor], list[Tensor]]
 class ExportError(Exception):
     """The model could not be exported, or the file does not compute what the model does."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True)
 class Check:

@@ -1,31 +1,30 @@
 """The `emax weights` command."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..models.weights import INDEX_FILE, pin, read_index
-from ..training.config import UsageError
+from ..runner import command
+from ..training.config import Parser, UsageError
 from .integrity import verify_weights
 
 __all__ = ["weights"]
 
 
-def weights(argv: Sequence[str] | None = None, prog: str = "emax weights") -> int:
+@command("emax weights")
+def weights(argv: Sequence[str], prog: str) -> int:
     """Run `emax weights verify` or `emax weights pin`; returns the exit status."""
     arguments = _parser(prog).parse_args(argv)
-    prog = f"{prog} {arguments.command}"
     try:
         if arguments.command == "verify":
             for line in verify_weights(arguments.target):
                 print(line)
             print("verified")
             return 0
-        return _pin(arguments.index, prog)
-    except (OSError, UsageError, ValueError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _pin(arguments.index, f"{prog} pin")
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
 
 
 def _pin(index: Path, prog: str) -> int:
@@ -38,8 +37,8 @@ def _pin(index: Path, prog: str) -> int:
     return 1 if problems else 0
 
 
-def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description="The weights that the package knows.")
+def _parser(prog: str) -> Parser:
+    parser = Parser(prog, description="The weights that the package knows.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser(
         "verify",

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 from PIL import Image
 from timm.data import resolve_data_config
 
-from ..files import WriteError, remove, write_folder, writing_to
+from ..files import remove, write_folder, writing_to
 from ..hub.predict import DEFAULT_MODEL, class_namer
-from ..training.checks import check_bounds
+from ..runner import command
 from ..training.config import UsageError, from_mapping, parse_settings
 from ..training.images import BrokenImageError, open_image
 from ..training.models import load_model
@@ -47,39 +46,35 @@ class VisualizeConfig:
     output: str | None = option(None, "folder to make", metavar="DIR")
     checkpoint: str | None = option(None, "weights, a .safetensors file", metavar="FILE")
     pretrained: bool = option(True, "published weights, without --checkpoint")
-    num_classes: int | None = option(None, "number of classes (default: the model's)")
+    num_classes: int | None = option(None, "number of classes (default: the model's)", least=1)
     model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
     compare: list[str] = option(
         [], "models, with their weights, to show beside it", metavar="MODEL"
     )
     grad_cam: bool = option(True, "draw Grad-CAM beside the attention")
-    max_images: int = option(12, "images to draw, as many of each class; all are counted")
-    top: int = option(3, "classes to name for each image")
-    batch_size: int = option(32, "images to run at a time", "-b")
+    max_images: int = option(12, "images to draw, as many of each class; all are counted", least=1)
+    top: int = option(3, "classes to name for each image", least=1)
+    batch_size: int = option(32, "images to run at a time", "-b", least=1)
     format: str = option("png", "of the figures", choices=tuple(MEDIA_TYPES))
     exif_orientation: bool = option(True, "turn images upright as their EXIF data say")
     overwrite: bool = option(False, "replace an earlier report")
 
 
-def visualize(argv: Sequence[str] | None = None, prog: str = "emax visualize") -> int:
+@command("emax visualize")
+def visualize(argv: Sequence[str], prog: str) -> int:
     """Make the report as the command line says; returns the exit status."""
-    try:
-        settings = parse_settings(VisualizeConfig, argv, prog)
-        config = from_mapping(VisualizeConfig, settings, "the command line")
-        check_bounds(config)
-        sources = find_images(config.images)
-        output = _check_output(config)
-        _check_packages(config)
-        name = _model_name(config)
-        model = _load(config, name)
-        compared = {other: _load_compared(other) for other in config.compare}
-        files = make_report(config, name, model, compared, sources)
-        with writing_to(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            _put(output, files)
-    except (ImportError, UsageError, WriteError) as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    settings = parse_settings(VisualizeConfig, argv, prog)
+    config = from_mapping(VisualizeConfig, settings, "the command line")
+    sources = find_images(config.images)
+    output = _check_output(config)
+    _check_packages(config)
+    name = _model_name(config)
+    model = _load(config, name)
+    compared = {other: _load_compared(other) for other in config.compare}
+    files = make_report(config, name, model, compared, sources)
+    with writing_to(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _put(output, files)
     print(output / REPORT)
     return 0
 
@@ -165,12 +160,14 @@ def _check_output(config: VisualizeConfig) -> Path:
         if any(output.iterdir()) and not (config.overwrite and (output / REPORT).is_file()):
             hint = "--overwrite replaces it" if (output / REPORT).is_file() else "give another one"
             raise UsageError(f"{output} is not empty; {hint}")
-    with writing_to(output):
+    try:
         # A folder that can be made beside it, and is not kept: what is wrong is known at once.
         parent = next(folder for folder in output.absolute().parents if folder.exists())
         probe = parent / f".{output.name}.partial"
         probe.mkdir(exist_ok=True)
         probe.rmdir()
+    except OSError as error:
+        raise UsageError(f"cannot write to {output}: {error.strerror or error}") from None
     return output
 
 

@@ -48,6 +48,8 @@ _wanted: ContextVar[str | None] = ContextVar("emax_backend", default=None)
 class BackendError(RuntimeError):
     """A backend that was asked for cannot serve; the message is one line that says why."""
 
+    exit_code = 2
+
 
 def emax(x: Tensor, weights: EMAXWeights, training: bool) -> Tensor:
     """Apply a layer to x [b, c, h, w], keeping layout and dtype.

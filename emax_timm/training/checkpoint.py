@@ -6,7 +6,8 @@
     config.json          timm's description of that model: the folder is a timm `local-dir:` model
     checkpoints/         the newest few, each a folder epoch-0002-step-00002502 with
         model.safetensors  averaged.safetensors  state.pt  SHA256SUMS
-    last.safetensors     a link to the weights of the newest
+    last.safetensors     a link to the weights of the newest; where there are no symbolic links
+                         (Windows without its developer mode) a hard link, else a copy
     log.csv log.jsonl    a row per epoch
     layers.jsonl         statistics of the EMAX layers, a row per epoch
     curves.png           all of these, drawn at the end
@@ -22,6 +23,7 @@ under a temporary name, synced to the disk and renamed when complete.
 import io
 import json
 import pickle
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,12 +99,22 @@ def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> None:
         remove(path)
     if not path.exists():  # one of the same step is the same
         write_folder(path, {**files, SUMS: sums.encode()})
-    link = folder / f"{LAST}.partial"
-    link.unlink(missing_ok=True)
-    link.symlink_to(path.relative_to(folder) / WEIGHTS)
-    link.replace(folder / LAST)
+    _link_last(folder, path / WEIGHTS)
     for old in checkpoints(folder)[keep:]:
         remove(old)
+
+
+def _link_last(folder: Path, weights: Path) -> None:
+    link = folder / f"{LAST}.partial"
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(weights.relative_to(folder))
+    except (NotImplementedError, OSError):
+        try:
+            link.hardlink_to(weights)
+        except (NotImplementedError, OSError):
+            shutil.copyfile(weights, link)
+    link.replace(folder / LAST)
 
 
 def checkpoints(folder: Path) -> list[Path]:

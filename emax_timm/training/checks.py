@@ -13,46 +13,12 @@ from torch import nn
 
 from ..attention import ATTENTIONS
 from . import checkpoint
-from .config import UsageError, nearest
+from .config import UsageError, check_bounds, nearest
 from .data import mixup_options
 from .options import TrainConfig
 from .trackers import check_packages
 
-__all__ = ["check_bounds", "check_config", "check_model", "model_arguments"]
-
-# The least and the greatest value of options that have bounds.
-BOUNDS: dict[str, tuple[float, float]] = {
-    "epochs": (1, float("inf")),
-    "batch_size": (1, float("inf")),
-    "validation_batch_size": (1, float("inf")),
-    "grad_accum_steps": (1, float("inf")),
-    "workers": (0, float("inf")),
-    "val_interval": (1, float("inf")),
-    "log_interval": (1, float("inf")),
-    "checkpoint_hist": (1, float("inf")),
-    "recovery_interval": (0, float("inf")),
-    "recovery_minutes": (0, float("inf")),
-    "dist_timeout": (1, float("inf")),
-    "loss_spike": (0, float("inf")),
-    "num_classes": (1, float("inf")),
-    "img_size": (1, float("inf")),
-    "in_chans": (1, float("inf")),
-    "seed": (0, 2**32 - 1),
-    "val_fraction": (0, 1),
-    "max_broken_fraction": (0, 1),
-    "lr": (0, float("inf")),
-    "weight_decay": (0, float("inf")),
-    "clip_grad": (0, float("inf")),
-    "crop_pct": (1e-3, float("inf")),
-    "hflip": (0, 1),
-    "vflip": (0, 1),
-    "smoothing": (0, 1),
-    "drop": (0, 1),
-    "reprob": (0, 1),
-    "model_ema_decay": (0, 1),
-    "top": (1, float("inf")),
-    "max_images": (1, float("inf")),
-}
+__all__ = ["check_config", "check_model", "model_arguments"]
 
 
 def check_config(config: TrainConfig) -> None:
@@ -96,15 +62,6 @@ def check_config(config: TrainConfig) -> None:
                 f"the nearest is {nearest(config.torchcompile, backends)}"
             )
     check_model(config.model, model_arguments(config, config.num_classes))
-
-
-def check_bounds(config: Any) -> None:
-    """Refuse numbers out of the range of their option."""
-    for name, (least, greatest) in BOUNDS.items():
-        value = getattr(config, name, None)
-        if value is not None and not least <= value <= greatest:
-            bound = f"at least {least}" if greatest == float("inf") else f"in [{least}, {greatest}]"
-            raise UsageError(f"{name} must be {bound}, not {value}")
 
 
 # Arguments of timm.create_model that are about weights, not about the model.

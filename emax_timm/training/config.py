@@ -8,6 +8,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,9 @@ import yaml
 from .options import NOT_HERE
 
 __all__ = [
+    "Parser",
     "UsageError",
+    "check_bounds",
     "find_config",
     "from_mapping",
     "layered",
@@ -30,10 +33,13 @@ __all__ = [
 ]
 
 ConfigT = TypeVar("ConfigT")
+BOUNDS = ("least", "greatest")
 
 
 class UsageError(Exception):
     """A mistake in what the user asked for; its message is one line that says what to do."""
+
+    exit_code = 2
 
 
 def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[str, Any]:
@@ -112,7 +118,28 @@ def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> 
                     f"{source}: {name} has no choice {item}; the nearest of "
                     f"{', '.join(filter(None, choices))} is {nearest(str(item), choices)}"
                 )
-    return kind(**values)
+    config = kind(**values)
+    try:
+        check_bounds(config)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
+    return config
+
+
+def check_bounds(config: Any) -> None:
+    """Refuse numbers below the `least` or above the `greatest` of their option.
+
+    Raises:
+        UsageError: With the value and the bounds.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        least, greatest = (field.metadata.get(bound) for bound in BOUNDS)
+        if value is None or least is None:
+            continue
+        if not least <= value <= (math.inf if greatest is None else greatest):
+            bounds = f"at least {least}" if greatest is None else f"in [{least}, {greatest}]"
+            raise UsageError(f"{field.name} must be {bounds}, not {value}")
 
 
 def find_config(name: str) -> Path:
@@ -169,7 +196,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One whose errors are a `UsageError`, one line without the usage."""
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
@@ -190,8 +219,8 @@ class _KeyValues(argparse.Action):
         setattr(namespace, self.dest, result)
 
 
-def _parser(kind: type, prog: str) -> _Parser:
-    parser = _Parser(
+def _parser(kind: type, prog: str) -> Parser:
+    parser = Parser(
         prog=prog,
         description=kind.__doc__,
         allow_abbrev=False,
@@ -209,7 +238,9 @@ def _parser(kind: type, prog: str) -> _Parser:
 
 
 def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any) -> None:
-    name, kind, meta = field.name, _without_none(hint), dict(field.metadata)
+    name, kind = field.name, _without_none(hint)
+    # Bounds are checked, like choices and like those in a file, by from_mapping.
+    meta = {key: value for key, value in field.metadata.items() if key not in BOUNDS}
     default = field.default_factory() if callable(field.default_factory) else field.default
     text = meta.pop("help").replace("%", "%%")
     if default not in (None, "", [], {}, False):
@@ -230,7 +261,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
         options |= {"nargs": meta.pop("nargs", "+"), "type": typing.get_args(kind)[0]}
     else:
         options |= {"type": kind}
-    if choices := meta.pop("choices", None):  # checked, like those in a file, by from_mapping
+    if choices := meta.pop("choices", None):
         options["metavar"] = "{" + ",".join(choices) + "}"
     elif "action" not in options:
         options["metavar"] = name.rsplit("_", 1)[-1].upper()

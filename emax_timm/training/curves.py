@@ -1,12 +1,13 @@
 """The curves of a run, from its log."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import replace_file
+from ..runner import command
+from .config import Parser, UsageError
 from .runlog import LAYERS, LOG, read_rows
 
 __all__ = ["curves", "draw_curves"]
@@ -71,18 +72,18 @@ def draw_at_end(folder: Path) -> None:
         print(f"warning: no {FILE}: {error}", file=sys.stderr)
 
 
-def curves(argv: Sequence[str] | None = None, prog: str = "emax curves") -> int:
+@command("emax curves")
+def curves(argv: Sequence[str], prog: str) -> int:
     """Draw the curves of a run as the command line says; returns the exit status."""
-    parser = argparse.ArgumentParser(prog=prog, description=f"Draw {FILE} into a run's folder.")
+    parser = Parser(prog, description=f"Draw {FILE} into a run's folder.", allow_abbrev=False)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the run's folder")
+    folder = parser.parse_args(argv).folder
     try:
-        print(draw_curves(parser.parse_args(argv).folder))
+        print(draw_curves(folder))
     except ImportError:
-        print(f"{prog}: error: {NEEDED}", file=sys.stderr)
-        return 2
+        raise UsageError(NEEDED) from None
     except (OSError, ValueError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
+        raise UsageError(str(error)) from error
     return 0
 
 

@@ -21,6 +21,8 @@ __all__ = ["RankError", "World", "open_world"]
 class RankError(RuntimeError):
     """Another rank of the run does not answer."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True)
 class World:

@@ -35,6 +35,8 @@ _UPRIGHT = {
 class BrokenImageError(Exception):
     """An image cannot be read, or too many cannot; the message is one line."""
 
+    exit_code = 1
+
     def __init__(self, text: str) -> None:
         # A loader raises a worker's error again with the traceback, which ends with it, as text.
         last = text.rstrip().rpartition("\n")[2]

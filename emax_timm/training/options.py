@@ -36,7 +36,15 @@ FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 def option(default: Any, help: str, *flags: str, **argparse: Any) -> Any:
-    """A dataclass field that is also a flag; `flags` are further spellings such as -b."""
+    """A dataclass field that is also a flag.
+
+    Args:
+        default: Its value without the flag.
+        help: What the option is, for `--help`.
+        flags: Further spellings, such as -b.
+        argparse: Arguments of argparse's `add_argument`, and the bounds of a number, `least` and
+            `greatest`.
+    """
     metadata = {"help": help, "flags": flags, **argparse}
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
@@ -67,7 +75,9 @@ class DataOptions:
     )
     input_key: str | None = option(None, "key of the images in hfds, wds and tfds data")
     target_key: str | None = option(None, "key of the labels in hfds, wds and tfds data")
-    workers: int = option(4, "processes that load images; 0 loads in the main process", "-j")
+    workers: int = option(
+        4, "processes that load images; 0 loads in the main process", "-j", least=0
+    )
     pin_mem: bool = option(False, "page-locked memory for the transfer to a GPU")
     no_prefetcher: bool = option(False, "normalise on the CPU, image by image")
 
@@ -76,10 +86,12 @@ class DataOptions:
 class InputOptions:
     """Input of the model (default: as its weights were trained)."""
 
-    img_size: int | None = option(None, "side of the square input in pixels")
-    in_chans: int | None = option(None, "channels of the input")
+    img_size: int | None = option(None, "side of the square input in pixels", least=1)
+    in_chans: int | None = option(None, "channels of the input", least=1)
     input_size: list[int] | None = option(None, "channels, height and width", nargs=3)
-    crop_pct: float | None = option(None, "side of the centre crop over that of the resized image")
+    crop_pct: float | None = option(
+        None, "side of the centre crop over that of the resized image", least=1e-3
+    )
     crop_mode: str | None = option(
         None, "crop for validation", choices=("center", "squash", "border")
     )
@@ -103,7 +115,9 @@ class DeviceOptions:
     )
     channels_last: bool = option(False, "channels_last memory layout")
     dist_timeout: float = option(
-        600.0, "not in timm: seconds after which a rank that waits for the others gives up"
+        600.0,
+        "not in timm: seconds after which a rank that waits for the others gives up",
+        least=1,
     )
 
 
@@ -117,6 +131,8 @@ class TrainDataOptions:
         0.0,
         "not in timm: validate on this fraction of the training split instead, held out by a "
         "choice that is the same in every run",
+        least=0,
+        greatest=1,
     )
     test_split: str = option(
         "", "not in timm: split that the best weights are tested on, once, at the end"
@@ -126,6 +142,8 @@ class TrainDataOptions:
         "not in timm: stop if more than this fraction of an epoch's images cannot be read; up to "
         "it they are named, and replaced by others (folders, tars and hfds data; in validation a "
         "broken image is always an error)",
+        least=0,
+        greatest=1,
     )
     train_num_samples: int | None = option(None, "images of an iterable training split")
     val_num_samples: int | None = option(None, "images of an iterable validation split")
@@ -141,7 +159,9 @@ class ModelOptions:
     pretrained_path: str | None = option(None, "start from this file as if it were those")
     initial_checkpoint: str = option("", "load this file into the finished model")
     num_classes: int | None = option(
-        None, "number of classes (unlike timm, default: that of the data, where it is known)"
+        None,
+        "number of classes (unlike timm, default: that of the data, where it is known)",
+        least=1,
     )
     gp: str | None = option(None, "global pooling: avg, max, avgmax, catavgmax, fast")
     model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
@@ -152,7 +172,7 @@ class ModelOptions:
         None, "torch.compile backend", nargs="?", const="inductor", metavar="BACKEND"
     )
     torchcompile_mode: str | None = option(None, "torch.compile mode")
-    drop: float = option(0.0, "dropout before the classifier")
+    drop: float = option(0.0, "dropout before the classifier", least=0, greatest=1)
     drop_path: float | None = option(None, "stochastic depth")
     drop_block: float | None = option(None, "drop block")
     bn_momentum: float | None = option(None, "momentum of the batch norms")
@@ -189,14 +209,14 @@ class OptimizerOptions:
     opt_betas: list[float] | None = option(None, "betas")
     opt_kwargs: dict[str, Any] = option({}, "further keyword arguments of the optimizer")
     momentum: float = option(0.9, "momentum")
-    weight_decay: float = option(2e-5, "weight decay; none on biases, norms and gates")
-    clip_grad: float | None = option(None, "clip gradients at this norm or value")
+    weight_decay: float = option(2e-5, "weight decay; none on biases, norms and gates", least=0)
+    clip_grad: float | None = option(None, "clip gradients at this norm or value", least=0)
     clip_mode: str = option("norm", "how", choices=("norm", "value", "agc"))
     layer_decay: float | None = option(None, "layer-wise learning rate decay")
     layer_decay_min_scale: float = option(0.0, "lower bound of its scale")
     layer_decay_no_opt_scale: float | None = option(None, "freeze layers below this scale")
-    batch_size: int = option(128, "images per rank and forward pass", "-b")
-    grad_accum_steps: int = option(1, "forward passes per optimizer step")
+    batch_size: int = option(128, "images per rank and forward pass", "-b", least=1)
+    grad_accum_steps: int = option(1, "forward passes per optimizer step", least=1)
 
 
 @dataclass
@@ -212,7 +232,7 @@ class ScheduleOptions:
         ),
     )
     sched_on_updates: bool = option(False, "step the schedule per optimizer step, not per epoch")
-    lr: float | None = option(None, "learning rate; overrides --lr-base")
+    lr: float | None = option(None, "learning rate; overrides --lr-base", least=0)
     lr_base: float = option(0.1, "learning rate = lr_base * global batch size / lr_base_size")
     lr_base_size: int = option(256, "divisor of the global batch size")
     lr_base_scale: str = option(
@@ -227,7 +247,7 @@ class ScheduleOptions:
     lr_k_decay: float = option(1.0, "k-decay of cosine and poly")
     warmup_lr: float = option(1e-5, "learning rate at the start of warm-up")
     min_lr: float = option(0.0, "lower bound of the learning rate")
-    epochs: int = option(300, "epochs to train")
+    epochs: int = option(300, "epochs to train", least=1)
     decay_milestones: list[int] = option([90, 180, 270], "epochs of multistep's decays")
     decay_epochs: float = option(90.0, "epochs between decays")
     warmup_epochs: int = option(5, "epochs of warm-up")
@@ -247,8 +267,8 @@ class AugmentationOptions:
     )
     scale: list[float] = option([0.08, 1.0], "range of the random crop's area", nargs=2)
     ratio: list[float] = option([3 / 4, 4 / 3], "range of its aspect ratio", nargs=2)
-    hflip: float = option(0.5, "probability of a horizontal flip")
-    vflip: float = option(0.0, "probability of a vertical flip")
+    hflip: float = option(0.5, "probability of a horizontal flip", least=0, greatest=1)
+    vflip: float = option(0.0, "probability of a vertical flip", least=0, greatest=1)
     color_jitter: float = option(0.4, "strength of colour jitter")
     color_jitter_prob: float | None = option(None, "probability of colour jitter")
     grayscale_prob: float | None = option(None, "probability of a conversion to grey")
@@ -261,7 +281,7 @@ class AugmentationOptions:
     bce_sum: bool = option(False, "sum it over classes")
     bce_target_thresh: float | None = option(None, "make its soft targets 0 or 1 at this threshold")
     bce_pos_weight: float | None = option(None, "weight of its positives")
-    reprob: float = option(0.0, "probability of random erasing")
+    reprob: float = option(0.0, "probability of random erasing", least=0, greatest=1)
     remode: str = option("pixel", "its fill", choices=("const", "rand", "pixel"))
     recount: int = option(1, "its count")
     resplit: bool = option(False, "no erasing in the first augmentation split")
@@ -272,7 +292,7 @@ class AugmentationOptions:
     mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on")
     mixup_mode: str = option("batch", "scope of the choice", choices=("batch", "pair", "elem"))
     mixup_off_epoch: int = option(0, "epoch from which both are off; 0 for never")
-    smoothing: float = option(0.1, "label smoothing")
+    smoothing: float = option(0.1, "label smoothing", least=0, greatest=1)
     train_interpolation: str = option(
         "random", "resize filter for training", choices=("random", "", *FILTERS)
     )
@@ -283,7 +303,7 @@ class AveragingOptions:
     """Exponential moving average of the weights."""
 
     model_ema: bool = option(False, "keep an average, validate it and publish it as the best")
-    model_ema_decay: float = option(0.9998, "its decay per optimizer step")
+    model_ema_decay: float = option(0.9998, "its decay per optimizer step", least=0, greatest=1)
     model_ema_warmup: bool = option(False, "warm its decay up")
 
 
@@ -299,11 +319,15 @@ class RunOptions:
         "--experiment if there is one, else start it",
     )
     recovery_interval: int = option(
-        0, "optimizer steps between checkpoints within an epoch; 0 for none"
+        0,
+        "optimizer steps between checkpoints within an epoch; 0 for none",
+        least=0,
     )
-    recovery_minutes: float = option(0.0, "not in timm: minutes between them; 0 for none")
+    recovery_minutes: float = option(0.0, "not in timm: minutes between them; 0 for none", least=0)
     checkpoint_hist: int = option(
-        3, "newest checkpoints to keep, beside the best weights (in timm: 10, of the best)"
+        3,
+        "newest checkpoints to keep, beside the best weights (in timm: 10, of the best)",
+        least=1,
     )
     nonfinite: str = option(
         "stop",
@@ -314,17 +338,18 @@ class RunOptions:
         0.0,
         "not in timm: a loss above this many times the median of the last 100 steps is a spike; "
         "0 for no such check",
+        least=0,
     )
     on_spike: str = option(
         "warn",
         "not in timm: what happens at one; each policy names the samples",
         choices=("warn", "skip", "stop"),
     )
-    seed: int = option(42, "seed of everything random")
-    validation_batch_size: int | None = option(None, "(default: --batch-size)", "-vb")
-    val_interval: int = option(1, "epochs between validations")
+    seed: int = option(42, "seed of everything random", least=0, greatest=2**32 - 1)
+    validation_batch_size: int | None = option(None, "(default: --batch-size)", "-vb", least=1)
+    val_interval: int = option(1, "epochs between validations", least=1)
     eval_metric: str = option("top1", "metric of the best", choices=("top1", "top5", "loss"))
-    log_interval: int = option(50, "optimizer steps between log lines")
+    log_interval: int = option(50, "optimizer steps between log lines", least=1)
     log_to: list[str] = option(
         [],
         "not in timm: trackers to log to as well, each a package to install",
@@ -362,14 +387,16 @@ class EvaluationOptions:
     )
     model: str | None = option(None, "name of a timm model", "-m")
     pretrained: bool = option(False, "start from published weights (always without --checkpoint)")
-    num_classes: int | None = option(None, "number of classes")
+    num_classes: int | None = option(None, "number of classes", least=1)
     gp: str | None = option(None, "global pooling")
     model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
     split: str | None = option(
         None, "split to validate on (default: the run's test split, else its validation split)"
     )
     num_samples: int | None = option(None, "images of an iterable split")
-    batch_size: int | None = option(None, "images per forward pass (default: as the run)", "-b")
+    batch_size: int | None = option(
+        None, "images per forward pass (default: as the run)", "-b", least=1
+    )
 
 
 @dataclass

@@ -1,18 +1,16 @@
 """The programs behind train.py, validate.py and the `emax` command."""
 
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..files import WriteError
-from ..ops import BackendError
+from ..runner import command
 from . import checkpoint
 from .build import build_trainer
-from .checks import check_bounds, check_model
+from .checks import check_model
 from .config import UsageError, from_mapping, layered, parse_settings, read_yaml
 from .data import (
     class_names,
@@ -23,46 +21,44 @@ from .data import (
     open_split,
     same_classes,
 )
-from .distributed import RankError, World, open_world
+from .distributed import World, open_world
 from .evaluate import Metrics, evaluate, half_precision
-from .images import BrokenImageError
 from .models import create_model
 from .options import TrainConfig, ValidateConfig
 from .runlog import Progress
 from .signals import Stopped, catch_signals
-from .trainer import BadStepError
 
 __all__ = ["read_run", "train", "validate", "validate_with"]
 
 
-def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> int:
+@command("train.py")
+def train(argv: Sequence[str], prog: str) -> int:
     """Train as the command line says; returns the exit status."""
-
-    def program() -> None:
-        settings = parse_settings(TrainConfig, argv, prog)
-        if settings.get("resume"):
-            settings = _resumed(settings)
-        config = from_mapping(TrainConfig, settings, "the configuration")
+    settings = parse_settings(TrainConfig, argv, prog)
+    if settings.get("resume"):
+        settings = _resumed(settings)
+    config = from_mapping(TrainConfig, settings, "the configuration")
+    try:
         with open_world(config.device, config.dist_timeout) as world:
             trainer = build_trainer(config, world)
             with catch_signals() as trainer.stop:
                 trainer.run()
+    except Stopped as stopped:  # as it was asked to, which is no error
+        print(f"{prog}: {stopped}; go on with --resume", file=sys.stderr)
+        return 128 + stopped.number
+    return 0
 
-    return _status_of(program, prog)
 
-
-def validate(argv: Sequence[str] | None = None, prog: str = "validate.py") -> int:
+@command("validate.py")
+def validate(argv: Sequence[str], prog: str) -> int:
     """Validate as the command line says; returns the exit status."""
-
-    def program() -> None:
-        settings = parse_settings(ValidateConfig, argv, prog)
-        given = from_mapping(ValidateConfig, settings, "the command line")
-        with open_world(given.device, given.dist_timeout) as world:
-            metrics = validate_with(settings, world)
-            if world.is_primary:
-                print(metrics)
-
-    return _status_of(program, prog)
+    settings = parse_settings(ValidateConfig, argv, prog)
+    given = from_mapping(ValidateConfig, settings, "the command line")
+    with open_world(given.device, given.dist_timeout) as world:
+        metrics = validate_with(settings, world)
+        if world.is_primary:
+            print(metrics)
+    return 0
 
 
 def validate_with(settings: dict[str, Any], world: World, tested: bool = True) -> Metrics:
@@ -93,7 +89,6 @@ def validate_with(settings: dict[str, Any], world: World, tested: bool = True) -
                 "name the model with --model, and its classes with --num-classes"
             )
     config = from_mapping(ValidateConfig, settings, "the command line")
-    check_bounds(config)
     if config.model is None:
         raise UsageError(
             "nothing to validate: give --checkpoint FILE, or --model NAME --pretrained"
@@ -204,25 +199,3 @@ def _check_classes(config: ValidateConfig, dataset: Any, num_classes: int) -> No
             f"the data has {len(found)} classes, the model {num_classes}; "
             "is the data folder the one of a split, with a folder per class?"
         )
-
-
-def _status_of(program: Callable[[], None], prog: str) -> int:
-    """Run a program; what the user can mend becomes one line on stderr and exit status 2."""
-    rank = os.environ.get("RANK", "0")
-    prefix = prog if rank == "0" else f"{prog} (rank {rank})"
-    try:
-        program()
-    except (UsageError, BackendError) as error:
-        # One line, also where the error of a library has several.
-        print(f"{prefix}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except BrokenImageError as error:
-        print(f"{prefix}: error: {error}", file=sys.stderr)
-        return 1
-    except (BadStepError, RankError, WriteError) as error:
-        print(f"{prefix}: stopped: {error}", file=sys.stderr)
-        return 1
-    except Stopped as error:
-        print(f"{prefix}: {error}; go on with --resume", file=sys.stderr)
-        return 128 + error.number
-    return 0

@@ -68,7 +68,8 @@ def _end_workers() -> None:
 
     multiprocessing would send them SIGTERM, which they ignore, and wait for them for ever.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises errors of dead workers
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for dead workers
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

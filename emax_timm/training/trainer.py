@@ -52,6 +52,8 @@ Batch = tuple[Tensor, Tensor]
 class BadStepError(RuntimeError):
     """A step was not to be made; the weights are those of the last good one."""
 
+    exit_code = 1
+
 
 @dataclass
 class Trainer:

@@ -41,9 +41,7 @@ def test_all_layers_are_measured_on_all_shapes(
     "options", [["--shapes", "8x8"], ["--systems", "SENet"], ["--rounds", "0"], ["--dtype", "int8"]]
 )
 def test_mistakes_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        benchmark(["modules", *options])
-    assert stop.value.code == 2
+    assert benchmark(["modules", *options]) == 2
     assert options[-1] in capsys.readouterr().err
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from emax_timm import cli
+import emax_cli
 from emax_timm.benchmark import measure
 from emax_timm.benchmark.plan import Plan, learning_rate, make_plan, plan, report
 from emax_timm.training import TrainConfig, UsageError
@@ -122,7 +122,7 @@ def test_plan_prints_the_figures(made: Plan) -> None:
 
 def test_plan_program_lets_flags_win(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["quickstart", "--gpus", "2", "-b", "32", "--train-images", "4000"]
-    assert cli.main(["plan", *arguments]) == 0
+    assert emax_cli.main(["plan", *arguments]) == 0
     out = capsys.readouterr().out
     # The quickstart holds a tenth out: 3,600 = 56 * 64 + 16
     assert "2 GPUs x 32 images x 1" in out

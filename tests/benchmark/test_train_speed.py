@@ -9,7 +9,7 @@ from training_testing import image_folder, run_program
 from emax_timm.benchmark.command import benchmark
 from emax_timm.benchmark.train_speed import NAMES
 
-EMAX = "import sys; from emax_timm.cli import main; sys.exit(main())"
+EMAX = "import sys; from emax_cli import main; sys.exit(main())"
 
 
 def test_both_loops_train_on_as_much(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_spike_of_the_loss_meets_the_policy_and_names_its_samples(
     files = samples.split(": ", 1)[1].split(", ")
     assert len(files) == 8
     assert all((images / "train" / file).is_file() for file in files)
-    start = "train.py: stopped: " if policy == "stop" else "warning: "
+    start = "train.py: error: " if policy == "stop" else "warning: "
     assert message.startswith(start + text)
     assert message.endswith("left out") == (policy == "skip")
     assert rest == []

@@ -19,7 +19,7 @@ from hub_testing import REPO, as_bytes, in_new_process
 from torch import Tensor
 from training_testing import only_line, sum_up
 
-from emax_timm.cli import main
+from emax_cli import main
 
 # The library alone, for most of what can go wrong is in its requests.
 UPLOAD = """
@@ -303,7 +303,7 @@ def test_names_in_a_repository_do_not_escape(name: str, tmp_path: Path) -> None:
     hub = Hub({"me/evil/SHA256SUMS": sums, "me/evil/config.json": config})
     hub.repos["me/evil"].head.files[f"{name}.safetensors"] = b"evil"
     with serve(hub):
-        verify = "import sys; from emax_timm.cli import main; sys.exit(main(sys.argv[1:]))"
+        verify = "import sys; from emax_cli import main; sys.exit(main(sys.argv[1:]))"
         environment = hub.environment(home)
         done = in_new_process(verify, home, "weights", "verify", "me/evil", **environment)
         assert done.returncode == 2

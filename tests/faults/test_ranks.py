@@ -189,7 +189,7 @@ def test_rank_that_hangs_is_named(images: Path, tmp_path: Path) -> None:
     script = with_fault(tmp_path, HANGS)
     result = run_on_two_ranks(script, images, *RUN, "--dist-timeout", "20", cwd=tmp_path)
     assert result.status != 0
-    assert "stopped: rank 1 has ended or hangs: " in result.stderr
+    assert "error: rank 1 has ended or hangs: " in result.stderr
     assert state_of(tmp_path / "run")["step"] == 3
 
 

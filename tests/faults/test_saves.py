@@ -143,7 +143,7 @@ def test_full_disk_is_reported_and_the_checkpoint_before_is_there(
     result = programs.run(str(script), images, *RUN, cwd=tmp_path)
     assert result.status == 1
     assert result.stderr.splitlines()[-1] == (
-        "train.py: stopped: cannot write to run: the disk is full"
+        "train.py: error: cannot write to run: the disk is full"
     )
     assert not list((tmp_path / "run").rglob("*.partial"))
     assert load_checkpoint(tmp_path / "run", CPU).state["step"] == 5
@@ -168,7 +168,7 @@ def test_run_whose_folder_vanishes_says_so_and_leaves_its_checkpoint(
     script = with_fault(tmp_path, VANISHES.format(then=then))
     result = programs.run(str(script), images, *RUN, cwd=tmp_path)
     assert result.status == 1
-    assert result.stderr.splitlines()[-1].startswith("train.py: stopped: cannot write to run: ")
+    assert result.stderr.splitlines()[-1].startswith("train.py: error: cannot write to run: ")
     (tmp_path / "run").unlink(missing_ok=True)
     (tmp_path / "elsewhere").rename(tmp_path / "run")
     assert load_checkpoint(tmp_path / "run", CPU).state["step"] == 5

@@ -9,7 +9,7 @@ from hub_testing import REPO, Published, emax, in_new_process
 from training_testing import only_line
 
 import emax_timm  # noqa: F401  (registers the models)
-from emax_timm.cli import main
+from emax_cli import main
 from emax_timm.models import weights
 from emax_timm.models.weights import INDEX_FILE, WeightsEntry, read_index, write_index
 

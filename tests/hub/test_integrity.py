@@ -10,7 +10,7 @@ import torch
 from hub_testing import REPO, as_bytes
 from training_testing import only_line
 
-from emax_timm.cli import main
+from emax_cli import main
 
 
 @pytest.fixture(scope="module")

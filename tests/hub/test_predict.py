@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from training_testing import only_line
 
-from emax_timm.cli import main
+from emax_cli import main
 from emax_timm.hub.predict import predictions
 from emax_timm.training.data import SAMPLES
 from emax_timm.training.images import BrokenImageError

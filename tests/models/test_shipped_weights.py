@@ -13,7 +13,7 @@ from hub_testing import in_new_process
 from training_testing import only_line
 
 import emax_timm
-from emax_timm.cli import main
+from emax_cli import main
 from emax_timm.models import weights
 from emax_timm.models.weights import INDEX
 from emax_timm.training import validate

@@ -15,7 +15,7 @@ from tiers import mostly_slow
 from torch import Tensor, nn
 
 import emax_timm  # noqa: F401  (registers the models)
-from emax_timm.cli import main
+from emax_cli import main
 from emax_timm.models import weights
 
 TWINS = {
@@ -277,7 +277,7 @@ def test_pretrained_without_weights_raises() -> None:
         timm.create_model("convnextv2_atto_emax", pretrained=True)
 
 
-PIN = "import sys; from emax_timm.cli import main; sys.exit(main(sys.argv[1:]))"
+PIN = "import sys; from emax_cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def test_pin_fills_in_what_the_hub_says(hub: Hub, tmp_path: Path) -> None:
@@ -312,5 +312,5 @@ def test_pin_refuses_what_is_no_index(
     index = tmp_path / "weights.json"
     index.write_text(content)
     assert main(["weights", "pin", "--index", str(index)]) == 2
-    assert capsys.readouterr().err.startswith("emax weights pin: error: ")
+    assert capsys.readouterr().err.startswith("emax weights: error: ")
     assert index.read_text() == content

@@ -11,8 +11,8 @@ import pytest
 import torch
 from emax_testing import make_emax, randn
 
+from emax_cli import main
 from emax_timm.attention import EMAX
-from emax_timm.cli import main
 from emax_timm.ops import BackendError, dispatch, use_backend
 from emax_timm.ops.cpp import library
 from emax_timm.ops.cpp.library import BuildError

@@ -11,8 +11,8 @@ from emax_testing import make_ema, make_emax, randn
 from PIL import Image
 from torch import Tensor
 
+from emax_cli import main
 from emax_timm.attention import EMA, EMAX
-from emax_timm.cli import main
 from emax_timm.ops import Backend, BackendError, dispatch, emax, emax_maps, explain, use_backend
 from emax_timm.ops.cpp import library
 from emax_timm.ops.portable import PORTABLE

@@ -11,7 +11,7 @@ from hub_server import Hub
 from interpreters import ENVIRONMENT, Interpreter
 from torch import Tensor
 
-EMAX = "import sys; from emax_timm.cli import main; sys.exit(main(sys.argv[1:]))"
+EMAX = "import sys; from emax_cli import main; sys.exit(main(sys.argv[1:]))"
 REPO = "me/test_resnet_emax.cats"
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from training_testing import MakeTrainer, files_in, only_line
 
-from emax_timm.cli import main
+from emax_cli import main
 from emax_timm.training.curves import draw_curves
 
 

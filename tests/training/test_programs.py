@@ -25,7 +25,7 @@ from training_testing import (
     run_program,
 )
 
-from emax_timm.cli import main
+from emax_cli import main
 from emax_timm.training import TrainConfig
 
 METRICS = re.compile(r"top1: (\d+\.\d{3}) top5: (\d+\.\d{3})")
@@ -109,7 +109,7 @@ def test_two_ranks_stop_together_at_a_loss_that_is_not_finite(images: Path, tmp_
     options = [images, *SMALL, "--epochs", "2", "--lr", "1e30", "--output", tmp_path]
     result = run_on_two_ranks(ROOT / TRAIN, *options, "--experiment", "run", cwd=tmp_path)
     assert result.status != 0
-    for rank in ("train.py: stopped", "train.py (rank 1): stopped"):
+    for rank in ("train.py: error: ", "train.py (rank 1): error: "):
         assert rank in result.stderr
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in result.stderr
     assert not (tmp_path / "run" / "model.safetensors").exists()
@@ -218,4 +218,4 @@ def test_emax_train_and_validate_are_the_programs(
 
 def test_emax_module_of_the_command_is_what_pip_installs() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    assert 'emax = "emax_timm.cli:main"' in text
+    assert 'emax = "emax_cli:main"' in text

@@ -32,6 +32,8 @@ FLAGS = {
 class BuildError(RuntimeError):
     """The library cannot be built; the message is one line that says why."""
 
+    exit_code = 2
+
 
 def library_path() -> Path:
     """Where the library for this source, this torch and this CPU is once it is built."""

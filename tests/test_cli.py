@@ -1,0 +1,58 @@
+"""The table of commands: what each does with `--help`, with a wrong flag, and before torch."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from interpreters import ENVIRONMENT
+from training_testing import only_line
+
+from emax_cli import COMMANDS, main
+
+ANSWERS = {"--help": 0, "trian": 2}
+
+
+def _fresh(source: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """Run Python in a process of its own; the seconds are the least of three runs."""
+    command = [sys.executable, "-c", source]
+    seconds = []
+    while True:
+        start = time.monotonic()
+        done = subprocess.run(
+            command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+        )
+        seconds.append(time.monotonic() - start)
+        if len(seconds) == 3:
+            return done, min(seconds)
+
+
+@pytest.mark.parametrize("word", ANSWERS)
+def test_answers_that_need_no_model_load_neither_torch_nor_timm(word: str, tmp_path: Path) -> None:
+    asked = f"import sys, emax_cli; status = emax_cli.main([{word!r}])\n"
+    told = "print(status, *sys.modules)"
+    done, seconds = _fresh(asked + told, tmp_path)
+    assert done.returncode == 0, done.stderr
+    status, *modules = done.stdout.splitlines()[-1].split()
+    assert int(status) == ANSWERS[word]
+    assert not {"emax_timm", "numpy", "timm", "torch"} & set(modules)
+    assert seconds < _fresh("", tmp_path)[1] + 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"usage: emax {command} ")
+    assert shown.err == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_flag_is_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--no-such-flag"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert only_line(shown.err).startswith(f"emax {command}: error: ")
