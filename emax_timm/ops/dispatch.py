@@ -174,17 +174,18 @@ def explain(x: Tensor, weights: EMAXWeights) -> dict[str, str | None]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute EMAX and EMA with this backend in the context: an error where it cannot serve.
+    """Choose the backend that computes EMAX and EMA layers inside a `with` block.
 
-    It overrules EMAX_BACKEND, nests, and holds for the calling thread or task alone. A backward
-    pass takes the backend of its forward pass, in the context or not. What torch.compile has
-    compiled keeps the backend that it was compiled with.
+    It overrules the environment variable EMAX_BACKEND, can be nested, and holds for the calling
+    thread or task alone. A backward pass always uses the backend of its forward pass. Code that
+    torch.compile has compiled keeps the backend that it was compiled with.
 
     Args:
-        name: "cpp", "portable", or "auto" for the best that serves.
+        name: "cpp" (C++, on CPUs), "portable" (PyTorch), or "auto" for the best that can serve.
 
     Raises:
-        BackendError: If there is no such backend; in the forward pass, if it cannot serve.
+        BackendError: If there is no such backend or, in a forward pass inside the block, if it
+            cannot serve the tensors at hand; `emax backends` says why.
     """
     if name != "auto" and name not in [backend.name for backend in BACKENDS]:
         raise BackendError(_unknown(name))
