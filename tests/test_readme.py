@@ -57,7 +57,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(1, 6):
             image = Image.new("RGB", (80, 60), (shade, 20 * number, 100))
             image.save(folder / "photos" / "train" / label / f"{number:03}.png")
-    image.save(folder / "photos" / "new.png")
+    Image.new("RGB", (80, 60), (180, 60, 100)).save(folder / "photos" / "new.png")
     (line,) = [line for line in programs() if "--data-dir photos" in line]
     words = shlex.split(line)[2:]
     words[words.index("--data-dir") + 1] = str(folder / "photos")
