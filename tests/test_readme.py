@@ -58,7 +58,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             image = Image.new("RGB", (80, 60), (shade, 20 * number, 100))
             image.save(folder / "photos" / "train" / label / f"{number:03}.png")
     Image.new("RGB", (80, 60), (180, 60, 100)).save(folder / "photos" / "new.png")
-    (line,) = [line for line in programs() if "--data-dir photos" in line]
+    (line,) = [line for line in commands() if "--data-dir photos" in line]
     words = shlex.split(line)[2:]
     words[words.index("--data-dir") + 1] = str(folder / "photos")
     words[words.index("--output") + 1] = str(folder / "runs")
@@ -99,8 +99,8 @@ PAGES = sorted(
 )
 # A name of timm's begins so; one of ours also ends so.
 FAMILY = r"(?:tu-)?(?:wide_)?(?:resne|convnext|mobilenet|regnet|efficientnet|densenet|swin_|vit_)"
-SYSTEM = rf"_(?:{'|'.join(ATTENTIONS)})"
-NAME = re.compile(rf"(?<![\w/.-])({FAMILY}\w*|\w+{SYSTEM})(\.\w+(?:_in1k|_warm)\w*)?(?![\w*{{/])")
+METHOD = rf"_(?:{'|'.join(ATTENTIONS)})"
+NAME = re.compile(rf"(?<![\w/.-])({FAMILY}\w*|\w+{METHOD})(\.\w+(?:_in1k|_warm)\w*)?(?![\w*{{/])")
 
 
 def names_in(text: str) -> set[str]:
@@ -154,7 +154,7 @@ def test_table_of_the_page_on_models_is_what_its_command_gives() -> None:
     assert f"Made by `emax list --write docs/models.md`:\n\n{markdown(rows)}\n" in MODELS
 
 
-def programs() -> list[str]:
+def commands() -> list[str]:
     """The command lines of the README, but for the two that set everything up."""
     lines = [line for block in blocks("bash") for line in block.splitlines()]
     return [line for line in lines if line and "venv" not in line]
@@ -272,7 +272,7 @@ def test_readme_set_up_commands_are_two() -> None:
 def test_readme_picture_is_what_its_command_draws(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (line,) = [line for line in programs() if line.startswith("emax visualize --images ")]
+    (line,) = [line for line in commands() if line.startswith("emax visualize --images ")]
     assert "](docs/attention.png)" in README
     monkeypatch.chdir(workplace)
     words = shlex.split(line)[1:]
@@ -287,7 +287,7 @@ def test_readme_picture_is_what_its_command_draws(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", programs())
+@pytest.mark.parametrize("line", commands())
 def test_readme_command_runs(line: str, workplace: Path) -> None:
     # The same command on data, a model size and a number of ranks that exist here.
     line = line.replace("/data/imagenet", str(workplace / "imagenet"))
