@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from interpreters import ENVIRONMENT, ROOT
+from tiers import mostly_slow
 
 # What Windows lacks, taken away before anything else is imported. The locks that filelock has for
 # Windows are not here either: it takes those that every file system has.
@@ -58,7 +59,7 @@ print("refused:", refused.count("link"), "open a folder" in refused)
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("links", "refused"), [("hard links", 1), ("neither", 2)])
+@pytest.mark.parametrize(("links", "refused"), mostly_slow([("hard links", 1), ("neither", 2)], 1))
 def test_quickstart_trains_a_step_without_what_linux_has(
     links: str, refused: int, tmp_path: Path
 ) -> None:

@@ -38,7 +38,11 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of the quickstart, cut short, and an ImageNet of eight images."""
+    """A folder with what the README's commands and code take, small.
+
+    It has runs of the quickstart and of "Your own images", cut short, photos of two classes, an
+    ImageNet of eight images, and two images of the sample.
+    """
     folder = tmp_path_factory.mktemp("readme")
     options = ["--epochs", "1", "--val-fraction", "0.9", "--output", str(folder / "runs")]
     assert train(["-c", "quickstart", *options]) == 0
@@ -48,6 +52,17 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for number in range(4):
                 image = Image.new("RGB", (40, 40), (60 * number, 100, 100))
                 image.save(folder / "imagenet" / split / label / f"{number}.png")
+    for label, shade in (("cat", 60), ("dog", 180)):
+        (folder / "photos" / "train" / label).mkdir(parents=True)
+        for number in range(1, 6):
+            image = Image.new("RGB", (80, 60), (shade, 20 * number, 100))
+            image.save(folder / "photos" / "train" / label / f"{number:03}.png")
+    Image.new("RGB", (80, 60), (180, 60, 100)).save(folder / "photos" / "new.png")
+    (line,) = [line for line in programs() if "--data-dir photos" in line]
+    words = shlex.split(line)[2:]
+    words[words.index("--data-dir") + 1] = str(folder / "photos")
+    words[words.index("--output") + 1] = str(folder / "runs")
+    assert train([*words, "--epochs", "1", "-b", "4"]) == 0
     with tarfile.open(SAMPLES / "fashion_mnist" / "test.tar") as archive:
         files = [member for member in archive if member.isfile()]
         for name, member in (("boot.png", files[-1]), ("coat.png", files[500])):
@@ -118,16 +133,25 @@ def test_names_of_models_are_found() -> None:
     assert {"resnet50_emax", "convnext_tiny_cbam", "resnet18_emax"} <= found
 
 
-def test_readme_table_has_every_model() -> None:
-    rows = re.findall(r"^\| `?(\w+)`? \|", README, flags=re.MULTILINE)
+MODELS = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+def test_table_of_the_page_on_models_has_every_model() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", MODELS.partition("## All models")[2], re.MULTILINE)
     for name in ALL:
         assert rows.count(name) == 1, name
 
 
+def test_models_of_the_readme_are_ten_rows_of_the_page_on_models() -> None:
+    header, *rows = re.findall(r"^\| (?:Model|`\w+_emax`) \|.*$", README, re.MULTILINE)
+    assert len(rows) == 10
+    assert not {header, *rows} - set(MODELS.splitlines())
+
+
 @pytest.mark.slow
-def test_readme_table_is_what_its_command_gives() -> None:
+def test_table_of_the_page_on_models_is_what_its_command_gives() -> None:
     rows = [measure(name) for name in model_names("")]
-    assert markdown(rows) in README
+    assert f"Made by `emax list --write docs/models.md`:\n\n{markdown(rows)}\n" in MODELS
 
 
 def programs() -> list[str]:
@@ -248,7 +272,7 @@ def test_readme_set_up_commands_are_two() -> None:
 def test_readme_picture_is_what_its_command_draws(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (line,) = [line for line in programs() if line.startswith("emax visualize ")]
+    (line,) = [line for line in programs() if line.startswith("emax visualize --images ")]
     assert "](docs/attention.png)" in README
     monkeypatch.chdir(workplace)
     words = shlex.split(line)[1:]
@@ -272,6 +296,8 @@ def test_readme_command_runs(line: str, workplace: Path) -> None:
     if "--data-dir" in arguments:
         small = "--epochs 1 --img-size 32 -b 2 -j 1 --model resnet10t_emax --amp-dtype bfloat16"
         arguments += small.split()
+    if "--experiment" in arguments:
+        arguments += ["--experiment", "again"]  # the fixture has trained the one named there
     if "--resume" in arguments:
         arguments[arguments.index("--epochs") + 1] = "2"
     launchers = {

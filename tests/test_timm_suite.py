@@ -4,16 +4,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import pytest
 import timm_suite
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3300)
-def test_timm_suite_passes_on_a_model_per_family_and_attention(tmp_path: Path) -> None:
-    counts = timm_suite.run(timm_suite.fetch(tmp_path), timm_suite.SMALL, output=True)
+def test_timm_suite_passes_on_the_smallest_model(tmp_path: Path) -> None:
+    suite = timm_suite.fetch(tmp_path)
+    counts = timm_suite.run(suite, timm_suite.SMALL, output=True, workers="0")
     for name, counter in counts.items():
         assert counter["passed"] >= 9, name
         # None skipped either.

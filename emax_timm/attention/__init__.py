@@ -1,4 +1,7 @@
-"""Attention modules: EMAX and those it is compared with. They know no models and no files."""
+"""Attention layers: EMAX and the attentions that it is compared with, as modules for any network.
+
+This package knows neither models nor files.
+"""
 
 from ..ops import EMAXMaps
 from .ema import EMA

@@ -1,9 +1,9 @@
-"""Whether the children of a layer still are what a backend takes them for, and what to do if not.
+"""Checks that a backend may compute without calling the children of a layer, and the fallback.
 
-A backend reads the weights of EMAX's and EMA's children and does the children's work itself. That
-is right only as long as calling them would give the same: a child that was quantised, pruned,
-parametrised, wrapped or replaced, or that has hooks, must be called. Then the layer computes by its
-formulas as they stand in `ops/reference.py`, and calls its children.
+A backend reads the weights of the children of EMAX and EMA and computes what they would compute.
+That is right only as long as a call of the child would give the same. A child that was quantised,
+pruned, parametrised, wrapped or replaced, or that has hooks, must be called: then the layer
+computes by the formulas in `ops/reference.py` and calls its children.
 """
 
 from typing import Any
@@ -19,11 +19,15 @@ __all__ = ["SqueezeExcite", "by_children", "changed_child", "refuse_scripting", 
 
 
 class SqueezeExcite(nn.Sequential):
-    """A squeeze-and-excite gate: [b, c, h, w] to [b, c, 1, 1] in (0, 1), arXiv 1709.01507.
+    """A squeeze-and-excite gate (arXiv 1709.01507) that is returned and not applied.
+
+    It maps [b, c, h, w] to a gate [b, c, 1, 1] in (0, 1).
 
     Args:
         channels: Number of input channels c.
         hidden: Number of hidden units r.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
     """
 
     def __init__(self, channels: int, hidden: int, device=None, dtype=None) -> None:
@@ -37,8 +41,8 @@ class SqueezeExcite(nn.Sequential):
         )
 
     def weights(self) -> list[Tensor | None]:
-        """Weight and bias of the reducing, then of the expanding convolution."""
-        # By name: `self[1]` looks through the list, in every forward pass.
+        """Return weight and bias of the reducing, then of the expanding convolution."""
+        # By name, because `self[1]` would search the list in every forward pass.
         reduce, expand = getattr(self, "1"), getattr(self, "3")
         return [
             reduce.weight,
@@ -72,9 +76,12 @@ _GATE = {
 
 
 def changed_child(attention: nn.Module) -> str | None:
-    """The first child of an EMAX or EMA layer that must be called, and why; None if none must.
+    """Name the first child of an EMAX or EMA layer that must be called, and say why.
 
-    Hooks that are registered for all modules at once, as profilers do, do not count.
+    Hooks that are registered for all modules at once, as by profilers, do not count.
+
+    Returns:
+        The name of the child and how it differs, or None if a backend may compute the layer.
     """
     for name, child in attention._modules.items():
         if child is None:
@@ -91,10 +98,10 @@ def changed_child(attention: nn.Module) -> str | None:
 
 
 def _is_untouched(child: Any, kind: type[nn.Module] | None) -> bool:
-    """Whether calling the child is what its kind does.
+    """Say whether a call of the child would do what its class does, with the usual arguments.
 
-    Every forward pass asks this 16 times: in the instance's dictionary an attribute takes a third
-    of the time that `nn.Module` takes for it.
+    Every forward pass asks this 16 times, so it reads the dictionary of the instance, which takes a
+    third of the time that attributes of `nn.Module` take.
     """
     if type(child) is not kind:
         return False
@@ -123,7 +130,7 @@ def _is_usual_convolution(own: dict[str, Any]) -> bool:
 
 
 def _change(child: Any, kind: type[nn.Module] | None) -> str:
-    """How a child that is not untouched differs, for the log."""
+    """Say for the log how a child that is not untouched differs."""
     if type(child) is not kind:
         return f"is a {type(child).__name__}"
     if "forward" in child.__dict__:
@@ -135,15 +142,19 @@ def _change(child: Any, kind: type[nn.Module] | None) -> str:
 
 
 def by_children(x: Tensor, layer: Any, change: str) -> tuple[Tensor, EMAXMaps]:
-    """The output, like x [b, c, h, w], and the maps of a layer, by calls of its children.
+    """Compute the output and the attention maps of a layer by calls of its children.
 
     Args:
+        x: The input, [b, c, h, w].
         layer: An EMAX or EMA layer.
-        change: What `changed_child` says of it.
+        change: The reason that `changed_child` gives for it.
+
+    Returns:
+        The output, which has the shape, dtype and memory format of x, and the maps.
 
     Raises:
-        BackendError: If a backend was asked for that does not call children.
-        ValueError: If x is no [b, c, h, w].
+        BackendError: If a backend was requested that does not call children.
+        ValueError: If x does not have the shape [b, c, h, w].
     """
     report_fallback(change)
     check_input(x, layer.channels)
@@ -153,7 +164,7 @@ def by_children(x: Tensor, layer: Any, change: str) -> tuple[Tensor, EMAXMaps]:
 @outside_autocast
 def _by_children(x: Tensor, parts: Parts, training: bool) -> tuple[Tensor, EMAXMaps]:
     noise = draw_noise(x, parts.config.candidates, training)
-    # Children take what their parameters are; quantised ones have none, and take float32.
+    # A child takes inputs in the dtype of its parameters; a quantised one, without any, in float32.
     children = [part for part in parts if isinstance(part, nn.Module)]
     own = [p.dtype for part in children for p in part.parameters() if p.is_floating_point()]
     dtype = own[0] if own else torch.float32
@@ -167,10 +178,10 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def refuse_scripting(attention: nn.Module) -> nn.Module:
-    """The layer itself, for `torch.jit.script`.
+    """Return the layer itself for `torch.jit.script`, unless its children must be called.
 
     Raises:
-        RuntimeError: If its children must be called, which a scripted layer does not.
+        RuntimeError: If they must be called, which a scripted layer does not do.
     """
     change = changed_child(attention)
     if change is not None:
@@ -180,9 +191,9 @@ def refuse_scripting(attention: nn.Module) -> nn.Module:
 
 
 def without_exports(attention: nn.Module, names: list[str]) -> list[str]:
-    """The names of a layer's attributes that torch.jit.trace may look at.
+    """Return the names of a layer's attributes that torch.jit.trace may look at.
 
-    It compiles the methods that are marked for TorchScript, and those read the weights of children
-    that must be called.
+    Tracing compiles the methods that are marked for TorchScript, and these would read the weights
+    of children that must be called.
     """
     return names if changed_child(attention) is None else [n for n in names if n != "attention"]

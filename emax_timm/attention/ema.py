@@ -1,6 +1,6 @@
-"""EMA: Efficient Multi-scale Attention with cross-spatial learning (arXiv 2305.13563).
+"""The EMA layer: Efficient Multi-scale Attention with cross-spatial learning (arXiv 2305.13563).
 
-Dimension letters as in `emax_timm.ops`.
+`emax_timm.ops` explains the letters in the shapes.
 """
 
 import math
@@ -15,21 +15,23 @@ from .children import by_children, changed_child, refuse_scripting, without_expo
 
 __all__ = ["EMA"]
 
-# One node each in a torch.fx graph: inside, the code depends on the input's dtype.
+# Each of these is one node of a torch.fx graph, because the code inside depends on the dtype of x.
 torch.fx.wrap("emax")
 torch.fx.wrap("emax_maps")
 
 
 class EMA(nn.Module):
-    """EMA attention on [b, c, h, w] features, for any h, w >= 1 and any c >= 1.
+    """EMA attention, a layer that scales a feature map [b, c, h, w] and keeps its shape.
 
-    Same formula and state-dict keys as the module its authors published, computed in EMAX's exact
-    shortcut form (`docs/emax.md`), and with a group count that always divides the channels: theirs
-    fails where `factor` does not divide them, as on 40 channels.
+    It has the formula and the state-dict keys of the module that its authors published. It computes
+    them by the exact shortcuts of EMAX (`docs/emax.md`), with a group count that always divides the
+    channels: the published module fails where `factor` does not divide them, as on 40 channels.
 
     Args:
         channels: Number of input channels c.
         factor: Upper bound of the group count, F = gcd(channels, factor).
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an argument is not a positive integer.
@@ -52,7 +54,10 @@ class EMA(nn.Module):
 
     @torch.jit.export
     def attention(self, x: Tensor) -> Tensor:
-        """The spatial attention of `x` in (0, 1), not applied to it: [b, F, h, w]."""
+        """Compute the spatial attention of x [b, c, h, w] without applying it.
+
+        It is [b, F, h, w], in (0, 1).
+        """
         if not torch.jit.is_scripting():
             change = changed_child(self)
             if change is not None:
@@ -60,7 +65,7 @@ class EMA(nn.Module):
         return emax_maps(x, self.weights(), False).spatial
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the attention: [b, c, h, w] to [b, c, h, w]."""
+        """Apply the attention to x [b, c, h, w]; the result has the shape of x."""
         if not torch.jit.is_scripting():
             change = changed_child(self)
             if change is not None:
@@ -68,7 +73,7 @@ class EMA(nn.Module):
         return emax(x, self.weights(), False)
 
     def weights(self) -> EMAXWeights:
-        """The constants and tensors that a backend takes, for this layer."""
+        """Return the constants and tensors of this layer that a backend computes with."""
         conv1x1 = self.conv1x1
         conv3x3 = self.conv3x3
         gn = self.gn
@@ -84,7 +89,7 @@ class EMA(nn.Module):
 
     @torch.jit.unused
     def parts(self) -> Parts:
-        """The children, for whoever computes by calling them."""
+        """Return the children of this layer, for the computation that calls them."""
         return Parts(
             EMAXConfig(self.groups, [self.groups], False, 0.0), self.conv1x1, self.conv3x3, self.gn
         )

@@ -1,10 +1,10 @@
-"""EMAX: Enhanced Multi-scale Attention with eXpressive learning.
+"""The EMAX layer: Enhanced Multi-scale Attention with eXpressive learning.
 
-EMA's grouped cross-spatial attention ("Efficient Multi-Scale Attention Module with Cross-Spatial
-Learning", arXiv 2305.13563) with a learned group count per sample, channel attention, global
-attention and a residual gate. `docs/emax.md` defines it and derives the form computed here.
+EMAX is the grouped cross-spatial attention of EMA ("Efficient Multi-Scale Attention Module with
+Cross-Spatial Learning", arXiv 2305.13563) with a learned group count per sample, channel attention,
+global attention and a residual gate. `docs/emax.md` defines it and derives the form computed here.
 
-Dimension letters as in `emax_timm.ops`.
+`emax_timm.ops` explains the letters in the shapes.
 """
 
 import math
@@ -20,16 +20,19 @@ from .children import SqueezeExcite, by_children, changed_child, refuse_scriptin
 
 __all__ = ["EMAX"]
 
-# One node each in a torch.fx graph: inside, the code depends on the input's dtype.
+# Each of these is one node of a torch.fx graph, because the code inside depends on the dtype of x.
 torch.fx.wrap("emax")
 torch.fx.wrap("emax_maps")
 
 
 class EMAX(nn.Module):
-    """EMAX attention on [b, c, h, w] features, for any h, w >= 1 and any c >= 1.
+    """EMAX attention, a layer that scales a feature map [b, c, h, w] and keeps its shape.
 
-    Works on contiguous and channels_last input and keeps the layout and dtype. In eval mode it
-    is deterministic, and a sample's output does not depend on its batch (but with `batch_vote`).
+    It goes where a squeeze-and-excite or CBAM layer would go: after the convolutions of a block. It
+    takes any number of channels and any height and width, contiguous or channels_last, and returns
+    the memory format and dtype that it was given. In eval mode it is deterministic, and the output
+    of a sample does not depend on the rest of its batch unless `batch_vote` is set. The formulas
+    are in `docs/emax.md`; without its additions it is EMA (arXiv 2305.13563).
 
     Args:
         channels: Number of input channels c.
@@ -38,10 +41,13 @@ class EMAX(nn.Module):
         group_counts: Candidates for the group count, which each sample chooses among: None for
             every divisor of F, "finest" for F alone, or a list, of which this layer keeps the
             divisors of F.
-        batch_vote: The whole batch uses its most frequent choice (ties: the smallest count).
-        channel_gate: Add gamma * X * channel attention.
-        global_gate: Scale by the global attention.
-        gate_init: Initial residual gate: 1 gives the attended features, 0 the identity.
+        batch_vote: Whether all samples use the most frequent choice of the batch (the smallest
+            count if several are equally frequent).
+        channel_gate: Whether to add gamma * x * channel attention to the spatially attended x.
+        global_gate: Whether to scale the result by the global attention.
+        gate_init: Initial value of the residual gate: 1 gives the attended features, 0 returns x.
+        device: Device of the parameters and buffers.
+        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an argument is out of its range, or no given group count divides F.
@@ -89,16 +95,16 @@ class EMAX(nn.Module):
         self.global_attn = SqueezeExcite(channels, hidden, **dd) if global_gate else None
         self.residual_gate = nn.Parameter(torch.empty(channels, **dd))
 
-        # The state of the grouping's schedule: see `schedule.set_grouping`.
+        # The state of the schedule of the grouping, which `schedule.set_grouping` sets.
         self.register_buffer("warmup", torch.empty((), device=device, dtype=torch.float32))
         self.register_buffer("temperature", torch.empty((), device=device, dtype=torch.float32))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise every parameter and buffer, as after `to_empty()`.
+        """Initialise every parameter and buffer, for instance after `to_empty()`.
 
-        torch's defaults, but the gates start open: sigmoid(2) = 0.88 rather than 0.5, else each
-        layer would start by scaling its features to about a quarter.
+        The values are torch's defaults, except that the gates start open, at sigmoid(2) = 0.88
+        rather than 0.5. Otherwise each layer would scale its features to about a quarter at first.
         """
         self.conv1x1.reset_parameters()
         self.conv3x3.reset_parameters()
@@ -124,9 +130,9 @@ class EMAX(nn.Module):
 
     @torch.jit.export
     def attention(self, x: Tensor) -> EMAXMaps:
-        """The attention maps of `x` [b, c, h, w], not applied to it.
+        """Compute the attention maps of x [b, c, h, w] without applying them.
 
-        In training mode every call draws the noise of the choice of groups anew.
+        In training mode every call draws new noise for the choice of group counts.
         """
         if not torch.jit.is_scripting():
             change = changed_child(self)
@@ -135,7 +141,7 @@ class EMAX(nn.Module):
         return emax_maps(x, self.weights(), self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the attention: [b, c, h, w] to [b, c, h, w]."""
+        """Apply the attention to x [b, c, h, w]; the result has the shape of x."""
         if not torch.jit.is_scripting():
             change = changed_child(self)
             if change is not None:
@@ -143,8 +149,8 @@ class EMAX(nn.Module):
         return emax(x, self.weights(), self.training)
 
     def weights(self) -> EMAXWeights:
-        """The constants and tensors that a backend takes, for this layer."""
-        # TorchScript takes a value for present only where it has just seen it be compared to None.
+        """Return the constants and tensors of this layer that a backend computes with."""
+        # TorchScript takes a value for present only directly after a comparison with None.
         controller_weight: Tensor | None = None
         controller_bias: Tensor | None = None
         if self.group_controller is not None:
@@ -185,8 +191,8 @@ class EMAX(nn.Module):
 
     @torch.jit.unused
     def parts(self) -> Parts:
-        """The children, for whoever computes by calling them."""
-        # Without the norm's eps, which is the child's affair.
+        """Return the children of this layer, for the computation that calls them."""
+        # The norm has its own eps, so the one here is not used.
         config = EMAXConfig(self.groups, self.candidates, self.batch_vote, 0.0)
         return Parts(
             config=config,
@@ -213,7 +219,7 @@ class EMAX(nn.Module):
 
 
 def _candidates(finest: int, group_counts: str | Sequence[int] | None) -> list[int]:
-    """The candidate group counts of a layer with `finest` fine groups, ascending."""
+    """Return the candidate group counts of a layer with `finest` fine groups, ascending."""
     divisors = [count for count in range(1, finest + 1) if finest % count == 0]
     if group_counts is None:
         return divisors

@@ -1,4 +1,4 @@
-"""Every attention of the zoo by name."""
+"""Every attention of this package by its name."""
 
 import math
 from collections.abc import Callable
@@ -29,15 +29,17 @@ ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
 
 
 class GatedAttention(nn.Module):
-    """x + alpha * (attention(x) - x), with EMAX's residual gate alpha, [c], for any attention.
+    """An attention behind a residual gate: x + alpha * (attention(x) - x), with alpha [c].
 
-    Exact at both ends: alpha = 0 gives x and alpha = 1 gives attention(x), to the bit, wherever
-    attention(x) is finite.
+    EMAX has such a gate of its own; this is the gate for the other attentions. Where attention(x)
+    is finite, alpha = 0 gives x and alpha = 1 gives attention(x) bit for bit.
 
     Args:
         channels: Number of input channels c.
-        attention: Maps [b, c, h, w] to [b, c, h, w].
-        gate_init: Initial alpha.
+        attention: A module that maps [b, c, h, w] to [b, c, h, w].
+        gate_init: Initial value of alpha.
+        device: Device of the gate.
+        dtype: Dtype of the gate.
 
     Raises:
         ValueError: If `gate_init` is no finite number.
@@ -60,11 +62,11 @@ class GatedAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the gate; the attention's layers have methods of their own."""
+        """Initialise the gate alone; the layers of the attention have methods of their own."""
         nn.init.constant_(self.residual_gate, self.gate_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the attention: [b, c, h, w] to [b, c, h, w]."""
+        """Apply the gated attention to x [b, c, h, w]; the result has the shape of x."""
         gate = self.residual_gate.to(x.dtype).view(1, -1, 1, 1)
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript leaves no other one out)
             if exporting():
@@ -73,7 +75,7 @@ class GatedAttention(nn.Module):
 
     @torch.jit.unused
     def _lerp_by_parts(self, x: Tensor, gate: Tensor) -> Tensor:
-        """lerp's formula, where torch.export would guard on the strides of lerp's result."""
+        """Compute `torch.lerp` by its formula: torch.export would guard on the strides of lerp."""
         attended = self.attention(x).to(x.dtype)
         change = attended - x
         return torch.where(gate < 0.5, x + gate * change, attended - (1 - gate) * change)
@@ -87,19 +89,22 @@ def create_attention(
     dtype=None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build an attention that maps [b, c, h, w] to [b, c, h, w].
+    """Create an attention layer by name; it maps [b, c, h, w] to [b, c, h, w].
 
     Args:
-        name: A key of `ATTENTIONS`.
+        name: One of "emax", "ema" (arXiv 2305.13563), "cbam" (1807.06521), "se" (1709.01507), "eca"
+            (1910.03151), "coord" (2103.02907) and "msa" (self-attention over the pixels).
         channels: Number of input channels c.
-        gate_init: Put the attention behind a residual gate that starts at this value: 1 is the
-            attention, 0 the identity. EMAX has a gate of its own, at 1 for None; the others have
-            none for None.
-        kwargs: Of the attention's class.
+        gate_init: Initial value of a residual gate per channel that the layer is put behind: 1
+            gives the attention, 0 returns the input. With None, EMAX has its own gate at 1, and the
+            other attentions have no gate.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
+        kwargs: Further arguments of the attention's class, such as `factor` of EMAX.
 
     Raises:
-        TypeError: For an unknown keyword.
-        ValueError: For an unknown name or a bad value.
+        TypeError: If the class does not know a keyword.
+        ValueError: If the name is unknown or a value is out of its range.
     """
     dd: dict[str, Any] = {"device": device, "dtype": dtype}
     if name not in ATTENTIONS:
@@ -107,7 +112,7 @@ def create_attention(
     if not isinstance(channels, int) or channels < 1:
         raise ValueError(f"channels must be a positive integer, not {channels!r}")
     if name == "eca" and "kernel_size" in kwargs:
-        # timm takes it and does not use it where it knows the channels.
+        # timm accepts this argument, but does not use it where it knows the channels.
         raise TypeError("ECA has its kernel_size from the channels, by gamma and beta")
     if name == "emax":
         gate = {} if gate_init is None else {"gate_init": gate_init}

@@ -1,4 +1,4 @@
-"""The schedule of dynamic grouping over training, as it stands in a model's EMAX layers."""
+"""The schedule of dynamic grouping over training: its state is in the EMAX layers of a model."""
 
 import math
 
@@ -13,15 +13,20 @@ __all__ = ["set_grouping"]
 def set_grouping(
     model: nn.Module, *, warmup: float | None = None, temperature: float | None = None
 ) -> int:
-    """Set the schedule of dynamic grouping on all EMAX layers of a model, in place.
+    """Set warm-up and temperature of the dynamic grouping in all EMAX layers of a model, in place.
+
+    A training loop of your own calls it in every step; `train.py` does so by `--grouping-warmup`
+    and `--grouping-temperature`. `docs/emax.md` explains both.
 
     Args:
-        model: Any module; a DistributedDataParallel or compiled one too.
-        warmup: s in [0, 1]: 0 groups as EMA does, 1 as the controller chooses. None keeps it.
-        temperature: tau > 0 of the straight-through softmax. None keeps it.
+        model: Any module, also one in DistributedDataParallel or torch.compile.
+        warmup: How much of each layer's own choice of a group count is used, s in [0, 1]: at 0 the
+            channels are grouped as EMA groups them, at 1 as the layer chooses. None keeps it.
+        temperature: Temperature tau > 0 of the softmax that the choice has its gradient from. None
+            keeps it.
 
     Returns:
-        The number of EMAX layers found; those of a scripted model are not.
+        The number of EMAX layers that were found; the layers of a scripted model are not.
 
     Raises:
         ValueError: If a value is out of its range.

@@ -1,4 +1,4 @@
-"""Multi-head self-attention over a feature map, as an attention to compare with."""
+"""Multi-head self-attention over the pixels of a feature map, as an attention to compare with."""
 
 from typing import Any
 
@@ -11,35 +11,38 @@ __all__ = ["SelfAttention2d"]
 
 
 def pool_to_at_most(x: Tensor, size: int) -> Tensor:
-    """Average [b, c, h, w] over a grid of at most `size` x `size`; a smaller map stays as it is."""
+    """Average x [b, c, h, w] down to at most `size` x `size` pixels; a smaller x stays as it is."""
     return F.adaptive_avg_pool2d(x, (min(x.shape[2], size), min(x.shape[3], size)))
 
 
 def resize_like(x: Tensor, other: Tensor) -> Tensor:
-    """Interpolate [b, c, h, w] bilinearly to the height and width of `other`."""
+    """Interpolate x [b, c, h, w] bilinearly to the height and width of `other`."""
     return F.interpolate(x, size=other.shape[2:], mode="bilinear", align_corners=False)
 
 
-# One node each in a torch.fx graph: they compare sizes.
+# Each of these is one node of a torch.fx graph, because they compare sizes.
 torch.fx.wrap("pool_to_at_most")
 torch.fx.wrap("resize_like")
 
 
 class SelfAttention2d(nn.Module):
-    """x + self-attention over the pixels of x [b, c, h, w] (timm's `Attention2d`).
+    """Self-attention over the pixels of x [b, c, h, w] (timm's `Attention2d`), added to x.
 
-    Its cost grows with the square of the pixels, so larger maps are averaged down to a grid of
-    `max_size` x `max_size` for it and the result is interpolated back; at 224 x 224 the default
-    leaves a network's last two stages (14 x 14 and 7 x 7) at full resolution. There is no position
-    embedding: the convolutions around it know where they are, and any size of image works.
+    Its cost grows with the square of the number of pixels. Feature maps larger than `max_size` x
+    `max_size` are therefore averaged down to that size, and the result is interpolated back; for
+    images of 224 x 224 the default keeps the last two stages of a network (14 x 14 and 7 x 7) at
+    full resolution. There is no position embedding, because the convolutions around the layer know
+    positions, so images of any size work (arXiv 1706.03762).
 
-    Exported with dynamic sizes, it keeps to the side of `max_size` that it was traced on.
+    Exported with dynamic sizes, it averages down or not as it did for the sizes it was traced with.
 
     Args:
         channels: Number of input channels c.
         head_dim: Channels per head; the number of heads is the largest divisor of `channels` up to
             channels / head_dim.
-        max_size: Greatest height and width at which the attention is computed.
+        max_size: Greatest height and width, in pixels, at which the attention is computed.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
 
     Raises:
         ValueError: If an argument is not a positive integer.
@@ -59,5 +62,5 @@ class SelfAttention2d(nn.Module):
         self.attention = Attention2d(channels, num_heads=heads, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the attention: [b, c, h, w] to [b, c, h, w]."""
+        """Add the self-attention of x [b, c, h, w] to x; the result has the shape of x."""
         return x + resize_like(self.attention(pool_to_at_most(x, self.max_size)), x)

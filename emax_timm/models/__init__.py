@@ -1,4 +1,4 @@
-"""Backbones: importing this package registers them with timm."""
+"""The models: backbones with attention, which an import of this package registers with timm."""
 
 from .emax_convnext import AttentionConvNeXt
 from .emax_insertion import insert_attention

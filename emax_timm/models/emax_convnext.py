@@ -1,6 +1,6 @@
 """ConvNeXt and ConvNeXt V2 with attention between the MLP and the layer scale of each block.
 
-Everything else is timm's ConvNeXt: parameter names, options, initialisation.
+Parameter names, options and initialisation are those of timm's ConvNeXt.
 """
 
 from collections.abc import Sequence

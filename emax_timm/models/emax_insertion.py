@@ -1,4 +1,4 @@
-"""Attention in any CNN of timm's: as a function on a model, and as a model by name."""
+"""Attention in any CNN of timm: a function that inserts it, and a model that has it by name."""
 
 import copy
 import difflib
@@ -31,30 +31,30 @@ def insert_attention(
     where: str = "stage",
     attn_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Put attention into a CNN of timm's, in place, without changing what it computes.
+    """Insert attention into a convolutional timm model, in place, without changing its outputs.
 
     Every attention sits behind a residual gate that starts closed, so the outputs of a pretrained
-    model stay the same to the bit until it is trained. The names of its parameters stay too.
+    model stay the same to the bit until it is trained. The names of its parameters stay as well.
     `timm.models.save_for_hf` writes a folder from which `timm.create_model("local-dir:...")`
-    rebuilds the result; `timm.create_model("with_attention", base_model=...)` makes it by name.
+    rebuilds the result; `timm.create_model("with_attention", base_model=...)` creates it by name.
 
     Args:
-        model: A model of timm's whose stages map a tensor [b, c, h, w] to one, not one made with
+        model: A timm model whose stages map one tensor [b, c, h, w] to one, created without
             `features_only`.
-        attention: Its name: a key of `emax_timm.attention.ATTENTIONS`.
-        stages: Indices of the stages to attend, from 0 for the first after the stem, in the order
-            of the feature maps that `features_only` gives; None is all of them.
-        where: "stage" puts it after each stage; "block" into the residual branch of every block
-            of the stages, in families with a slot for it: ResNet and its kin, RegNet, EfficientNet
-            and its kin, ConvNeXt.
-        attn_kwargs: Keyword arguments of the attention (JSON-able).
+        attention: Name of the attention, as in `create_attention`.
+        stages: Indices of the stages that get attention, counted from 0 for the first after the
+            stem, in the order of the feature maps that `features_only` gives; None is all of them.
+        where: "stage" inserts it after each stage; "block" into the residual branch of every block
+            of the stages, in families whose blocks have a slot for it: ResNet, SKNet, Res2Net,
+            RegNet, EfficientNet, MobileNet, ConvNeXt.
+        attn_kwargs: Keyword arguments of the attention, which JSON can represent.
 
     Returns:
-        The model.
+        The same model.
 
     Raises:
-        TypeError: For an unknown keyword in `attn_kwargs`.
-        ValueError: For a bad value, or a model that has no place for attention.
+        TypeError: If the attention does not know a keyword in `attn_kwargs`.
+        ValueError: If a value is out of its range, or the model has no place for attention.
     """
     if where not in ("stage", "block"):
         raise ValueError(f'where must be "stage" or "block", not {where!r}')
@@ -92,10 +92,10 @@ def insert_attention(
 
 
 def _stage_channels(model: Any, stages: Sequence[int]) -> list[int]:
-    """Channels of the output of each stage; checks that the `stages` map a tensor to one.
+    """Return the output channels of each stage, after a check that `stages` map one tensor to one.
 
-    Works on a copy of the model on the meta device, which computes nothing: some models keep
-    tensors from one call to the next.
+    It runs a copy of the model on the meta device, which computes nothing: some models keep tensors
+    from one call to the next.
     """
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in tensors}
@@ -125,8 +125,7 @@ def _stage_channels(model: Any, stages: Sequence[int]) -> list[int]:
                 f"{name} of {type(model).__name__} gives {list(output.shape)}, not a feature map "
                 f"[b, {widths[stage]}, h, w]: a model of tokens has no place for attention"
             )
-    # A stage that goes through its modules in a way of its own may not run what is added to it as
-    # its last step.
+    # A stage with a loop of its own over its modules may not run a module that is added at its end.
     runs: list[nn.Module] = []
     place_after_stages(shadow, lambda _: nn.Identity(), stages, widths)
     for stage in stages:
@@ -140,7 +139,7 @@ def _stage_channels(model: Any, stages: Sequence[int]) -> list[int]:
 
 
 def _describe(model: Any, **arguments: Any) -> None:
-    """Make timm's description of the model that of `with_attention`."""
+    """Make the pretrained config and the arguments of the model those of `with_attention`."""
     cfg = model.pretrained_cfg
     base = cfg["architecture"]
     model.pretrained_cfg = {**cfg, "architecture": "with_attention"}
@@ -164,12 +163,12 @@ def with_attention(
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """A CNN of timm's, `base_model`, after `insert_attention`; `kwargs` are the base's.
+    """Create the timm model `base_model` with inserted attention; `kwargs` are its arguments.
 
-    With `pretrained=True` it starts from the base's weights, its attention closed.
+    With `pretrained=True` it starts from the weights of `base_model`, with closed residual gates.
     """
-    # Weights of the model as a whole come from a folder, a file or a hub repository; else the
-    # base's do.
+    # A folder, a file or a hub repository has the weights of the model as a whole; without one, the
+    # weights are those of `base_model`.
     overlay = dict(pretrained_cfg_overlay or {})
     own = resolve_pretrained_cfg("with_attention", pretrained_cfg, overlay)
     base_weights = pretrained and not own.has_weights
@@ -185,7 +184,7 @@ def with_attention(
     def build(**model_kwargs: Any) -> nn.Module:
         base_overlay = {}
         if base_weights and base_cfg is not None and not base_cfg.hf_hub_filename:
-            located = locate(base_cfg, cache_dir)  # not through timm, which would take a pickle
+            located = locate(base_cfg, cache_dir)  # timm itself would also take a pickle
             base_overlay = {"file": str(located.path)} if located else {}
         model: Any = timm.create_model(
             base_model,
@@ -194,7 +193,7 @@ def with_attention(
             cache_dir=cache_dir,
             **model_kwargs,
         )
-        # Known only now, and read by timm after this.
+        # timm reads these after this function, which is the first to know them.
         getter = hasattr(model, "forward_intermediates")
         feature_cfg.setdefault("feature_cls", "getter" if getter else "hook")
         if "out_indices" not in kwargs:

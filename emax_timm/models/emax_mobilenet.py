@@ -1,10 +1,10 @@
 """MobileNetV2 with attention after the depthwise convolution of each block.
 
-That is where timm has the squeeze-and-excite of the families that share these blocks. EMA's paper
-(arXiv 2305.13563) does not say where its ImageNet network, a MobileNetV2 of timm's, has the
-attention; with EMA in this place it has the 3.55 M parameters that its authors report
-(https://github.com/YOLOonMe/EMA-attention-module, against 3.50 M without).
-Everything else is timm's MobileNetV2: parameter names, options, initialisation.
+That is where timm has the squeeze-and-excite layer in the families that share these blocks. The
+paper on EMA (arXiv 2305.13563) does not say where its ImageNet network, timm's MobileNetV2, has the
+attention. With EMA in this place it has the 3.55 M parameters that the authors report
+(https://github.com/YOLOonMe/EMA-attention-module, against 3.50 M without). Parameter names, options
+and initialisation are those of timm's MobileNetV2.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ from .registry import family_cfgs, register_family
 
 __all__ = ["AttentionMobileNetV2"]
 
-# arXiv 1801.04381, table 2: repeats, kernel, stride, expansion, channels.
+# Repeats, kernel size, stride, expansion and channels, from table 2 of arXiv 1801.04381.
 BLOCKS = [
     ["ds_r1_k3_s1_c16"],
     ["ir_r2_k3_s2_e6_c24"],
@@ -36,7 +36,7 @@ BLOCKS = [
 
 
 class MobileNetV2(EfficientNet):
-    """timm's `mobilenetv2_100`, of which timm has a function but no class."""
+    """The class of timm's `mobilenetv2_100`, which timm builds by a function instead."""
 
     def __init__(self, **kwargs: Any) -> None:
         norm_layer = kwargs.pop("norm_layer", None)
@@ -50,7 +50,7 @@ class MobileNetV2(EfficientNet):
 class AttentionMobileNetV2(BlockAttention, MobileNetV2):
     """MobileNetV2 with attention in the blocks of some of its stages: see `BlockAttention`.
 
-    The stages are the five that `features_only` gives, so that all blocks at stride 16 are one.
+    The stages are the five that `features_only` gives; all blocks at stride 16 are one of them.
     """
 
 

@@ -1,7 +1,7 @@
 """ResNet, ResNeXt and Wide ResNet with attention after the last norm of each block.
 
-That is where timm puts a block's attention. Everything else is timm's ResNet: parameter names,
-options, initialisation.
+That is where timm puts the attention of a block. Parameter names, options and initialisation are
+those of timm's ResNet.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What stands between this machine and the Hugging Face Hub, in one line."""
+"""Messages of one line for the errors of the Hugging Face Hub's client."""
 
 import os
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ from huggingface_hub.errors import (
 
 __all__ = ["hub_problem"]
 
-# The hub client's own message of a file of another size than the hub has told.
+# Parts of the messages of the client for a file that is shorter than the hub announced.
 _SHORT = ("Consistency check failed", "incomplete", "peer closed", "IncompleteRead")
 _UNREACHABLE = ("Connect", "Timeout", "NetworkError", "ProtocolError", "MaxRetry", "ReadError")
 
 
 def hub_problem(error: BaseException) -> str:
-    """What an error of the hub's client means, in one line, with what to do about it.
+    """Explain an error of the hub's client in one line, and say what to do about it.
 
-    The client wraps its errors, so that a 403 may come as a file that is not in the cache: what
-    counts is the innermost that says something.
+    The client wraps its errors, so a 403 may arrive as a file that is not in the cache. The
+    innermost error that says something counts.
     """
     chain = list(_chain(error))
     statuses = [status for status in map(_status, chain) if status]

@@ -1,6 +1,6 @@
-"""Putting attention into a CNN of timm's: into the slots of its blocks, or after its stages.
+"""Insertion of attention into a CNN of timm: into the slots of its blocks, or after its stages.
 
-The parameters that are there keep their names, so the weights of the plain network fit.
+The existing parameters keep their names, so the weights of the baseline fit.
 """
 
 import functools
@@ -17,10 +17,10 @@ from ..attention import create_attention
 __all__ = ["BlockAttention", "place_after_stages", "place_in_blocks", "stage_names"]
 
 Build = Callable[[int], nn.Module]
-"""Makes the attention for a number of channels."""
+"""A function that creates the attention for a number of channels."""
 
-# Block classes with an attention slot in the residual branch, called `se` in all of them; and the
-# layer before it, whose output channels are the attention's.
+# The block classes that have an attention slot, `se`, in the residual branch, and the layer before
+# the slot, whose output channels are those of the attention.
 SLOTS: dict[type[nn.Module], str] = {
     resnet.BasicBlock: "bn2",
     resnet.Bottleneck: "bn3",
@@ -38,11 +38,11 @@ STEM = re.compile(r"$|(conv_)?stem|act1$|bn1$")
 
 
 class ConvNeXtAttentionBlock(convnext.ConvNeXtBlock):
-    """A ConvNeXt block of timm's with attention between its MLP and its layer scale.
+    """A ConvNeXt block of timm with attention between its MLP and its layer scale.
 
     Args:
         block: The block whose layers this one takes over, under the same names.
-        attention: Maps [b, c, h, w] to [b, c, h, w].
+        attention: A module that maps [b, c, h, w] to [b, c, h, w].
     """
 
     def __init__(self, block: convnext.ConvNeXtBlock, attention: nn.Module) -> None:
@@ -57,14 +57,14 @@ class ConvNeXtAttentionBlock(convnext.ConvNeXtBlock):
         self.drop_path = block.drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [b, c, h, w] to [b, c, h, w]."""
+        """Apply the block to x [b, c, h, w]; the result has the shape of x."""
         shortcut = x
         x = self.conv_dw(x)
         if self.use_conv_mlp:
             x = self.mlp(self.norm(x))
         else:
             x = x.permute(0, 2, 3, 1)  # [b, h, w, c]
-            x = self.mlp(self.norm(x)).permute(0, 3, 1, 2)  # [b, c, h, w], in channels_last layout
+            x = self.mlp(self.norm(x)).permute(0, 3, 1, 2)  # [b, c, h, w], channels_last
         x = self.attention(x)
         if self.gamma is not None:
             x = x.mul(self.gamma.reshape(1, -1, 1, 1))
@@ -72,18 +72,21 @@ class ConvNeXtAttentionBlock(convnext.ConvNeXtBlock):
 
 
 class BlockAttention:
-    """Mixed into a model class of timm's: attention in the blocks of some of its stages.
+    """A mixin that gives a timm model class attention in the blocks of some of its stages.
 
     Args:
-        attn_layer: A key of `emax_timm.attention.ATTENTIONS`.
-        attn_stages: Indices of the stages that have attention, from 0; None is all of them.
-        attn_kwargs: Keyword arguments of the attention (JSON-able). Each sits behind a residual
-            gate; `gate_init` is where that starts, 1 unless given.
-        args, kwargs: As in timm's class.
+        args: The positional arguments of timm's class.
+        attn_layer: The name of the attention, as in `create_attention`.
+        attn_stages: The indices of the stages that have attention, from 0; None is all of them.
+        attn_kwargs: Keyword arguments of the attention, which JSON can represent. Every attention
+            sits behind a residual gate; `gate_init` is its initial value, 1 unless given.
+        device: Device of the parameters and buffers.
+        dtype: Dtype of the parameters.
+        kwargs: The keyword arguments of timm's class.
 
     Raises:
-        TypeError: For an unknown keyword, here or in `attn_kwargs`.
-        ValueError: For a stage that does not exist, or a bad value in `attn_kwargs`.
+        TypeError: If a keyword is unknown, here or in `attn_kwargs`.
+        ValueError: If a stage does not exist, or a value in `attn_kwargs` is out of its range.
     """
 
     def __init__(
@@ -98,18 +101,18 @@ class BlockAttention:
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(*args, **kwargs, **dd)
-        # After the model's own initialisation, which would re-initialise the attention's; and so
-        # that a seed gives the backbone the same weights as its plain twin.
+        # The attention is built after the initialisation of the model, which would initialise the
+        # attention anew. This also gives the backbone and its baseline the same weights for a seed.
         attention = {"gate_init": 1.0, **(attn_kwargs or {})}
         build = functools.partial(create_attention, attn_layer, **attention, **dd)
         place_in_blocks(cast(nn.Module, self), build, attn_stages)
 
 
 def stage_names(model: nn.Module) -> list[str]:
-    """The modules that end the model's stages, as timm's `feature_info` names them, stem apart.
+    """Return the names of the modules that end the stages of a model, without the stem.
 
     Raises:
-        ValueError: If the model does not say what its stages are.
+        ValueError: If timm's `feature_info` of the model does not name them.
     """
     info: Any = getattr(model, "feature_info", None)
     modules = dict(model.named_modules())
@@ -124,10 +127,10 @@ def stage_names(model: nn.Module) -> list[str]:
 
 
 def chosen_stages(model: nn.Module, stages: Sequence[int] | None) -> list[int]:
-    """The indices of the stages to attend, from 0; None is all of them.
+    """Return the sorted indices of the stages that get attention, from 0; None is all of them.
 
     Raises:
-        ValueError: For a stage that does not exist.
+        ValueError: If a stage does not exist.
     """
     count = len(stage_names(model))
     if stages is None:
@@ -138,15 +141,20 @@ def chosen_stages(model: nn.Module, stages: Sequence[int] | None) -> list[int]:
 
 
 def place_in_blocks(model: nn.Module, build: Build, stages: Sequence[int] | None = None) -> int:
-    """Put attention into the residual branch of every block of the stages, in place.
+    """Insert attention into the residual branch of every block of the stages, in place.
 
-    Where a block's slot holds an attention already, the new one comes after it.
+    If the slot of a block holds an attention already, the new one comes after it.
+
+    Args:
+        model: A timm model.
+        build: Creates the attention for a number of channels.
+        stages: Indices of stages, from 0; None is all of them.
 
     Returns:
-        The number of blocks that have it.
+        The number of blocks that got attention.
 
     Raises:
-        ValueError: For a stage that does not exist, or if no block of the model has a slot.
+        ValueError: If a stage does not exist, or no block of the model has a slot.
     """
     chosen = set(chosen_stages(model, stages))
     slots = (*SLOTS, convnext.ConvNeXtBlock)
@@ -182,11 +190,13 @@ def place_in_blocks(model: nn.Module, build: Build, stages: Sequence[int] | None
 def place_after_stages(
     model: nn.Module, build: Build, stages: Iterable[int], channels: Sequence[int]
 ) -> None:
-    """Put attention after each of the stages, in place.
+    """Insert attention after each of the stages, in place.
 
     Args:
+        model: A timm model.
+        build: Creates the attention for a number of channels.
         stages: Indices of stages, from 0.
-        channels: Of the output of every stage.
+        channels: The number of output channels of every stage of the model.
     """
     names = stage_names(model)
     for stage in stages:
@@ -195,10 +205,10 @@ def place_after_stages(
 
 
 def _stage_of_each_module(model: nn.Module) -> dict[str, int]:
-    """The stage that each module belongs to; of those after the last stage, the last one.
+    """Map the name of each module to its stage; modules after the last stage belong to it.
 
-    A stage is all that comes after the stage before it, to the end of its module: EfficientNet's
-    feature_info names only the last part of some stages.
+    A stage is everything from the end of the previous stage to the end of its module, because the
+    feature_info of EfficientNet names only the last part of some stages.
     """
     stages = stage_names(model)
     last = {}
@@ -218,8 +228,8 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _append(module: nn.Module, attention: nn.Module) -> None:
-    """Make `module` end with `attention`, its own parameters keeping their names."""
-    # These run all their children in turn.
+    """Make `module` end with `attention`; its own parameters keep their names."""
+    # Modules of these classes run all their children in turn.
     if not isinstance(module, nn.Sequential | regnet.RegStage):
         module.__class__ = _with_attention(type(module))
     module.add_module("attention", attention)
@@ -227,17 +237,17 @@ def _append(module: nn.Module, attention: nn.Module) -> None:
 
 @functools.cache
 def _with_attention(cls: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `cls` whose output goes through `self.attention`.
+    """Make a subclass of `cls` whose output goes through `self.attention`.
 
-    The attention must be a child of the module itself for the parameters of both to keep plain
-    names, and forward hooks would be lost in TorchScript and in torch.export.
+    The attention is a child of the module itself, so that the parameters of both have plain names.
+    A forward hook would be lost in TorchScript and in torch.export.
     """
 
     def forward(self, *args, **kwargs):
         return self.attention(cls.forward(self, *args, **kwargs))
 
     def reduce_ex(self, protocol):
-        # No import finds this class: pickle makes it anew.
+        # Pickle cannot import this class, and makes it anew.
         _, _, *state = cls.__reduce_ex__(self, protocol)
         return _empty_with_attention, (cls,), *state
 
@@ -247,7 +257,7 @@ def _with_attention(cls: type[nn.Module]) -> type[nn.Module]:
         "__module__": __name__,
     }
     if issubclass(cls, nn.ModuleDict):
-        # DenseNet's blocks run through their items.
+        # The blocks of DenseNet run all of their items.
         namespace["items"] = lambda self: [
             (name, layer) for name, layer in self._modules.items() if name != "attention"
         ]
@@ -255,6 +265,6 @@ def _with_attention(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _empty_with_attention(cls: type[nn.Module]) -> nn.Module:
-    """An object of the class above, which pickle fills."""
+    """Create an object of the class above, for pickle to fill."""
     kind = _with_attention(cls)
     return kind.__new__(kind)

@@ -1,4 +1,4 @@
-"""What the families share: their entry points, timm's configs for them, how they are built."""
+"""Registration with timm: the entry points and pretrained configs of the model families."""
 
 import dataclasses
 import logging
@@ -35,7 +35,7 @@ EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
 
 
 def register(function: EntryPoint) -> EntryPoint:
-    """timm's `register_model`, but a name that timm or another package has is left to it."""
+    """Register an entry point with timm, unless timm or another package has a model of its name."""
     name = function.__name__
     if timm.is_model(name):
         owner = timm.model_entrypoint(name).__module__
@@ -47,19 +47,23 @@ def register(function: EntryPoint) -> EntryPoint:
 
 
 def system_names(backbone: str, compared: Sequence[str]) -> dict[str, str]:
-    """The registered names of a backbone, and the attention that each of them has."""
+    """Map the registered names of a backbone to the attention that each of them has."""
     systems = ATTENTIONS if backbone in compared else ("emax",)
     return {f"{backbone}_{system}": system for system in systems}
 
 
 def family_cfgs(backbones: Sequence[str], compared: Sequence[str]) -> dict[str, Any]:
-    """timm's default configs of a family: those of the plain twins, with the weights of the index.
+    """Make the pretrained configs of a family from those of its baselines and the weights index.
 
-    A model's first tag is timm's default: its own trained weights, else a warm start.
+    A baseline is timm's model without the attention. The first tag of a model is its default: its
+    own trained weights if there are any, else a warm start from the weights of the baseline.
 
     Args:
-        backbones: Names in timm of the plain twins.
-        compared: Those that there are with every attention, not only with EMAX.
+        backbones: The names of the baselines in timm.
+        compared: The baselines that are registered with every attention, and not with EMAX alone.
+
+    Returns:
+        The configs by model name, as timm's modules hold them in `default_cfgs`.
     """
     cfgs: dict[str, PretrainedCfg] = {}
     for backbone in backbones:
@@ -69,29 +73,29 @@ def family_cfgs(backbones: Sequence[str], compared: Sequence[str]) -> dict[str, 
                 if entry.model == name:
                     tagged[f"{name}.{entry.tag}"] = _own_cfg(entry, backbone)
             for entry in weights.INDEX:
-                twin = get_pretrained_cfg(f"{entry.model}.{entry.tag}")
-                if entry.model == backbone and twin is not None:
+                baseline = get_pretrained_cfg(f"{entry.model}.{entry.tag}")
+                if entry.model == backbone and baseline is not None:
                     tagged[f"{name}.{entry.tag}_warm"] = dataclasses.replace(
-                        twin,
+                        baseline,
                         architecture=name,
                         url="",
                         hf_hub_id=entry.repo,
                         hf_hub_filename=entry.file,
                         license=entry.license,
                     )
-            twin = get_pretrained_cfg(backbone) or PretrainedCfg()
-            cfgs |= tagged or {name: without_weights(twin, architecture=name)}
+            baseline = get_pretrained_cfg(backbone) or PretrainedCfg()
+            cfgs |= tagged or {name: without_weights(baseline, architecture=name)}
     return generate_default_cfgs(cfgs)  # pyright: ignore[reportArgumentType]
 
 
 def _own_cfg(entry: weights.WeightsEntry, backbone: str) -> PretrainedCfg:
-    """The config of weights that were trained with the package."""
-    twin = get_pretrained_cfg(backbone) or PretrainedCfg()
+    """Make the pretrained config of weights that were trained with this package."""
+    baseline = get_pretrained_cfg(backbone) or PretrainedCfg()
     shipped = entry.repo is None
     own = {k: tuple(v) if isinstance(v, list) else v for k, v in (entry.cfg or {}).items()}
-    own["pool_size"] = pool_size_at(twin.to_dict(), own.get("input_size", twin.input_size))
+    own["pool_size"] = pool_size_at(baseline.to_dict(), own.get("input_size", baseline.input_size))
     return dataclasses.replace(
-        without_weights(twin, architecture=entry.model),
+        without_weights(baseline, architecture=entry.model),
         file=str(entry.path) if shipped else None,
         hf_hub_id=entry.repo,
         hf_hub_filename=None if shipped else entry.file,
@@ -101,7 +105,7 @@ def _own_cfg(entry: weights.WeightsEntry, backbone: str) -> PretrainedCfg:
 
 
 def pool_size_at(cfg: Mapping[str, Any], input_size: Sequence[int]) -> tuple[int, ...] | None:
-    """Height and width of the last feature map for images of another size than a config's."""
+    """Compute height and width of the last feature map for another input size than the config's."""
     if not cfg.get("pool_size"):
         return None
     sizes = zip(cfg["pool_size"], cfg["input_size"][1:], input_size[1:], strict=True)
@@ -109,7 +113,7 @@ def pool_size_at(cfg: Mapping[str, Any], input_size: Sequence[int]) -> tuple[int
 
 
 def without_weights(cfg: PretrainedCfg, architecture: str) -> PretrainedCfg:
-    """A config that describes the input and the layers as `cfg` does, and has no weights."""
+    """Copy a config for another architecture, without its weights."""
     return dataclasses.replace(
         cfg,
         architecture=architecture,
@@ -133,10 +137,10 @@ def register_family(
 
     Args:
         module: The name of the module that the entry points belong to.
-        model_class: Takes the backbone's arguments and `attn_layer`.
+        model_class: The class of the models; it takes the backbone's arguments and `attn_layer`.
         backbones: The arguments of each backbone, by its name in timm.
-        compared: Backbones that there are with every attention, not only with EMAX.
-        build_options: Of `build_model`.
+        compared: The backbones that are registered with every attention, and not with EMAX alone.
+        build_options: Further arguments of `build_model`.
     """
     for backbone, arguments in backbones.items():
         for name, system in system_names(backbone, compared).items():
@@ -154,7 +158,7 @@ def entry_point(
     arguments: Mapping[str, Any],
     build_options: Mapping[str, Any],
 ) -> Callable[..., nn.Module]:
-    """A function that timm can register: `name(pretrained=False, **kwargs)`."""
+    """Make an entry point that timm can register: `name(pretrained=False, **kwargs)`."""
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return build_model(
@@ -176,10 +180,12 @@ def build_model(
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """timm's `build_model_with_cfg`, with verified weights and those of plain twins.
+    """Build a model as timm's `build_model_with_cfg` does, and verify its weights.
+
+    Weights of the baseline give a warm start. The arguments are those of timm's function.
 
     Raises:
-        RuntimeError: If the weights cannot be had, are not those of the index, or do not fit.
+        RuntimeError: If the weights cannot be obtained, are not those of the index, or do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     if overlay.keys() & {"hf_hub_id", "url"}:
@@ -207,7 +213,7 @@ def build_model(
         **kwargs,
     )
     if cfg is not None and located is not None:
-        # A path on this machine is no part of the model.
+        # A path on this machine is not a property of the model.
         model.pretrained_cfg.pop("file", None)
         if cfg.source:
             model.pretrained_cfg["source"] = cfg.source
@@ -216,7 +222,7 @@ def build_model(
 
 
 def _origin(name: str, located: weights.Located) -> tuple[int, str]:
-    """A line for the log on where a model's weights are from."""
+    """Make the log line, with its level, that says where the weights of a model come from."""
     checked = "verified" if located.verified else "unverified: no sha256 of them is pinned"
     if located.entry is None or located.entry.cfg is not None:
         return logging.INFO, f"{name}: the weights of {located.source}; {checked}"

@@ -1,8 +1,8 @@
-"""Weights: the index of those the package knows, where they are had, and their verification.
+"""Pretrained weights: the index of those that the package knows, their download and verification.
 
-`weights.json` beside this file is a list of entries, as `WeightsEntry` describes them. What is not
-known is null, never invented; `emax weights pin` asks the Hugging Face Hub for it. The models'
-pretrained configs are made from it, so a tag exists if its weights do.
+`weights.json` beside this file is a list of entries, as `WeightsEntry` describes them. An unknown
+value is null and never invented; `emax weights pin` asks the Hugging Face Hub for it. The
+pretrained configs of the models are made from the index, so a tag exists if its weights do.
 """
 
 import dataclasses
@@ -40,36 +40,36 @@ __all__ = [
 ]
 
 INDEX_FILE = Path(__file__).with_name("weights.json")
-# The one file of weights in a repository or a folder. No other is looked for: it might be a pickle.
+# The file of weights in a repository or a folder. No other is read, because it might be a pickle.
 WEIGHTS = "model.safetensors"
-# Names of files that others read as pickles.
+# Suffixes of files that other programs read as pickles.
 PICKLES = (".bin", ".pt", ".pth", ".pth.tar", ".pkl", ".pickle", ".ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsEntry:
-    """A file of weights on the Hugging Face Hub, or in this package."""
+    """An entry of the weights index: a file on the Hugging Face Hub or in this package."""
 
     model: str
-    """The model that they are of: one of the package's, or a plain twin of timm's, whose `_warm`
-    tags they give."""
+    """The model of the weights: one of this package, or a baseline, timm's model without attention,
+    whose weights give the `_warm` tags."""
     tag: str
-    """The model's tag; of a twin, its tag in timm."""
+    """The tag of the weights; for a baseline, its tag in timm."""
     repo: str | None
-    """ORG/NAME on the hub; None if the file is in this package."""
+    """The repository ORG/NAME on the hub; None if the file is in this package."""
     file: str
-    """A safetensors file in it, or beside the index."""
+    """The name of a safetensors file in the repository, or beside the index."""
     revision: str | None
-    """The commit, 40 hex digits; None takes the newest."""
+    """The commit, 40 hexadecimal digits; None takes the newest."""
     sha256: str | None
-    """Of the file; None leaves it unverified."""
+    """The sha256 of the file; None leaves it unverified."""
     license: str
-    """Of the weights."""
+    """The licence of the weights."""
     metrics: dict[str, float] | None = None
-    """What its publisher measured, such as test_top1 in per cent."""
+    """The figures that the publisher measured, such as test_top1 in per cent."""
     cfg: dict[str, Any] | None = None
-    """Of a model of the package: what its pretrained config has beyond its twin's, such as the
-    number of classes and the input size."""
+    """For a model of this package, what its pretrained config has beyond that of its baseline, such
+    as the number of classes and the input size."""
 
     def __post_init__(self) -> None:
         if not safe_name(self.file).endswith(".safetensors"):
@@ -85,15 +85,15 @@ class WeightsEntry:
 
     @property
     def path(self) -> Path:
-        """Of a file in this package."""
+        """The path of a file that is in this package."""
         return INDEX_FILE.parent / self.file
 
 
 def safe_name(name: str) -> str:
-    """A file name from a repository or a config, which must stay in its folder.
+    """Return a file name from a repository or a config, which must stay inside its folder.
 
     Raises:
-        ValueError: If it would not.
+        ValueError: If it leads out of the folder.
     """
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or re.search(r"[\\:\0]", name):
@@ -102,10 +102,10 @@ def safe_name(name: str) -> str:
 
 
 def read_index(path: Path = INDEX_FILE) -> list[WeightsEntry]:
-    """The entries of an index file.
+    """Read the entries of an index file.
 
     Raises:
-        ValueError: If the file is no index.
+        ValueError: If the file is not an index of weights.
     """
     try:
         entries = json.loads(path.read_text())
@@ -117,7 +117,7 @@ def read_index(path: Path = INDEX_FILE) -> list[WeightsEntry]:
 
 
 def write_index(entries: Iterable[WeightsEntry], path: Path = INDEX_FILE) -> None:
-    """Replace an index file, an entry a line; what may be left out and is null is left out."""
+    """Replace an index file, with one line per entry and without optional values that are null."""
     optional = {field.name for field in dataclasses.fields(WeightsEntry) if field.default is None}
     rows = [
         {k: v for k, v in dataclasses.asdict(entry).items() if v is not None or k not in optional}
@@ -131,29 +131,29 @@ INDEX = read_index()
 
 
 class Located(NamedTuple):
-    """Weights on this machine."""
+    """Weights that were found on this machine or downloaded to it."""
 
     path: Path
     source: str
-    """Where they are from, for people."""
+    """The origin of the weights, for messages."""
     entry: WeightsEntry | None
-    """That of the index, if they are in it."""
+    """The entry of the index, if there is one for these weights."""
     verified: bool
-    """Whether a sha256 that was given beforehand fits them."""
+    """Whether the weights match a sha256 that was known beforehand."""
 
 
 def locate(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Located | None:
     """Find or download the weights that a pretrained config names, and verify them.
 
     Args:
-        cfg: timm's, as of a tag, an `hf-hub:` repository or a `local-dir:` folder.
-        cache_dir: Instead of the hub client's cache folder.
+        cfg: timm's config of a tag, an `hf-hub:` repository or a `local-dir:` folder.
+        cache_dir: The cache folder; None is that of the hub's client.
 
     Returns:
-        Where they are; None if the config names a file, a state dict or a URL of the user's.
+        The weights, or None if the config names a file, a state dict or a URL of the user.
 
     Raises:
-        RuntimeError: If they cannot be had, are no safetensors, or are not those of the index.
+        RuntimeError: If they cannot be obtained, are no safetensors, or are not those of the index.
     """
     if cfg.source == "local-dir":
         return _checked(_in_folder(Path(str(cfg.file))))
@@ -176,7 +176,7 @@ def locate(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> Located |
 
 
 def _checked(located: Located) -> Located:
-    """The same, if the file is a whole one; timm's error for another does not name it."""
+    """Return the same if the file is complete, because timm's error for others does not name it."""
     try:
         with safetensors.safe_open(located.path, "pt"):
             return located
@@ -206,24 +206,25 @@ def fetch(
 ) -> Path:
     """Download a safetensors file to the hub's cache, or find it there, and verify it.
 
-    The hub's own sha256 of a large file, which its cache keeps, is compared too: the hub's client
-    looks at the size alone. A file that is not that is taken out of the cache.
+    The sha256 that the hub reports for a large file, which its cache keeps, is compared as well,
+    because the hub's client compares the size alone. A file with another sha256 is removed from the
+    cache.
 
     Args:
-        repo: ORG/NAME on the hub.
-        file: Its name there.
-        revision: A commit, branch or tag; None for the newest commit.
-        sha256: What it must be.
-        cache_dir: Instead of the hub client's cache folder.
+        repo: The repository ORG/NAME on the hub.
+        file: The name of the file there.
+        revision: A commit, branch or tag; None is the newest commit.
+        sha256: The sha256 that the file must have; None is any.
+        cache_dir: The cache folder; None is that of the hub's client.
 
     Raises:
-        RuntimeError: In one line, if it cannot be had or is another one.
+        RuntimeError: If the file cannot be obtained or has another sha256, in one line.
     """
     try:
         if not safe_name(file).endswith(".safetensors"):
             raise ValueError("weights are read from safetensors files only")
         path = Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
-    except Exception as error:  # of the client, its HTTP library, the file system
+    except Exception as error:  # from the client, its HTTP library or the file system
         raise RuntimeError(f"cannot get {file} of {repo}: {hub_problem(error)}") from error
     blob = Path(os.path.realpath(path))
     if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256_of(blob) != blob.name:
@@ -249,18 +250,21 @@ def _verify(path: Path, sha256: str | None, what: str) -> None:
 
 
 def warm_start(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Make a plain twin's weights fit a model with attention, whose gates it closes.
+    """Make the weights of a baseline fit the model with attention, with closed residual gates.
 
-    Only where all attention parameters are absent; weights with some of them are left as they are,
-    and do not load. Used as timm's `pretrained_filter_fn`.
+    It adds the attention's parameters only if all of them are absent; weights with some of them
+    are left as they are, and do not load. timm calls it as its `pretrained_filter_fn`.
 
     Args:
-        state_dict: Of a plain twin, or of such a model.
-        model: The model that they are for.
+        state_dict: The weights of the baseline, or of a model with attention.
+        model: The model that the weights are for.
+
+    Returns:
+        The weights for the model.
 
     Raises:
-        RuntimeError: If, classifier apart, keys are missing or unknown. timm itself would let that
-            pass where the number of classes differs.
+        RuntimeError: If keys other than those of the classifier are missing or unknown. timm itself
+            would accept that where the number of classes differs.
     """
     own = model.state_dict()
     attention = {
@@ -277,7 +281,7 @@ def warm_start(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
         state_dict = {**state_dict, **closed}
     classifier = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{name}." for name in _names(classifier))
-    # Weights of old versions of torch lack these, which load_state_dict allows for.
+    # Weights from old versions of torch lack these keys, which load_state_dict accepts.
     lacking = {key for key in own.keys() - state_dict if not key.endswith("num_batches_tracked")}
     for keys, what in ((lacking, "lack"), (state_dict.keys() - own, "are for a model with")):
         if found := sorted(key for key in keys if not key.startswith(heads)):
@@ -294,9 +298,9 @@ def _names(names: str | Iterable[str]) -> Iterable[str]:
 
 
 def pin(path: Path = INDEX_FILE) -> list[str]:
-    """Fill in the revision and sha256 that an index does not know, from the hub.
+    """Ask the hub for the revisions and the sha256 that an index lacks, and write them to it.
 
-    What is pinned stays. The file is rewritten once, when every entry has been asked for.
+    Values that are known stay. The file is rewritten once, after the hub was asked for all entries.
 
     Returns:
         A line for each entry that could not be pinned.
@@ -307,7 +311,7 @@ def pin(path: Path = INDEX_FILE) -> list[str]:
             continue
         try:
             info = HfApi().model_info(entry.repo, revision=entry.revision, files_metadata=True)
-        except Exception as error:  # of the client, its HTTP library
+        except Exception as error:  # from the client or its HTTP library
             problems.append(f"{entry.repo}: {hub_problem(error)}")
             continue
         file = next((f for f in info.siblings or () if f.rfilename == entry.file), None)

@@ -1,10 +1,10 @@
-"""The computing core: EMAX as functions of tensors, for any backend. It knows no modules.
+"""The computing core: EMAX and EMA as functions of tensors, computed by one of several backends.
 
-`dispatch.emax` is the way in. It chooses a backend (`cpp`, `portable`), which computes the layer;
-`autograd` makes it one node of autograd's graph; `reference` holds the formulas that all backends
-are tested against.
+`dispatch.emax` is the entry point. It chooses a backend (`cpp` or `portable`), which computes the
+layer; `autograd` makes the layer one node of autograd's graph; `reference` holds the formulas that
+all backends are tested against. The core knows no modules.
 
-Dimension letters, in all files of the package:
+These letters stand for dimensions in all files of the package:
 
     b     batch
     c     channels

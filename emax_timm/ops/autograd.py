@@ -1,9 +1,9 @@
 """EMAX as one node of autograd's graph, whichever backend computes it.
 
-Autograd on the single operations would keep about ten tensors of the size of x. This node keeps x,
-the weights and what the backend's forward pass returns for its backward pass (in the portable
-backend: two maps per fine group and five vectors per sample), and computes the rest again. A
-gradient that is to be differentiated again comes from the single operations.
+If autograd followed the single operations, it would keep about ten tensors of the size of x. This
+node keeps x, the weights and the tensors that the forward pass of the backend saves (two maps per
+fine group and five vectors per sample), and the backward pass computes the rest again. A gradient
+that is to be differentiated again comes from the single operations.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ __all__ = ["differentiable"]
 def differentiable(
     backend: Backend, x: Tensor, weights: EMAXWeights, noise: Tensor | None
 ) -> Tensor:
-    """Apply a layer to x [b, c, h, w] with a backend, in the forward and the backward pass."""
+    """Apply a layer to x [b, c, h, w]; the backend computes the forward and the backward pass."""
     config, *tensors = weights
     return _EMAX.apply(x, noise, backend, config, *tensors)[0]
 
@@ -56,7 +56,7 @@ class _EMAX(torch.autograd.Function):
             grads = _differentiable_gradients(grad, x, weights, noise)
         else:
             grads = _gradients(ctx.backend, grad, x, weights, noise, saved)
-        # In the order of `forward`'s arguments; noise, backend and config have none.
+        # In the order of the arguments of `forward`; noise, backend and config have no gradient.
         return grads["x"], None, None, None, *[grads.get(name) for name in TENSORS]
 
 
@@ -68,13 +68,13 @@ def _gradients(
     noise: Tensor | None,
     saved: list[Tensor],
 ) -> dict[str, Tensor]:
-    """The backend's gradients, in the shapes and dtypes of the tensors."""
+    """Compute the gradients with the backend, by name, in the shapes and dtypes of the tensors."""
     kind = x.device.type
     if kind == "meta":
         grads = backend.backward(grad, x, weights, noise, saved)
     else:
-        # Whether autocast is on or not: torch.compile traces the backward pass where it is off,
-        # and runs it under the autocast of the forward pass.
+        # This does not ask whether autocast is on: torch.compile traces the backward pass where it
+        # is off, and runs it under the autocast of the forward pass.
         with torch.autocast(kind, enabled=False):
             grads = backend.backward(grad, x, weights, noise, saved)
     likes = {"x": x, **weights._asdict()}
@@ -84,7 +84,7 @@ def _gradients(
 def _differentiable_gradients(
     grad: Tensor, x: Tensor, weights: EMAXWeights, noise: Tensor | None
 ) -> dict[str, Any]:
-    """Gradients that can be differentiated again (create_graph=True)."""
+    """Compute gradients, by name, that can be differentiated again (create_graph=True)."""
     everything = {"x": x, **{name: getattr(weights, name) for name in TENSORS}}
     inputs = {name: t for name, t in everything.items() if t is not None and t.requires_grad}
     out = emax_plain(x, weights, noise)

@@ -1,4 +1,4 @@
-"""What a backend is: data that `dispatch.BACKENDS` lists in order of preference."""
+"""The interface of a backend; `dispatch.BACKENDS` lists the backends in order of preference."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,19 +11,20 @@ __all__ = ["Backend"]
 
 
 class Backend(NamedTuple):
-    """One way to compute a layer and its gradients."""
+    """An implementation of the forward and the backward pass of EMAX and EMA layers."""
 
     name: str
     unsupported: Callable[[Tensor, EMAXWeights], str | None]
-    """`unsupported(x, weights)`: None where it serves, else the reason in a few words. It must be
-    cheap: every forward pass asks."""
+    """`unsupported(x, weights)` returns None if the backend serves these tensors, else the reason
+    in a few words. It must be cheap, because every forward pass calls it."""
     forward: Callable[[Tensor, EMAXWeights, Tensor | None, bool], tuple[Tensor, list[Tensor]]]
-    """`forward(x, weights, noise, keep)`: the output, like x [b, c, h, w], and what the backward
-    pass needs, if `keep` (else an empty list). The noise is that of the choice of groups, [b, K] in
-    float32 (float64 for float64 inputs), or None. It runs without autograd and without autocast."""
+    """`forward(x, weights, noise, keep)` returns the output, which is like x [b, c, h, w], and the
+    tensors that the backward pass needs (an empty list without `keep`). The noise for the choice of
+    group counts is [b, K] in float32 (float64 for float64 inputs) or None. Autograd and autocast
+    are off."""
     backward: Callable[
         [Tensor, Tensor, EMAXWeights, Tensor | None, list[Tensor]], dict[str, Tensor]
     ]
-    """`backward(grad, x, weights, noise, saved)`: the gradients of x and of every tensor of the
-    weights that is there but warm-up and temperature, by name ("x", "conv1x1_weight", ...), in any
-    float dtype, with the elements of the tensor in its order."""
+    """`backward(grad, x, weights, noise, saved)` returns the gradients by name ("x",
+    "conv1x1_weight", ...): those of x and of every tensor in the weights except the warm-up and
+    the temperature. They may have any float dtype, and any shape with the elements in order."""

@@ -1,7 +1,7 @@
-"""The way in, and the one place where a backend is chosen.
+"""The entry points of the core, and the one place where a backend is chosen.
 
-Scripting, tracing, export and forward-mode differentiation follow single operations: they always
-get the portable backend's, one by one.
+Scripting, tracing, export and forward-mode differentiation follow single operations; they always
+see those of the portable backend.
 """
 
 import contextlib
@@ -40,26 +40,31 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 BACKENDS: tuple[Backend, ...] = (CPP, PORTABLE)
-"""In order of preference; the last one serves every input."""
+"""The backends in order of preference; the last one serves every input."""
 
 _wanted: ContextVar[str | None] = ContextVar("emax_backend", default=None)
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for cannot serve; the message is one line that says why."""
+    """The backend that was requested cannot serve; the message is one line that says why."""
 
     exit_code = 2
 
 
 def emax(x: Tensor, weights: EMAXWeights, training: bool) -> Tensor:
-    """Apply a layer to x [b, c, h, w], keeping layout and dtype.
+    """Apply an EMAX or EMA layer to x [b, c, h, w], with the best backend that serves.
 
     Args:
-        training: Draw noise for the choice of groups.
+        x: The input, [b, c, h, w].
+        weights: The constants and tensors of the layer.
+        training: Whether to draw noise for the choice of group counts.
+
+    Returns:
+        The output, which has the shape, dtype and memory format of x.
 
     Raises:
-        BackendError: If a backend was asked for that cannot serve.
-        ValueError: If x is no [b, c, h, w].
+        BackendError: If a backend was requested that cannot serve.
+        ValueError: If x does not have the shape [b, c, h, w].
     """
     check_input(x, weights.config.groups * weights.gn_bias.shape[0])
     noise = draw_noise(x, weights.config.candidates, training)
@@ -69,13 +74,15 @@ def emax(x: Tensor, weights: EMAXWeights, training: bool) -> Tensor:
 
 
 def emax_maps(x: Tensor, weights: EMAXWeights, training: bool) -> EMAXMaps:
-    """The attention maps of a layer for x [b, c, h, w]; the portable backend computes them.
+    """Compute the attention maps of a layer for x [b, c, h, w], with the portable backend.
 
     Args:
-        training: Draw noise for the choice of groups.
+        x: The input, [b, c, h, w].
+        weights: The constants and tensors of the layer.
+        training: Whether to draw noise for the choice of group counts.
 
     Raises:
-        ValueError: If x is no [b, c, h, w].
+        ValueError: If x does not have the shape [b, c, h, w].
     """
     check_input(x, weights.config.groups * weights.gn_bias.shape[0])
     noise = draw_noise(x, weights.config.candidates, training)
@@ -85,7 +92,7 @@ def emax_maps(x: Tensor, weights: EMAXWeights, training: bool) -> EMAXMaps:
 
 
 def draw_noise(x: Tensor, candidates: list[int], training: bool) -> Tensor | None:
-    """Samples of Gumbel(0, 1) for the choice of groups, [b, K], if there is to be any noise."""
+    """Draw Gumbel(0, 1) noise [b, K] for the choice of group counts, or None if none is needed."""
     if len(candidates) == 1 or not training:
         return None
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -95,16 +102,16 @@ def draw_noise(x: Tensor, candidates: list[int], training: bool) -> Tensor | Non
 
 
 def outside_autocast(function: Callable) -> Callable:
-    """Keep autocast from turning the matrix products of `function(x, ...)` into half precision.
+    """Decorate `function(x, ...)` so that autocast does not turn its products to half precision.
 
-    TorchScript compiles the undecorated function and cannot leave autocast: there the products
-    are half precision.
+    TorchScript compiles the undecorated function and cannot leave autocast, so there the matrix
+    products are in half precision.
     """
 
     @wraps(function)
     def wrapper(x: Tensor, *args, **kwargs):
         kind = x.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):  # which meta tensors have none of
+        if kind != "meta" and torch.is_autocast_enabled(kind):  # meta tensors have no autocast
             with torch.autocast(kind, enabled=False):
                 return function(x, *args, **kwargs)
         return function(x, *args, **kwargs)
@@ -115,7 +122,7 @@ def outside_autocast(function: Callable) -> Callable:
 @outside_autocast
 def _emax(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> Tensor:
     if exporting():
-        # In another layout, torch.export would guard on strides.
+        # With another memory format torch.export would guard on strides.
         return emax_plain(x.contiguous(), weights, noise)
     if torch.jit.is_tracing() or forward_ad._current_level >= 0:
         return emax_plain(x, weights, noise)
@@ -131,19 +138,19 @@ def _maps(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> EMAXMaps:
 
 
 def check_input(x: Tensor, channels: int) -> None:
-    """Refuse an input that is no [b, channels, h, w].
+    """Check that x has the shape [b, channels, h, w].
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it does not.
     """
     if x.ndim != 4 or x.shape[1] != channels:
         raise ValueError(f"x must be [b, {channels}, h, w], not {list(x.shape)}")
 
 
 def exporting() -> bool:
-    """Whether torch.export traces, which writes single operations down.
+    """Say whether torch.export is tracing, which needs single operations.
 
-    torch 2.6 does not tell, and its compiler knows too little of autograd nodes: there this is true
+    torch 2.6 cannot say so, and its compiler knows too little of autograd nodes; there this is true
     of torch.compile as well.
     """
     return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
@@ -153,10 +160,10 @@ def exporting() -> bool:
 
 
 def choose(x: Tensor, weights: EMAXWeights) -> Backend:
-    """The first backend that serves these tensors, or the one that was asked for.
+    """Choose the first backend that serves these tensors, or the one that was requested.
 
     Raises:
-        BackendError: If the one that was asked for does not serve, or does not exist.
+        BackendError: If the requested backend does not serve, or does not exist.
     """
     wanted = _wanted_backend()
     for backend in BACKENDS:
@@ -170,23 +177,24 @@ def choose(x: Tensor, weights: EMAXWeights) -> Backend:
 
 
 def explain(x: Tensor, weights: EMAXWeights) -> dict[str, str | None]:
-    """By the name of each backend: None if it serves these tensors, else why not."""
+    """Map the name of each backend to None if it serves these tensors, else to why it does not."""
     return {backend.name: backend.unsupported(x, weights) for backend in BACKENDS}
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute EMAX and EMA with this backend in the context: an error where it cannot serve.
+    """Choose the backend that computes EMAX and EMA layers inside a `with` block.
 
-    It overrules EMAX_BACKEND, nests, and holds for the calling thread or task alone. A backward
-    pass takes the backend of its forward pass, in the context or not. What torch.compile has
-    compiled keeps the backend that it was compiled with.
+    It overrules the environment variable EMAX_BACKEND, can be nested, and holds for the calling
+    thread or task alone. A backward pass always uses the backend of its forward pass. Code that
+    torch.compile has compiled keeps the backend that it was compiled with.
 
     Args:
-        name: "cpp", "portable", or "auto" for the best that serves.
+        name: "cpp" (C++, on CPUs), "portable" (PyTorch), or "auto" for the best that can serve.
 
     Raises:
-        BackendError: If there is no such backend; in the forward pass, if it cannot serve.
+        BackendError: If there is no such backend or, in a forward pass inside the block, if it
+            cannot serve the tensors at hand; `emax backends` says why.
     """
     if name != "auto" and name not in [backend.name for backend in BACKENDS]:
         raise BackendError(_unknown(name))
@@ -198,10 +206,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def report_fallback(reason: str) -> None:
-    """Say once why a layer computes by calling its children.
+    """Log, once for each reason, that a layer computes by calls of its children.
 
     Raises:
-        BackendError: If a backend was asked for that does not.
+        BackendError: If a backend was requested that does not call children.
     """
     wanted = _wanted_backend()
     if wanted not in (None, PORTABLE.name):
@@ -214,7 +222,7 @@ def report_fallback(reason: str) -> None:
 _reported: set[str] = set()
 
 
-# torch.compile calls this while it traces, rather than tracing what reads the environment.
+# torch.compile calls this while it traces, instead of tracing the look at the environment.
 @torch.compiler.assume_constant_result
 def _wanted_backend() -> str | None:
     name = _wanted.get() or os.environ.get("EMAX_BACKEND") or "auto"

@@ -1,8 +1,8 @@
-"""EMAX straight from its formulas, for any number of spatial dimensions: the slow, plain yardstick.
+"""EMAX by its formulas, for any number of spatial dimensions; every backend is tested against it.
 
-No shortcut is taken and nothing is shared with the backends: every candidate group count is
-regrouped and evaluated by itself. The layer's parts are functions, so the same page serves a
-layer's weights and modules that are to be called. Shapes are those of two dimensions.
+It takes no shortcut and shares no code with the backends: every candidate group count is regrouped
+and evaluated by itself. The parts of a layer are functions here, so the same code serves weights
+and modules that must be called. The shapes in the comments are those of two dimensions.
 """
 
 import itertools
@@ -22,7 +22,7 @@ Layer = Callable[[Tensor], Tensor]
 
 
 class Parts(NamedTuple):
-    """What a layer is made of; None is a part that it does not have."""
+    """The parts of a layer as functions; a part that the layer does not have is None."""
 
     config: EMAXConfig
     conv1x1: Layer  # of [n, d, h + w, 1]
@@ -38,7 +38,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(weights: EMAXWeights) -> Parts:
-    """The parts that these weights make."""
+    """Make the parts of a layer from its weights."""
     w = weights
     channel = w.channel_reduce_weight, w.channel_reduce_bias
     channel += w.channel_expand_weight, w.channel_expand_bias
@@ -57,7 +57,7 @@ def parts_of(weights: EMAXWeights) -> Parts:
 
 
 def emax(x: Tensor, parts: Parts, noise: Tensor | None = None) -> tuple[Tensor, EMAXMaps]:
-    """The output of a layer, like x [b, c, h, w], and its maps; the noise is [b, K]."""
+    """Compute the output of a layer, like x [b, c, h, w], and its maps; the noise is [b, K]."""
     config, (b, c, *size) = parts.config, x.shape
     groups, ones = config.groups, [1] * len(size)
     axes = range(len(size))
@@ -97,7 +97,7 @@ def emax(x: Tensor, parts: Parts, noise: Tensor | None = None) -> tuple[Tensor, 
 
 
 def _cross_spatial(x1: Tensor, x2: Tensor, b: int, count: int, groups: int) -> Tensor:
-    """softmax_c(mean(X1)) X2 + softmax_c(mean(X2)) X1, each map repeated to F groups."""
+    """Compute softmax_c(mean(X1)) X2 + softmax_c(mean(X2)) X1; maps are repeated to F groups."""
     d, *size = x1.shape[1:]
     shape = b * count, groups // count * d, math.prod(size)  # [b*G, c/G, h*w]
     x1, x2 = x1.reshape(shape), x2.reshape(shape)
@@ -107,7 +107,7 @@ def _cross_spatial(x1: Tensor, x2: Tensor, b: int, count: int, groups: int) -> T
 
 
 def _choose(logits: Tensor, noise: Tensor | None, tau: Tensor | None, batch_vote: bool) -> Tensor:
-    """p_hat, [b, K]: the value of a one-hot row, the gradient of softmax((logits + g) / tau)."""
+    """Compute p_hat [b, K]: one-hot rows that have the gradient of softmax((logits + g) / tau)."""
     y = logits if noise is None else logits + noise
     y = torch.softmax(y if tau is None else y / tau.to(y.dtype), 1)
     # torch's argmax returns the first of several maxima, here the smallest count.
@@ -118,7 +118,7 @@ def _choose(logits: Tensor, noise: Tensor | None, tau: Tensor | None, batch_vote
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Zero-padded correlation of [n, d, ...] with a kernel [o, d, ...] of odd sizes."""
+    """Correlate x [n, d, ...], padded with zeros, with a kernel [o, d, ...] of odd sizes."""
     size, kernel = x.shape[2:], weight.shape[2:]
     padded = F.pad(x, [k // 2 for k in reversed(kernel) for _ in range(2)])
     out = bias.reshape(-1, *[1] * len(size))

@@ -1,6 +1,6 @@
-"""What the core computes with and what it tells: a layer's weights, and its attention maps.
+"""The tuples that the core takes and returns: the weights of a layer, and its attention maps.
 
-Dimension letters: see the package's `__init__`.
+The package's `__init__` explains the letters in the shapes.
 """
 
 from typing import NamedTuple
@@ -13,22 +13,23 @@ __all__ = ["TENSORS", "EMAXConfig", "EMAXMaps", "EMAXWeights", "bias_of", "in_dt
 
 
 class EMAXConfig(NamedTuple):
-    """The constants of a layer: Python numbers, no tensors."""
+    """The constants of a layer, which are Python numbers and no tensors."""
 
     groups: int
-    """F, the finest group count."""
+    """The finest group count F."""
     candidates: list[int]
-    """The K group counts that a sample chooses among, ascending divisors of F."""
+    """The K group counts that a sample chooses among: divisors of F in ascending order."""
     batch_vote: bool
-    """Whether the whole batch takes its most frequent choice (ties: the smallest count)."""
+    """Whether all samples take the most frequent choice of the batch (of equals the smallest)."""
     eps: float
-    """Added to the variance in the norm."""
+    """The number that the norm adds to the variance."""
 
 
 class EMAXWeights(NamedTuple):
-    """The constants and tensors of an EMAX layer, named as its parameters; None is a missing part.
+    """The constants and tensors of an EMAX layer, by the names of its parameters.
 
-    EMA (arXiv 2305.13563) is the layer that has its first six tensors alone.
+    A part that the layer does not have is None. EMA (arXiv 2305.13563) has the first six tensors
+    alone.
     """
 
     config: EMAXConfig
@@ -57,7 +58,7 @@ class EMAXWeights(NamedTuple):
     channel_expand_bias: Tensor | None = None
     """[c]."""
     gamma: Tensor | None = None
-    """[1], the weight of the channel gate; None without it."""
+    """The weight of the channel gate, [1]; None without that gate."""
     global_reduce_weight: Tensor | None = None
     """[r, c, 1, 1]; None without the global gate."""
     global_reduce_bias: Tensor | None = None
@@ -67,56 +68,57 @@ class EMAXWeights(NamedTuple):
     global_expand_bias: Tensor | None = None
     """[c]."""
     residual_gate: Tensor | None = None
-    """alpha, [c]; None is alpha = 1."""
+    """The residual gate alpha, [c]; None means alpha = 1."""
     warmup: Tensor | None = None
-    """s in [0, 1], a float32 scalar; None is 0, the finest grouping."""
+    """The warm-up s in [0, 1], a float32 scalar; None means 0, which is the finest grouping."""
     temperature: Tensor | None = None
-    """tau > 0, a float32 scalar; None without a controller."""
+    """The temperature tau > 0, a float32 scalar; None without a controller."""
 
 
 TENSORS = EMAXWeights._fields[1:]
-"""The names of the tensors."""
+"""The names of the tensors of `EMAXWeights`, in their order."""
 
 
 class EMAXMaps(NamedTuple):
-    """What an EMAX layer attends to, in float32 (float64 for float64 inputs).
+    """The attention maps of an EMAX layer, as `EMAX.attention` and `capture_attention` give them.
 
-    A part that is switched off holds the constant it contributes: channel 0, global 1.
+    The maps are float32, or float64 for float64 inputs. The map of a part that is switched off is
+    constant: 0 for the channel attention, 1 for the global attention.
     """
 
     spatial: Tensor
-    """Spatial attention S in (0, 1), [b, F, h, w]."""
+    """The spatial attention S in (0, 1), one map per fine group, [b, F, h, w]."""
     channel: Tensor
-    """Channel attention w_c in (0, 1), [b, c]."""
+    """The channel attention w_c in (0, 1), [b, c]."""
     global_: Tensor
-    """Global attention w_g in (0, 1), [b, c]."""
+    """The global attention w_g in (0, 1), [b, c]."""
     group_probs: Tensor
-    """Noise-free probabilities of the candidate group counts, [b, K]."""
+    """The probabilities of the candidate group counts, without noise, [b, K]."""
     group_count: Tensor
-    """The most probable candidate, [b], int64."""
+    """The most probable group count of each sample, [b], int64."""
 
 
 def present(tensor: Tensor | None) -> Tensor:
-    """The tensor of a part that the layer is known to have."""
+    """Return the tensor of a part that the layer is known to have, for the type checker."""
     assert tensor is not None
     return tensor
 
 
 def bias_of(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The bias of a convolution that has one, [o], with its weight [o, ...]."""
+    """Return the bias [o] of a convolution that is known to have one; its weight is [o, ...]."""
     assert bias is not None
     if torch.jit.is_tracing():
-        # To torch.jit.trace it stays optional, and most operators refuse what is. One that does
-        # not: no inputs times no weights, plus the bias.
+        # For torch.jit.trace the bias stays optional, and most operators refuse optional tensors.
+        # `linear` takes one: the product of no inputs with no weights, plus the bias.
         nothing = weight.flatten(1)[:, :0]
         return F.linear(nothing[0], nothing, bias)
     return bias
 
 
 def in_dtype(weights: EMAXWeights, dtype: torch.dtype) -> EMAXWeights:
-    """The weights in a dtype; warm-up and temperature stay float32.
+    """Convert the weights to a dtype; the warm-up and the temperature stay float32.
 
-    Spelt out field by field, because TorchScript cannot loop over a tuple's fields.
+    The fields are spelt out because TorchScript cannot loop over those of a tuple.
     """
     return EMAXWeights(
         config=weights.config,

@@ -54,12 +54,13 @@ def check_config(config: TrainConfig) -> None:
     for path in (config.pretrained_path, config.initial_checkpoint):
         if path:
             checkpoint.read_weights(Path(path))
-    backends = torch.compiler.list_backends()
-    if config.torchcompile and config.torchcompile not in backends:
-        raise UsageError(
-            f"unknown torch.compile backend {config.torchcompile}; "
-            f"the nearest is {nearest(config.torchcompile, backends)}"
-        )
+    if config.torchcompile:  # else this would import the compiler, which takes seconds
+        backends = torch.compiler.list_backends()
+        if config.torchcompile not in backends:
+            raise UsageError(
+                f"unknown torch.compile backend {config.torchcompile}; "
+                f"the nearest is {nearest(config.torchcompile, backends)}"
+            )
     check_model(config.model, model_arguments(config, config.num_classes))
 
 

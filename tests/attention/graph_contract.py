@@ -11,6 +11,7 @@ import torch
 import torchvision.models.feature_extraction
 from attention_contract import LAYOUTS, MODES, Subject, seeded, through_a_file
 from emax_testing import assert_same, gradients, randn
+from tiers import mostly_slow
 from torch import Tensor, nn
 
 SCRIPTING = [
@@ -118,7 +119,7 @@ class ExportContract(Subject):
         yield
         torch.compiler.reset()
 
-    @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non_strict"])
+    @pytest.mark.parametrize("strict", mostly_slow([True, False], 1), ids=["strict", "non_strict"])
     def test_export_with_dynamic_sizes_equals_eager(self, strict: bool) -> None:
         module = self.make(dtype=torch.float32)
         # Self-attention keeps to the side of its greatest size that it was traced on. The other
@@ -145,7 +146,7 @@ class CompileContract(Subject):
 
     @pytest.mark.parametrize(
         ("training", "autocast"),
-        [(False, False), pytest.param(True, False, marks=pytest.mark.slow), (True, True)],
+        mostly_slow([(False, False), (True, False), (True, True)], 2),
         ids=["eval", "training", "training_autocast"],
     )
     def test_compile_traces_one_graph_with_eagers_gradients(

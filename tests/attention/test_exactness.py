@@ -18,6 +18,7 @@ from emax_testing import (
     relative_error,
 )
 from plain_forms import by_formulas
+from tiers import mostly_slow
 from torch import Tensor
 
 from emax_timm.attention import EMA, EMAX, set_grouping
@@ -61,7 +62,7 @@ def assert_exact_at_every_group_count(module: EMAX, x: Tensor, counts: list[int]
         assert assert_exact(module, x)["group_count"].tolist() == [count] * len(x)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", mostly_slow([(size,) for size in SIZES], 0, 2), ids=str)
 @pytest.mark.parametrize(("channels", "knobs", "counts"), LAYERS)
 def test_emax_equals_the_formulas_at_every_group_count(
     channels: int, knobs: dict[str, Any], counts: list[int], size: tuple[int, int]
@@ -162,12 +163,15 @@ def float32_errors(module: Any, truth: Any, x: Tensor) -> dict[str, tuple[float,
 @pytest.mark.parametrize("kind", ["normal", "relu", "large_mean", "faint"])
 @pytest.mark.parametrize(
     ("make", "channels", "size"),
-    [
-        *((make_emax, *case) for case in [(3, (7, 5)), (40, (1, 1)), (96, (14, 14))]),
-        (make_emax, 256, (7, 5)),
-        *((make_ema, *case) for case in [(3, (7, 5)), (32, (9, 9)), (40, (1, 1)), (64, (14, 14))]),
-        *((make_ema, *case) for case in [(100, (5, 7)), (2048, (3, 5))]),
-    ],
+    mostly_slow(
+        [
+            *((make_emax, *case) for case in [(3, (7, 5)), (40, (1, 1)), (96, (14, 14))]),
+            (make_emax, 256, (7, 5)),
+            *((make_ema, *case) for case in [(3, (7, 5)), (32, (9, 9)), (40, (1, 1))]),
+            *((make_ema, *case) for case in [(64, (14, 14)), (100, (5, 7)), (2048, (3, 5))]),
+        ],
+        *(1, 2, 8),
+    ),
 )
 def test_float32_is_as_precise_as_the_formulas(
     make: Any, channels: int, size: tuple[int, int], kind: str

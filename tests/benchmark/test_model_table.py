@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from tiers import mostly_slow
 from torch import nn
 
 from emax_timm.benchmark import ModelRow, list_models, markdown, measure, model_names, model_table
@@ -116,7 +117,7 @@ def test_swin_is_measured_as_its_authors_state_it() -> None:
     assert set(row.licences) == {"mit"}
 
 
-@pytest.mark.parametrize("name", ["resnet10t_emax", "resnet18_msa"])
+@pytest.mark.parametrize("name", mostly_slow(["resnet10t_emax", "resnet18_msa"], 0))
 def test_figures_agree_with_a_real_run_and_with_the_allocator(name: str) -> None:
     row = measure(name)
     model, x = timm.create_model(name), torch.randn(2, *row.input_size)

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from faults_testing import RUN, assert_same_run, with_fault
 from interpreters import Interpreter
+from tiers import mostly_slow
 from training_testing import TRAIN, VALIDATE, newest_checkpoint, only_line
 
 from emax_timm.training.checkpoint import load_checkpoint
@@ -18,82 +19,111 @@ from emax_timm.training.distributed import World
 SLOW = pytest.mark.slow
 CPU = World(torch.device("cpu"))
 
-# From the save after the second epoch on, every operation on files counts, and the process is
-# killed at one of them: before it or, if it writes, in the middle of it.
-KILL_AT = """
+# In the save after the second epoch, `at(operation)` is called before each operation on files and,
+# if it writes, once more in the middle of it; `operation` counts from 1.
+AT_EACH_OPERATION = """
 import pathlib, shutil
 import emax_timm.files
-counted, left = [], {operation}
-def mortal(owner, name):
+counted = []
+def watched(owner, name):
     original = getattr(owner, name)
     def operation(*args, **kwargs):
         if counted:
             counted.append(name)
-            if len(counted) > left:
-                if name.startswith("write"):
-                    original(args[0], args[1][: len(args[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
+            at(len(counted) - 1)
+            if name.startswith("write"):
+                original(args[0], args[1][: len(args[1]) // 2])
+                at(len(counted) - 1)
         return original(*args, **kwargs)
     setattr(owner, name, operation)
 for name in ("write_bytes", "write_text", "rename", "replace", "mkdir", "symlink_to"):
-    mortal(pathlib.Path, name)
-mortal(emax_timm.files, "_sync")
-mortal(shutil, "rmtree")
+    watched(pathlib.Path, name)
+watched(emax_timm.files, "_sync")
+watched(shutil, "rmtree")
 save = Trainer.save
 def counting(self, metrics):
     if self.epoch == 2:
         counted.append("save")
     save(self, metrics)
     if counted:
-        open("operations", "w").write(" ".join(counted))
+        open("operations", "w").write(" ".join(counted[1:]))
         counted.clear()
 Trainer.save = counting
 """
+KILL = """
+calls = 0
+def at(operation):
+    global calls
+    calls += operation == {operation}
+    if calls == (2 if counted[-1].startswith("write") else 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+SNAPSHOT = """
+taken = 0
+def at(operation):
+    global taken
+    taken += 1
+    shutil.copytree("run", f"snapshots/{taken:03}/run", symlinks=True)
+"""
 
 
-def run_killed_at(
-    operation: int, programs: Interpreter, images: Path, folder: Path, whole: Path
-) -> bool:
-    """Kill a run at an operation of a save and let it go on; False if there is no such operation.
+def assert_newest_checkpoint_is_whole(folder: Path) -> None:
+    """It is that of the save that was cut short, or the one before."""
+    state = load_checkpoint(folder, CPU).state
+    assert (state["epoch"], state["step"]) in ((1, 7), (2, 8))
+    assert (folder / "last.safetensors").is_file()
 
-    In between, the newest checkpoint is that of the save or the one before.
-    """
-    folder.mkdir()
-    script = with_fault(folder, KILL_AT.format(operation=operation))
-    result = programs.run(str(script), images, *RUN, cwd=folder)
-    if result.status == 0:
-        return False
-    assert result.status == -signal.SIGKILL, result.stderr
-    offered = load_checkpoint(folder / "run", CPU).state
-    assert (offered["epoch"], offered["step"]) in ((1, 7), (2, 8))
-    assert (folder / "run" / "last.safetensors").is_file()
+
+def assert_goes_on(folder: Path, programs: Interpreter, images: Path, whole: Path) -> None:
+    """The run in `folder`, as a kill left it, ends as if it had not been killed."""
     result = programs.run(TRAIN, images, *RUN, cwd=folder)
     assert result.status == 0, result.stderr
     assert "damaged" not in result.stderr
     assert_same_run(folder / "run", whole)
     assert not list((folder / "run").rglob("*.partial"))
-    return True
 
 
 @pytest.mark.parametrize("operation", [2, 5, 9, 13])
-def test_run_killed_in_a_save_has_its_newest_whole_checkpoint(
+def test_run_killed_in_a_save_goes_on(
     operation: int, programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
-    assert run_killed_at(operation, programs, images, tmp_path / "killed", whole)
+    script = with_fault(tmp_path, AT_EACH_OPERATION + KILL.format(operation=operation))
+    result = programs.run(str(script), images, *RUN, cwd=tmp_path)
+    assert result.status == -signal.SIGKILL, result.stderr
+    assert_newest_checkpoint_is_whole(tmp_path / "run")
+    assert_goes_on(tmp_path, programs, images, whole)
+
+
+@pytest.fixture(scope="module")
+def snapshots(
+    programs: Interpreter, images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """The folder at every operation of a save: what a kill at that moment would leave."""
+    folder = tmp_path_factory.mktemp("snapshots")
+    script = with_fault(folder, AT_EACH_OPERATION + SNAPSHOT)
+    result = programs.run(str(script), images, *RUN, cwd=folder)
+    assert result.status == 0, result.stderr
+    performed = (folder / "operations").read_text().split()
+    assert len(performed) > 20
+    assert {"write_bytes", "_sync", "rename", "replace", "symlink_to", "rmtree"} <= set(performed)
+    found = sorted((folder / "snapshots").iterdir())
+    assert len(found) == len(performed) + sum(name.startswith("write") for name in performed)
+    return found
+
+
+def test_every_operation_of_a_save_leaves_a_whole_checkpoint(snapshots: list[Path]) -> None:
+    for snapshot in snapshots:
+        assert_newest_checkpoint_is_whole(snapshot / "run")
 
 
 @SLOW
-@pytest.mark.timeout(600)
-def test_run_killed_at_each_operation_of_a_save_has_its_newest_whole_checkpoint(
-    programs: Interpreter, images: Path, whole: Path, tmp_path: Path
+@pytest.mark.timeout(1200)
+def test_run_goes_on_from_every_operation_of_a_save(
+    snapshots: list[Path], programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
-    operation = 1
-    while run_killed_at(operation, programs, images, tmp_path / str(operation), whole):
-        operation += 1
-    # That run lived: its save had fewer operations, of which all have been tried.
-    performed = (tmp_path / str(operation) / "operations").read_text().split()
-    assert len(performed) == operation > 20
-    assert {"write_bytes", "_sync", "rename", "replace", "symlink_to", "rmtree"} <= set(performed)
+    for snapshot in snapshots:
+        folder = Path(shutil.copytree(snapshot, tmp_path / snapshot.name, symlinks=True))
+        assert_goes_on(folder, programs, images, whole)
 
 
 FULL_DISK = """
@@ -174,7 +204,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", mostly_slow(DAMAGES, 0, 3, 5))
 def test_damaged_checkpoint_is_left_out_loudly(
     programs: Interpreter, images: Path, whole: Path, tmp_path: Path, damage: str
 ) -> None:

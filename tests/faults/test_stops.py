@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from faults_testing import RUN, assert_same_run, keep_only, with_fault
 from interpreters import Interpreter
+from tiers import mostly_slow
 from training_testing import TRAIN, run_program, state_of
 
 SIGNAL_AT = """
@@ -56,18 +57,21 @@ def test_number_of_workers_changes_nothing(
 
 @pytest.mark.parametrize(
     ("fault", "status", "step"),
-    [
-        *(
-            (SIGNAL_AT.format(step=step, number=int(signal.SIGTERM)), 143, step + 1)
-            for step in (0, 2, 3, 5)
-        ),
-        (SIGNAL_AT.format(step=9, number=int(signal.SIGINT)), 130, 10),
-        (SIGNAL_IN_VALIDATION, 143, 8),
-        (SIGNAL_IN_SAVE, 143, 7),
-    ],
+    mostly_slow(
+        [
+            *(
+                (SIGNAL_AT.format(step=step, number=int(signal.SIGTERM)), 143, step + 1)
+                for step in (0, 2, 3, 5)
+            ),
+            (SIGNAL_AT.format(step=9, number=int(signal.SIGINT)), 130, 10),
+            (SIGNAL_IN_VALIDATION, 143, 8),
+            (SIGNAL_IN_SAVE, 143, 7),
+        ],
+        *(2, 4, 5, 6),
+    ),
     ids=["step 1", "step 3", "last of epoch", "step 6", "SIGINT", "validation", "save"],
 )
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", mostly_slow([0, 2], 0))
 def test_signal_stops_at_the_step_and_the_run_goes_on(
     images: Path,
     whole: Path,
@@ -104,7 +108,7 @@ def test_run_that_goes_on_elsewhere_warns_of_what_is_not_to_the_bit(
 
 
 @pytest.mark.parametrize(
-    "kills", [3, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(900)])]
+    "kills", [1, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
 def test_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     programs: Interpreter, images: Path, whole: Path, tmp_path: Path, kills: int

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from tiers import mostly_slow
 from torch import Tensor, nn
 
 import emax_timm
@@ -192,7 +193,7 @@ def test_half_precision_gives_float32() -> None:
             assert dtypes <= {torch.float32, torch.int64}
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", mostly_slow([False, True], 1))
 def test_compiled_model_runs_its_plain_modules_in_the_context(in_place: bool) -> None:
     model = network().eval()
     calls = []

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from tiers import mostly_slow
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -70,7 +71,7 @@ def test_registered_names_are_the_issue_of_backbones_and_attentions() -> None:
     assert sorted(NAMES) == sorted(emax + compared)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, *map(NAMES.index, SMALL)))
 def test_model_is_its_plain_twin_plus_attention_in_every_block(name: str) -> None:
     with torch.device("meta"):
         model: Any = timm.create_model(name, num_classes=1000)  # also where its own weights have 10
@@ -122,7 +123,7 @@ def test_seed_gives_the_backbone_the_weights_of_its_twin(name: str) -> None:
         assert torch.equal(model.state_dict()[key], value), key
 
 
-@pytest.mark.parametrize("system", ATTENTIONS)
+@pytest.mark.parametrize("system", mostly_slow(ATTENTIONS, 0, 3))
 @pytest.mark.parametrize("name", SMALL)
 def test_attention_by_name_behind_a_closed_gate_changes_nothing(name: str, system: str) -> None:
     model = small_model(name, attn_layer=system, attn_kwargs={"gate_init": 0.0}).eval()

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from tiers import mostly_slow
 from torch import nn
 
 import emax_timm
@@ -85,7 +86,9 @@ def layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, kinds)]
 
 
-@pytest.mark.parametrize(("name", "where", "count"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("name", "where", "count"), mostly_slow(CASES, *range(0, len(CASES), 6)), ids=str
+)
 def test_insertion_changes_no_bit_until_a_gate_opens(name: str, where: str, count: int) -> None:
     model = plain(name)
     x = image(model)
@@ -109,7 +112,7 @@ def test_insertion_changes_no_bit_until_a_gate_opens(name: str, where: str, coun
 
 
 @pytest.mark.parametrize("where", ["stage", "block"])
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", mostly_slow(ATTENTIONS, 0, 3))
 def test_every_attention_can_be_inserted(attention: str, where: str) -> None:
     model = plain("regnety_002")
     x = image(model)
@@ -163,6 +166,7 @@ def test_training_opens_the_gates(where: str) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_result_is_copied_and_exported() -> None:
     for where in ("stage", "block"):
         options: dict[str, Any] = {"stages": [0], "attn_kwargs": {"gate_init": 0.5}}
@@ -190,11 +194,14 @@ print(len(features(torch.load(x))))
 
 @pytest.mark.parametrize(
     ("name", "stages", "where"),
-    [
-        ("regnety_002", [1, 2], "block"),
-        ("convnext_atto", None, "stage"),
-        ("densenet121", [0], "stage"),
-    ],
+    mostly_slow(
+        [
+            ("regnety_002", [1, 2], "block"),
+            ("convnext_atto", None, "stage"),
+            ("densenet121", [0], "stage"),
+        ],
+        0,
+    ),
 )
 def test_result_is_rebuilt_from_its_config(
     name: str, stages: list[int] | None, where: str, tmp_path: Path

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from emax_testing import randn, randomise
+from tiers import mostly_slow
 from torch import Tensor, nn
 
 import emax_timm
@@ -61,7 +62,7 @@ def test_a_state_dict_holds_every_buffer_and_parameter(name: str) -> None:
 INSERTED = ["regnetx_002", "densenet121", "vgg11"]  # a plain stage, and two that change their class
 
 
-@pytest.mark.parametrize("name", INSERTED)
+@pytest.mark.parametrize("name", mostly_slow(INSERTED, 0, 2))
 def test_inserted_attention_survives_copy_and_pickle(name: str) -> None:
     model = emax_timm.insert_attention(make(name).eval(), "emax")
     for layer in model.modules():

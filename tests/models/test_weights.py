@@ -11,6 +11,7 @@ import timm
 import torch
 from hub_server import COMMIT, Hub, serve
 from hub_testing import as_bytes, in_new_process
+from tiers import mostly_slow
 from torch import Tensor, nn
 
 import emax_timm  # noqa: F401  (registers the models)
@@ -80,14 +81,17 @@ with torch.no_grad():
 
 @pytest.mark.parametrize(
     ("name", "twin"),
-    [
-        ("resnet18_emax", "resnet18"),
-        ("resnet18_emax.a1_in1k_warm", "resnet18"),
-        ("resnet18_cbam", "resnet18"),
-        ("convnext_atto_msa", "convnext_atto"),
-        ("convnext_atto_emax", "convnext_atto"),
-        ("mobilenetv2_100_emax", "mobilenetv2_100"),
-    ],
+    mostly_slow(
+        [
+            ("resnet18_emax", "resnet18"),
+            ("resnet18_emax.a1_in1k_warm", "resnet18"),
+            ("resnet18_cbam", "resnet18"),
+            ("convnext_atto_msa", "convnext_atto"),
+            ("convnext_atto_emax", "convnext_atto"),
+            ("mobilenetv2_100_emax", "mobilenetv2_100"),
+        ],
+        *(1, 4),
+    ),
 )
 def test_warm_start_from_a_hub_computes_what_the_twin_computes(
     name: str, twin: str, hub: Hub, twins: dict[str, Path], tmp_path: Path

@@ -15,8 +15,7 @@ from emax_timm.attention import EMAX
 from emax_timm.ops import BackendError, use_backend
 from emax_timm.ops.cpp import library
 
-# One worker of pytest-xdist runs them all, and the compiler at most once at a time.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cpp"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cpp, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -286,6 +286,7 @@ def need_debian_package() -> None:
     pytest.skip("Debian's dataset-fashion-mnist is not installed")
 
 
+@pytest.mark.slow
 def test_sample_is_what_its_script_makes_of_the_debian_package(tmp_path: Path) -> None:
     need_debian_package()
     make_fashion_mnist.make(tmp_path)
@@ -297,6 +298,7 @@ def test_sample_is_what_its_script_makes_of_the_debian_package(tmp_path: Path) -
         assert made == embedded
 
 
+@pytest.mark.slow
 def test_debian_fashion_mnist_stands_in_for_the_download(tmp_path: Path) -> None:
     need_debian_package()
     config = TrainConfig(dataset="torch/fashion_mnist", data_dir=str(tmp_path))

@@ -128,6 +128,7 @@ def evaluate_rank(rank: int, port: int, data: str, output: str) -> None:
     Path(output, str(rank)).write_text(json.dumps(values))
 
 
+@pytest.mark.slow
 def test_evaluate_on_two_ranks_counts_each_image_once(tmp_path: Path) -> None:
     # Nine images on two ranks: timm's sampler would count one twice.
     data = str(image_folder(tmp_path / "data", ["validation"], ["a", "b", "c"], [3]))

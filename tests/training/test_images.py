@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
+from tiers import mostly_slow
 from timm.data import create_dataset, resolve_data_config
 from torch.utils.data import DataLoader
 from training_testing import image_folder
@@ -344,7 +345,7 @@ def batches_and_counts(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"mixup": 0.5, "cutmix": 1.0, "aa": "rand-m9"}, {"no_prefetcher": True}],
+    mostly_slow([{}, {"mixup": 0.5, "cutmix": 1.0, "aa": "rand-m9"}, {"no_prefetcher": True}], 1),
     ids=["plain", "mixup", "no prefetcher"],
 )
 def test_training_replaces_a_broken_image_whatever_the_workers(
@@ -362,7 +363,7 @@ def test_training_replaces_a_broken_image_whatever_the_workers(
     assert capfd.readouterr().err == 3 * line
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("method", mostly_slow(["fork", "forkserver", "spawn"], 2))
 def test_training_counts_broken_images_however_workers_start(spoilt: Path, method: str) -> None:
     dataset = KeyedDataset(open_files(spoilt, "train"), seed=0)
     keys = [Key(5, index) for index in range(32)]

@@ -17,6 +17,7 @@ import torch
 import yaml
 from interpreters import Interpreter
 from safetensors import safe_open
+from tiers import mostly_slow
 from timm.data import resolve_model_data_config
 from torch import nn
 from training_testing import SMALL_MODEL, TRAIN, VALIDATE, files_in, state_of
@@ -207,7 +208,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, 0, 5))
 def test_run_folder_is_a_timm_model(run_of: RunOf, name: str) -> None:
     trainer = run_of(**MODELS[name])
     trained: nn.Module = trainer.model if trainer.averaged is None else trainer.averaged.module
@@ -241,7 +242,7 @@ def test_run_folder_is_read_by_transformers(run_of: RunOf) -> None:
     assert list(classifier.config.id2label.values()) == ["cat", "dog"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, 0, len(MODELS) - 1))
 def test_validation_of_a_run_gives_its_metrics(run_of: RunOf, name: str) -> None:
     folder = run_of(**MODELS[name]).folder
     expected = json.loads((folder / "summary.json").read_text())["validation"]
@@ -430,6 +431,6 @@ def test_best_weights_have_a_sum_at_every_moment(
 
 def test_package_of_the_tests_is_the_checkout() -> None:
     # Else these tests would pass or fail for another copy.
-    from training_testing import ROOT
+    from interpreters import ROOT
 
     assert Path(emax_timm.__file__).parents[1] == ROOT

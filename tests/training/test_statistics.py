@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from tiers import mostly_slow
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from training_testing import MakeTrainer, same_tensors, state_of
@@ -186,12 +187,15 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"model_ema": True, "model_ema_decay": 0.5, "channels_last": True},
-        {"val_interval": 3, "workers": 1, "amp": True, "amp_dtype": "bfloat16"},
-        {"no_prefetcher": True},
-    ],
+    mostly_slow(
+        [
+            {},
+            {"model_ema": True, "model_ema_decay": 0.5, "channels_last": True},
+            {"val_interval": 3, "workers": 1, "amp": True, "amp_dtype": "bfloat16"},
+            {"no_prefetcher": True},
+        ],
+        *(1, 2),
+    ),
 )
 def test_run_writes_a_row_per_epoch(trainer_for: MakeTrainer, options: dict[str, Any]) -> None:
     trainer = trainer_for(epochs=3, **options)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from interpreters import Interpreter
+from tiers import mostly_slow
 from training_testing import TRAIN, VALIDATE
 
 from emax_timm.training import TrainConfig, UsageError
@@ -113,7 +114,7 @@ TYPICAL = (
 )
 
 
-@pytest.mark.parametrize("model", ["resnet18_emax", "resnet18"])
+@pytest.mark.parametrize("model", mostly_slow(["resnet18_emax", "resnet18"], 0))
 def test_typical_timm_command_line_runs(
     programs: Interpreter, images: Path, tmp_path: Path, model: str
 ) -> None:

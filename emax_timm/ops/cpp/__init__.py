@@ -1,4 +1,4 @@
-"""EMAX in C++, for float32 and bfloat16 on CPUs, where `emax kernels build` has compiled it."""
+"""The backend in C++, for float32 and bfloat16 on CPUs; `emax kernels build` compiles it."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from .library import problem
 __all__ = ["CPP", "DTYPES"]
 
 DTYPES = (torch.float32, torch.bfloat16)
-# What decides how many gradients the operator returns, and in what order.
+# The operator returns a gradient for every tensor that is there, in order, except for these.
 _WITHOUT_GRADIENT = ("warmup", "temperature")
 
 
@@ -23,7 +23,7 @@ def _unsupported(x: Tensor, weights: EMAXWeights) -> str | None:
         return f"it serves float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     if isinstance(x, FakeTensor):
         return "fake tensors have no data"
-    # torch.compile traces with a stack of its own, and sees the operators.
+    # torch.compile traces with an interpreter stack of its own, and sees the operators.
     if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
         return "transforms of torch.func do not see into it"
     return problem()
@@ -32,7 +32,7 @@ def _unsupported(x: Tensor, weights: EMAXWeights) -> str | None:
 def _forward(
     x: Tensor, weights: EMAXWeights, noise: Tensor | None, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """It keeps what the portable backend keeps."""
+    """Run the forward pass; it saves the same tensors as the portable backend."""
     (groups, candidates, batch_vote, eps), *tensors = weights
     out, *saved = torch.ops.emax_timm.forward(
         x, tensors, noise, groups, candidates, batch_vote, eps, keep
@@ -44,7 +44,7 @@ def _backward(
     grad: Tensor, x: Tensor, weights: EMAXWeights, noise: Tensor | None, saved: list[Tensor]
 ) -> dict[str, Tensor]:
     (groups, candidates, batch_vote, eps), *tensors = weights
-    # Without a global gate the forward pass keeps no mean of x * S, and x's takes its place.
+    # Without a global gate the forward pass saves no mean of x * S, and the mean of x replaces it.
     kept = saved if len(saved) > 6 else [*saved, saved[0]]
     grads = torch.ops.emax_timm.backward(
         x, grad, tensors, noise, kept, groups, candidates, batch_vote, eps

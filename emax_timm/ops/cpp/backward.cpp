@@ -1,4 +1,4 @@
-// The gradients, as `portable/backward.py` writes them out and `docs/emax.md` derives them.
+// The backward pass, as in `portable/backward.py`; `docs/emax.md` derives the gradients.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -12,13 +12,14 @@ namespace emax {
 
 namespace {
 
-// Of the gates' parameters, in the order of `Layer`, and of what the gates are made from, [b, c].
+// The gradients of the parameters of the gates, in the order of `Layer`, and of the means that the
+// gates follow from, [b, c].
 struct GateGrads {
   std::vector<Tensor> channel, gamma, global, residual_gate;
   Tensor mean, pooled;
 };
 
-// From the gradient of a gate to that of the means that it is made from, and those of its weights.
+// Computes from the gradient of a gate that of the means it follows from, and those of its weights.
 Tensor squeeze_excite_backward(const Tensor& grad, const Tensor& mean, const Tensor& gate,
                                const Tensor& hidden, const std::vector<Tensor>& weights,
                                std::vector<Tensor>& grads) {
@@ -58,7 +59,7 @@ GateGrads gates_backward(const Layer& layer, const Gates& gates, const Tensor& m
   return grads;
 }
 
-// Sums of x * grad over the image, with and without S, and over d with `scale` ([tiles, pixels]).
+// Sums x * grad over the image, with and without S, and over d with `scale` ([tiles, pixels]).
 void products(const Shape& s, const float* x, const float* grad, const float* maps,
               const Choice& choice, const float* scales, int64_t begin_tile, int64_t end_tile,
               float* grad_scale, float* grad_offset, float* weighted) {
@@ -67,7 +68,7 @@ void products(const Shape& s, const float* x, const float* grad, const float* ma
     for (int64_t tile = begin; tile < end; ++tile) {
       const float* const map = maps + choice.holder(tile, s.F) * s.pixels();
       float* const sums = weighted + tile * s.pixels();
-      in_pieces<4>(0, s.d, [&](int64_t c, auto channels) {  // that share the maps
+      in_pieces<4>(0, s.d, [&](int64_t c, auto channels) {  // these channels share the loads of the maps
         const float *const image = x + tile * s.tile() + c * s.pixels(),
                     *const g = grad + tile * s.tile() + c * s.pixels();
         Vec total[channels], mapped[channels], scale[channels];
@@ -95,7 +96,7 @@ void products(const Shape& s, const float* x, const float* grad, const float* ma
   });
 }
 
-// The gradient of the map before its sigmoid: (weighted + sum over d of x * grad_pooled) * S'.
+// Computes the gradient of the map before its sigmoid: (weighted + sum over d of x * grad_pooled) * S'.
 void map_gradient(const Shape& s, const float* x, const float* maps, const Choice& choice,
                   const float* grad_pooled, int64_t begin_tile, int64_t end_tile,
                   float* weighted) {
@@ -120,15 +121,15 @@ void map_gradient(const Shape& s, const float* x, const float* maps, const Choic
   });
 }
 
-// Adds some sums to others; there may be none yet.
+// Adds sums to the totals, which may be empty at first.
 void add_up(std::vector<Tensor>& total, const std::vector<Tensor>& more) {
   if (total.empty()) total = more;
   else
     for (size_t i = 0; i < more.size(); ++i) total[i] += more[i];
 }
 
-// From the gradients of samples' weights of the candidates, [count, K], to those of the controller's
-// output, which come in their place, and of the mean of x, [count, c], which are added up.
+// Computes from the gradients of the weights of the candidates, [count, K], those of the output of the
+// controller, which replace them, and adds those of the mean of x, [count, c].
 void controller_backward(const Layer& layer, const float* soft, int64_t count, int64_t c,
                          float* grad, float* grad_mean) {
   const int64_t candidates = layer.members.size();
@@ -148,7 +149,7 @@ void controller_backward(const Layer& layer, const float* soft, int64_t count, i
   }
 }
 
-// The gradients of x and of the parameters, in the parameters' shapes.
+// Returns the gradients of x and of the parameters, in the shapes of the parameters.
 std::vector<Tensor> in_order(const Layer& layer, const Tensor& x, const std::vector<Tensor>& grads) {
   size_t at = 0;
   std::vector<Tensor> out{x};
@@ -172,7 +173,7 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
       mean_gates(layer, mean, layer.global.empty() ? Tensor() : kept[6].view({s.b, c}));
   const auto* const scale = gates.scale.const_data_ptr<float>();
 
-  // What the gates take of all samples, before anything goes back through them.
+  // The gradients of the gates need all samples, before anything goes back through the gates.
   const Tensor spatial = at::empty_like(kept[1]), grad_map = at::empty_like(kept[1]);
   const Tensor grad_scale = at::empty_like(mean), grad_offset = at::empty_like(mean);
   float *const maps = spatial.data_ptr<float>(), *const map_grads = grad_map.data_ptr<float>();
@@ -203,7 +204,7 @@ std::vector<Tensor> backward_of(const Shape& s, const Tensor& x, const Tensor& g
     for (int64_t sample = first_sample; sample < last_sample; sample += together) {
       const int64_t count = std::min(together, last_sample - sample);
       const int64_t begin = sample * s.F, end = begin + count * s.F;
-      // Tiles have their numbers in the batch; memory is that of a chunk.
+      // Tiles are indexed by their number in the batch; the memory is that of a chunk.
       const auto chunk = [&](const Tensor& values, int64_t size) {
         return values.data_ptr<float>() - begin * size;
       };

@@ -27,7 +27,7 @@ class PaddedMap {
         load(map + i * s.w + j, count).store(data_ + i * row_ + j, count);
       });
   }
-  // What is left, above, right ... of the pixels from (i, j) on: [a][b] is at (i + a - 1, j + b - 1).
+  // The neighbours of the pixels from (i, j) on: [a][b] is at (i + a - 1, j + b - 1).
   void line(int64_t i, int64_t j, Vec* values) const {
     for (int b = 0; b < 3; ++b) values[b] = load(data_ + i * row_ + j + b - 1);
   }
@@ -54,13 +54,13 @@ inline void down(const Shape& s, const PaddedMap& map, int64_t j, F f) {
   }
 }
 
-// The tap at offset (dy, dx) took x there to the output here: its gradient goes the other way.
+// The kernel offset (dy, dx) took x there to the output here, so its gradient goes the other way.
 inline const Vec& seen_by(int tap, const Vec (&near)[3][3]) {
   return near[2 - tap / 3][2 - tap % 3];
 }
 
-// One thread's memory, and the steps for a tile. `x`, `g` and `U` are images of the tile: the input,
-// the gradient of the output, and the gated features, which become their gradient.
+// The memory of one thread, and the steps for a tile. `x`, `g` and `U` are the images of the tile: the
+// input, the gradient of the output, and the gated features, which their gradient replaces.
 class TileWork {
  public:
   static int64_t size(const Shape& s) {
@@ -83,7 +83,7 @@ class TileWork {
     rows_ = reinterpret_cast<Vec*>(scratch.take((s.h + V) * V));
   }
 
-  // What the forward pass had, and the two maps' gradients.
+  // Computes the values of the forward pass again, and reads the gradients of the two maps.
   void begin(const Weights& weights, const float* x, const float* conv_means,
              const float* first, const float* second, float* borders) {
     begin_tiles(s_, weights, x, 1, work_, mean_);
@@ -93,7 +93,7 @@ class TileWork {
       deviations<n>(s_, x, work_.gates, mean_, work_, centre_);
     });
     first_.read(s_, first);
-    // Centred, so that a mean of U that is far above its deviation cancels exactly.
+    // Without its mean, so that a mean of U that is far above its deviation cancels exactly.
     total_second_ = total(s_.pixels(), second);
     const Vec mean(total_second_ / s_.pixels());
     along(s_.pixels(), [&](int64_t at, int64_t count) {
@@ -101,7 +101,7 @@ class TileWork {
     });
   }
 
-  // Sums over the image: of x with what each tap sees, [d, 9], and of U with the second map.
+  // Sums over the image x times what each kernel offset sees, [d, 9], and U times the second map.
   void correlate(const float* x, float* grad_kernel) {
     for (int64_t c = 0; c < s_.d; ++c) {
       const float *const image = x + c * s_.pixels(), *const u = work_.U + c * s_.pixels();
@@ -144,7 +144,7 @@ class TileWork {
     for (int64_t c = 0; c < s_.d; ++c)
       grad_means[c] = softmax_[c] * (grad_means[c] - inner + grad_score);
     const Vec per_pixel(1.f / s_.pixels());
-    // Several vectors at once, whose sums need not wait for each other.
+    // Several vectors at once, so that their sums do not wait for each other.
     in_pieces<8>(0, (size + V - 1) / V, [&](int64_t first, auto vectors) {
       const int64_t at = first * V, last = vectors - 1;
       const int64_t rest = std::min(V, size - at - last * V);
@@ -160,8 +160,8 @@ class TileWork {
     });
   }
 
-  // U becomes the gradient of the gated features times their gates; the strip gates' gradients are
-  // sums of those features' gradients times x.
+  // U becomes the gradient of the gated features times their gates; the gradients of the row and
+  // column gates are sums of the gradient of the gated features times x.
   void gates(const Weights& weights, const float* x) {
     const int64_t h = s_.h, w = s_.w;
     for (int64_t c = 0; c < s_.d; ++c) {
@@ -197,7 +197,7 @@ class TileWork {
                work_.length, [](const Vec& value) { return value; });
   }
 
-  // Strips and their gradients as rows of d.
+  // Pooled rows and columns, and their gradients, transposed to rows of d.
   void write_strips(float* strips, float* grad_strips) const {
     for (int64_t at = 0; at < s_.strip(); at += V)
       for (int64_t c = 0; c < s_.d; c += V) {
@@ -208,7 +208,7 @@ class TileWork {
       }
   }
 
-  // The gradient of x, from all the ways in which x got into the output.
+  // The gradient of x through all parts of the output that depend on x.
   void finish(const Weights& weights, const TileInputs& inputs, int64_t tile, const float* map,
               const float* g, float* out) {
     const int64_t h = s_.h, w = s_.w;
@@ -246,8 +246,8 @@ class TileWork {
   }
 
  private:
-  // Gradients of a row's and a column's mean go to their pixels, with what the means of all and the
-  // nine border means add there.
+  // The gradients of the pooled rows and columns go to their pixels, with those of the mean and of
+  // the nine border means.
   void spread(const float* taps, float every, float* strip) const {
     const int64_t h = s_.h, w = s_.w;
     for (int t = 0; t < TAPS; ++t) every += taps[t];
@@ -266,8 +266,8 @@ class TileWork {
 
   const Shape& s_;
   Work work_;
-  PaddedMap first_;  // gradient of the first map
-  float* second_;    // of the second, less its mean
+  PaddedMap first_;  // the gradient of the first map
+  float* second_;    // the gradient of the second map, less its mean
   float total_second_;
   float *grad_strips_, *back_, *grad_borders_;
   float *mean_, *centre_, *softmax_, *scale_, *curve_, *with_u_;

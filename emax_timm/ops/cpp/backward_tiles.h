@@ -1,29 +1,29 @@
-// The gradients of what `fine_maps` computes of a tile.
+// The gradients of what `fine_maps` computes from a tile.
 #pragma once
 
 #include "layer.h"
 
 namespace emax {
 
-// What meets in a tile: `out = x * (scale * S + offset)`, and the gradients of the mean of x, of
-// x * S (the same for all pixels), of the fine maps and of the score. By tiles.
+// The inputs of the backward pass of the tiles: the factors of `out = x * (scale * S + offset)`, and
+// the gradients of the mean of x, of x * S (the same for all pixels), of the fine maps and the score.
 struct TileInputs {
   const float *maps, *scale, *offset;
   const float *grad_pooled, *grad_mean;
   float *grad_first, *grad_second, *grad_score;
 };
 
-// What the gradients of the weights are made from, of the tiles of a few samples. Strips, whose values
-// are rows here, go with the gradients of what conv1x1 makes of them.
+// The values of a few tiles that the gradients of the weights follow from. `strips` holds the pooled
+// rows and columns, transposed, and `grad_strips` the gradients of what conv1x1 makes of them.
 struct TileGrads {
-  Tensor means;                // of the means of conv3x3(x), [tiles, d]
+  Tensor means;                // gradients of the means of conv3x3(x), [tiles, d]
   Tensor borders;              // [tiles, d * 9]
   Tensor strips, grad_strips;  // [tiles, h + w, d]
   Tensor kernel, gn;           // [tiles, d * 9] and [tiles, 2 * d]
-  Tensor first;                // total of that of the first map, [tiles]
+  Tensor first;                // the gradient of the first map, summed over the image, [tiles]
 
   TileGrads(const Shape& s, int64_t tiles, const at::TensorOptions& options);
-  // What the weights' gradients need, added up over the first tiles.
+  // Sums over the first tiles that the gradients of the weights follow from.
   std::vector<Tensor> sums(int64_t tiles) const;
 };
 

@@ -1,34 +1,34 @@
-// The pass over a tile from which its fine maps follow, in the steps that `fine_maps` of
-// `portable/fine_maps.py` has; the backward pass begins with them as well.
+// The pass over a tile that its fine maps follow from, in the steps of `fine_maps` in
+// `portable/fine_maps.py`; the backward pass begins with it as well.
 #pragma once
 
 #include "tiles.h"
 
 namespace emax {
 
-// Weights of the convolutions and the norm, float32 and contiguous.
+// The weights of the convolutions and the norm, float32 and contiguous.
 struct Weights {
   Tensor mixing, shift;         // conv1x1: [d, d], [d]
   Tensor conv, conv_bias;       // conv3x3: [d, d * 9], [d]
   Tensor gn_weight, gn_bias;    // [d]
   Tensor constant, kernel;      // softmax(gn_bias) [d], and its product with conv3x3 [d, 9]
-  float offset;                 // and with conv3x3's bias
+  float offset;                 // the product of softmax(gn_bias) with conv3x3's bias
   float eps;
 };
 
 Weights weights_of(const std::vector<Tensor>& spatial, double eps);
 
-// A few tiles, one behind the other, as one thread sees them. A strip holds the values of a
-// channel's rows, then of its columns; strips of all tiles stand in one row per channel.
+// Scratch memory of one thread for a few tiles. A strip holds the pooled rows of a channel, then its
+// pooled columns; the strips of all tiles stand in one row per channel.
 struct Work {
-  int64_t length;   // of the rows of strips
-  float* strips;    // means [d, length]
-  float* gates;     // in (0, 1) [d, length]
+  int64_t length;   // of a row of strips
+  float* strips;    // pooled rows and columns [d, length]
+  float* gates;     // their gates in (0, 1) [d, length]
   float* borders;   // [together, d * 9]
   float* U;         // gated features of a tile less a constant near their mean, [d, pixels]
   float* mask;      // ones [w]
   float *shift, *square;  // [d]
-  Vec* vectors;     // whose lanes are to be added up
+  Vec* vectors;     // vectors whose lanes are to be added up
 
   static int64_t vector_count(const Shape& s) { return 2 * s.d + V; }
   static int64_t size(const Shape& s) {
@@ -50,8 +50,8 @@ struct Work {
   }
 };
 
-// Means of rows and columns, and of all, of a tile's images. The rows of CHANNELS images are added up
-// together, as far as they are in V.
+// The pooled rows and columns, and the means, of the images of a tile. The rows of CHANNELS images are
+// added up together, V at a time.
 template <int N, int CHANNELS>
 void strip_means(const Shape& s, const float* images, Work& work, float* strips,
                  float* mean) {
@@ -106,7 +106,8 @@ void strip_means(const Shape& s, const float* images, Work& work, float* strips,
   lane_sums(totals, s.d, mean, 1.f / h);
 }
 
-// out[o] = f(sum over c of matrix[o, c] * in[c] + bias[o]) on rows of strips; `matrix` has strides.
+// Computes out[o] = f(sum over c of matrix[o, c] * in[c] + bias[o]) on rows of strips; `matrix` has
+// strides.
 template <int OUT, int VECTORS, typename F>
 void mix_block(const Shape& s, const float* matrix, int64_t out_stride, int64_t in_stride,
                const float* bias, const float* in, float* out, int64_t length, F f) {
@@ -127,7 +128,7 @@ void mix_block(const Shape& s, const float* matrix, int64_t out_stride, int64_t 
 template <int OUT, typename F>
 void mix_outputs(const Shape& s, const float* matrix, int64_t out_stride, int64_t in_stride,
                  const float* bias, const float* in, float* out, int64_t length, F f) {
-  constexpr int TWO = V == 16 ? 2 : 1;  // what the registers hold
+  constexpr int TWO = V == 16 ? 2 : 1;  // as many as the registers hold
   int64_t at = 0;
   for (; at + TWO * V <= length; at += TWO * V)
     mix_block<OUT, TWO>(s, matrix, out_stride, in_stride, bias, in + at, out + at, length, f);
@@ -146,7 +147,7 @@ void mix_strips(const Shape& s, const float* matrix, int64_t out_stride, int64_t
   for (; o < s.d; ++o) run(std::integral_constant<int, 1>());
 }
 
-// What each tap of a zero-padded 3x3 kernel sees of a channel, averaged over the output: [d, 9].
+// The means of a channel that each of the nine kernel offsets sees, over the output: [d, 9].
 inline void border_means(const Shape& s, const float* images, const float* strips,
                          int64_t length, const float* mean, float* borders) {
   const float per_row = 1.f / s.h, per_column = 1.f / s.w, per_pixel = 1.f / s.pixels();
@@ -154,7 +155,7 @@ inline void border_means(const Shape& s, const float* images, const float* strip
     const float *const x = images + c * s.pixels(), *const end = x + (s.h - 1) * s.w;
     const float* const strip = strips + c * length;
     float* const taps = borders + c * TAPS;
-    // The upper taps miss the last row, the lower ones the first; likewise the columns.
+    // The upper offsets miss the last row, the lower ones the first; the columns likewise.
     const float above = strip[s.h - 1] * per_row, below = strip[0] * per_row;
     const float left = strip[s.h + s.w - 1] * per_column, right = strip[s.h] * per_column;
     const float upper = mean[c] - above, lower = mean[c] - below;
@@ -170,7 +171,7 @@ inline void border_means(const Shape& s, const float* images, const float* strip
   }
 }
 
-// Of each channel, minus a constant that is near the mean of the gated features.
+// For each channel, minus a constant that is near the mean of the gated features.
 inline void find_shifts(const Shape& s, const float* gates, const float* mean, Work& work) {
   for (int64_t c = 0; c < s.d; ++c) {
     const float* const gate = gates + c * work.length;
@@ -189,7 +190,7 @@ inline void find_shifts(const Shape& s, const float* gates, const float* mean, W
 }
 
 // The gated features less a constant near their mean, and their first two moments. Rows are stored
-// in whole vectors: what is behind the end of one is overwritten by the next.
+// in whole vectors; the next row overwrites the values behind the end of one.
 template <int N>
 void deviations(const Shape& s, const float* images, const float* gates,
                 const float* mean, Work& work, float* centre) {
@@ -233,8 +234,8 @@ void deviations(const Shape& s, const float* images, const float* gates,
   lane_sums(squares, s.d, work.square, 1.f / s.pixels());
 }
 
-// What both passes need of `count` tiles: strips, gates and borders, and
-// their means [count, d].
+// What both passes need of `count` tiles: the pooled rows and columns, their gates, the border means,
+// and the means [count, d].
 inline void begin_tiles(const Shape& s, const Weights& weights, const float* images, int64_t count,
                         Work& work, float* mean) {
   for (int64_t t = 0; t < count; ++t)

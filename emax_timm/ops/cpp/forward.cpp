@@ -1,5 +1,5 @@
-// The attention and its output. All samples go through the passes below a few at a time, so that
-// what one pass has read is still in the cache for the next.
+// The forward pass. The samples go through the passes below a few at a time, so that the data that one
+// pass has read are still in the cache for the next.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -12,8 +12,8 @@ namespace emax {
 
 namespace {
 
-// What the backward pass needs: `FineMaps` in its order, and with a global gate the means of x * S.
-// Where it is not to be kept, memory for the samples of a chunk serves all chunks.
+// What the backward pass needs: `FineMaps` in its order, and with a global gate the means of x * S. If
+// it is not to be kept, the memory for the samples of one chunk serves all chunks.
 struct Fine {
   std::vector<Tensor> kept;
   Tensor scores;
@@ -28,7 +28,7 @@ struct Fine {
     if (!layer.global.empty()) kept.push_back(at::empty(vector, options));
   }
 
-  // Lets tiles have their numbers in the batch, where the first one in memory is that of a sample.
+  // Makes tiles indexed by their number in the batch; the first one in memory is that of `sample`.
   void start(const Shape& s, int64_t sample) {
     const int64_t vector = sample * s.F * s.d, map = sample * s.F * s.pixels();
     const auto data = [&](int number) { return kept[number].data_ptr<float>(); };
@@ -57,9 +57,9 @@ std::pair<Tensor, Tensor> conv_by_input(const Weights& weights) {
   return {out, at::constant_pad_nd(weights.conv_bias, {0, width - d})};
 }
 
-// means[t][o] = sum over c of (sum over taps of borders[t][c, tap] * conv[c, tap, o]) + bias[o]. A
-// sum per channel first: one long sum would round more. Rows of `conv` and the bias are `width`
-// long.
+// means[t][o] = sum over c of (sum over offsets k of borders[t][c, k] * conv[c, k, o]) + bias[o]. It
+// sums per channel first, because one long sum would round more. Rows of `conv` and the bias are
+// `width` long.
 template <int TILES>
 void conv_means(const Shape& s, const float* borders, const float* conv, const float* bias,
                 int64_t width, float* means) {
@@ -81,8 +81,8 @@ void conv_means(const Shape& s, const float* borders, const float* conv, const f
   }
 }
 
-// The images of the nine taps, and the weighted sum of U on top of `level`, of BLOCK vectors. It
-// computes more than it reads: meanwhile a part of `next` comes into the cache.
+// The images of the nine kernel offsets, and the weighted sum of U on top of `level`, of BLOCK vectors.
+// It computes more than it reads, so a part of `next` is fetched into the cache meanwhile.
 template <int BLOCK>
 void weigh_block(const Shape& s, const float* images, const float* U, const float* kernel,
                  const float* scale, float level, int64_t at, int64_t count,
@@ -133,7 +133,7 @@ class MapWork {
       weigh_block<block>(s, images, work.U, kernel, scale_, level, at, count, taps_,
                          tap_stride_, second, next);
     };
-    constexpr int BLOCK = V == 16 ? 2 : 1;  // what the registers hold
+    constexpr int BLOCK = V == 16 ? 2 : 1;  // as many as the registers hold
     int64_t at = 0;
     for (; at + BLOCK * V <= s.pixels(); at += BLOCK * V)
       weigh(at, V, std::integral_constant<int, BLOCK>());
@@ -162,8 +162,8 @@ class MapWork {
     return sum(level);
   }
 
-  // first = what the taps pass to each pixel. Images are moved as long rows, without the columns
-  // that would come in from the row above or below.
+  // first = the sum of the images of the kernel offsets, each moved by its offset. They move as long
+  // rows, without the columns that would come in from the row above or below.
   void add_taps(const Shape& s, float offset, float* first) {
     for (int t = 0; t < TAPS; t += 3)
       for (int64_t i = 0; i < s.h; ++i) {
@@ -220,7 +220,7 @@ void fine_maps(const Shape& s, const float* x, const Weights& weights,
   });
 }
 
-// Means of x * S over the image.
+// The means of x * S over the image.
 void pool(const Shape& s, const float* x, const float* maps, const Choice& choice,
           int64_t begin_tile, int64_t end_tile, float* pooled) {
   at::parallel_for(begin_tile, end_tile, s.grain(), [&](int64_t begin, int64_t end) {
@@ -228,7 +228,7 @@ void pool(const Shape& s, const float* x, const float* maps, const Choice& choic
     for (int64_t tile = begin; tile < end; ++tile) {
       const float* const map = maps + choice.holder(tile, s.F) * s.pixels();
       const float* const images = x + tile * s.tile();
-      in_pieces<4>(0, s.d, [&](int64_t c, auto channels) {  // that share the loads of the map
+      in_pieces<4>(0, s.d, [&](int64_t c, auto channels) {  // these channels share the loads of the map
         Vec total[channels];
         along(s.pixels(), [&](int64_t at, int64_t count) {
           const Vec value = load(map + at, count);
@@ -247,7 +247,7 @@ void apply(const Shape& s, const float* x, const float* maps, const Choice& choi
            const float* scales, const float* offsets, int64_t begin_tile, int64_t end_tile,
            float* out) {
   at::parallel_for(begin_tile, end_tile, s.grain(), [&](int64_t begin, int64_t end) {
-    // From the last tile on, which is the likeliest to be in the cache.
+    // It begins with the last tile, which is the likeliest to be in the cache.
     for (int64_t tile = end - 1; tile >= begin; --tile) {
       const float* const map = maps + choice.holder(tile, s.F) * s.pixels();
       for (int64_t c = tile * s.d; c < (tile + 1) * s.d; ++c) {

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int64_t PIECE = 32 * V;  // pixels of a map that are mixed at once
 
-// Of the second terms within the coarse groups of a sample, [F]: softmax of the scores. Normalised
-// by the maximum of each group: one for all would underflow to 0 / 0 in groups far below it.
+// The weights of the second terms within the coarse groups of a sample, [F]: a softmax of the scores.
+// It is normalised by the maximum of each group; one for all would give 0 / 0 in groups far below it.
 void group_weights(int64_t groups, int64_t members, const float* score, float* weights) {
   for (int64_t g = 0; g < groups; g += members) softmax(members, score + g, weights + g);
 }
@@ -67,7 +67,7 @@ class CandidateGrads {
     group_weights(s.F, members, score, weights_.data());
   }
 
-  // Of the candidate's weight.
+  // The gradient of the weight of the candidate.
   float choice() {
     float total = 0;
     for (int64_t group = 0; group < s_.F; group += members_) {
@@ -78,7 +78,7 @@ class CandidateGrads {
     return total;
   }
 
-  // Of the terms and the scores, if it is the candidate taken.
+  // The gradients of the terms and the scores, if the sample has taken this candidate.
   void terms(float warmup, float* grad_first, float* grad_second, float* grad_score) {
     for (int64_t group = 0; group < s_.F; group += members_) {
       add_up(group);
@@ -98,7 +98,7 @@ class CandidateGrads {
   }
 
  private:
-  // The gradients of a group's fine maps together, and their products with the two terms of each.
+  // The sum of the gradients of the fine maps of a group, and its products with the two terms of each.
   void add_up(int64_t group) {
     along(s_.pixels(), [&](int64_t at, int64_t count) {
       Vec total(0);

@@ -15,7 +15,7 @@ void copy(const float* from, int64_t count, at::BFloat16* to) {
   at::vec::convert(from, to, count);
 }
 
-// A block of at most V x V values between pixels that hold all channels and images, either way.
+// Copies a block of at most V x V values between channels_last pixels and images, in either direction.
 void block_to_images(const float* from, int64_t c, int64_t pixels, int64_t channels, float* to,
                      int64_t image) {
   transpose(from, c, pixels, channels, to, image);
@@ -37,7 +37,7 @@ void block_to_pixels(const float* from, int64_t image, int64_t pixels, int64_t c
   for (int64_t i = 0; i < pixels; ++i) copy(floats + i * V, channels, to + i * c);
 }
 
-// Calls rows(place) for channels of samples whose layout is that of images, else
+// Calls rows(place) for the channels of contiguous samples, and for channels_last samples
 // block(place among pixels, place among images, pixels, channels) for blocks of V x V.
 template <typename Rows, typename Block>
 void by_parts(const Shape& s, bool contiguous, int64_t count, Rows rows, Block block) {

@@ -9,7 +9,7 @@ namespace emax {
 
 namespace {
 
-// The fields from `begin` to `end` that are there, in float32.
+// Returns the tensors in the fields from `begin` to `end`, in float32, without missing ones.
 std::vector<Tensor> plain(const TensorFields& fields, int64_t begin, int64_t end) {
   std::vector<Tensor> out;
   for (int64_t i = begin; i < end; ++i)
@@ -25,7 +25,7 @@ void each(const Tensor& values, F f) {
   along(values.numel(), [&](int64_t at, int64_t count) { f(data + at, count); });
 }
 
-// The gate in (0, 1), [b, c], and its hidden units.
+// Returns the gate in (0, 1), [b, c], and its hidden units.
 std::pair<Tensor, Tensor> squeeze_excite(const Tensor& mean, const std::vector<Tensor>& weights) {
   const Tensor hidden = linear(mean, weights[0], weights[1]);
   each(hidden, [](float* at, int64_t count) {
@@ -86,7 +86,7 @@ Choice choose_groups(const Layer& layer, const Tensor& mean, const std::optional
     for (int64_t k = 0; k < candidates; ++k)
       row[k] = (row[k] + (drawn ? drawn[k] : 0)) / layer.temperature;
     softmax(candidates, row, row);
-    choice.taken[first + i] = std::max_element(row, row + candidates) - row;  // of equal ones the first
+    choice.taken[first + i] = std::max_element(row, row + candidates) - row;  // the first of equal ones
     ++votes[choice.taken[first + i]];
   }
   if (layer.batch_vote)

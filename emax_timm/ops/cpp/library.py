@@ -1,4 +1,4 @@
-"""The library of C++ operators: built once per version of torch and kind of CPU, loaded when asked.
+"""The library of C++ operators: built once per version of torch and kind of CPU, loaded on demand.
 
 `emax kernels build` compiles the sources beside this file. From then on the backend `cpp` serves.
 """
@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
-# ATen's vectors are as wide as these flags say, and the compiler must be told as well.
+# These flags give the width of ATen's vectors; the compiler needs its own flags for the same.
 FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
@@ -30,13 +30,13 @@ FLAGS = {
 
 
 class BuildError(RuntimeError):
-    """The library cannot be built; the message is one line that says why."""
+    """The C++ library cannot be built; the message is one line that says why."""
 
     exit_code = 2
 
 
 def library_path() -> Path:
-    """Where the library for this source, this torch and this CPU is once it is built."""
+    """Return the path that the library for this source, this torch and this CPU is built to."""
     root = os.environ.get("EMAX_KERNELS_DIR") or Path.home() / ".cache" / "emax_timm"
     code = b"".join(path.read_bytes() for path in [*SOURCES, *HEADERS])
     digest = hashlib.sha256(code).hexdigest()[:12]
@@ -45,10 +45,10 @@ def library_path() -> Path:
 
 
 def build() -> Path:
-    """Compile the library and put it in place in one step.
+    """Compile the library and move it to `library_path()` in one atomic step.
 
     Raises:
-        BuildError: If there is no compiler, or it fails.
+        BuildError: If there is no compiler, or if it fails.
     """
     from torch.utils import cpp_extension
 
@@ -75,10 +75,10 @@ def build() -> Path:
     return path
 
 
-# torch.compile calls this while it traces, rather than tracing what opens files.
+# torch.compile calls this while it traces, instead of tracing the opening of files.
 @torch.compiler.assume_constant_result
 def problem() -> str | None:
-    """None if the library is loaded, after an attempt to load it; else why it is not."""
+    """Load the library unless it was tried before; return None if it is loaded, else the reason."""
     global _problem
     if _problem is _NOT_TRIED:
         _problem = _load()
@@ -105,7 +105,7 @@ def _load() -> str | None:
 
 
 def _register_fakes() -> None:
-    """Tell torch.compile what shapes the operators return."""
+    """Register with torch.compile the shapes that the operators return."""
     register = torch.library.register_fake
 
     @register("emax_timm::forward")

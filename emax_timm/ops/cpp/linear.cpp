@@ -11,7 +11,7 @@ namespace emax {
 
 namespace {
 
-// Indices that a thread is worth waking for.
+// The number of indices that are worth waking a thread for.
 int64_t grain(int64_t work) { return 1 + 32768 / std::max<int64_t>(1, work); }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Products of a few rows with large matrices, [b, in] and [out, in]: the gates' and the controller's.
-// The BLAS in PyTorch's wheels leaves most of the instructions of some CPUs unused for them.
+// Products of a few rows [b, in] with large matrices [out, in], for the gates and the controller. The
+// BLAS in PyTorch's wheels leaves the wide vectors of some CPUs unused for them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,11 +8,11 @@ namespace emax {
 
 using at::Tensor;
 
-// in @ matrix.T + bias: [b, out]. Dimensions of 1 behind those of a matrix do not count.
+// Returns in @ matrix.T + bias, [b, out]. Trailing dimensions of size 1 are ignored.
 Tensor linear(const Tensor& in, const Tensor& matrix, const Tensor& bias);
-// grad @ matrix: [b, in] from [b, out].
+// Returns grad @ matrix, [b, in] from [b, out].
 Tensor linear_backward(const Tensor& grad, const Tensor& matrix);
-// grad.T @ in: [out, in].
+// Returns grad.T @ in, [out, in].
 Tensor outer_product(const Tensor& grad, const Tensor& in);
 
 }  // namespace emax

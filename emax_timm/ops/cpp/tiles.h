@@ -1,4 +1,4 @@
-// Feature maps, cut into tiles: one per sample and fine group.
+// Feature maps in tiles: one tile per sample and fine group.
 //
 // Letters: b batch, F fine groups, d channels of one, h and w height and width.
 #pragma once
@@ -14,7 +14,7 @@ namespace emax {
 using at::Tensor;
 constexpr int TAPS = 9;
 
-// Sizes of a problem and of its scratch memory.
+// The sizes of a problem and of its scratch memory.
 struct Shape {
   int64_t b, F, d, h, w;
   int64_t lines;     // vectors in a row
@@ -33,10 +33,10 @@ struct Shape {
   int64_t tile() const { return d * pixels(); }
   int64_t sample() const { return F * tile(); }
   int64_t strip() const { return h + w; }
-  // In the last vector of a row.
+  // The number of pixels in the last vector of a row.
   int64_t rest() const { return w - (lines - 1) * V; }
   int64_t in_line(int64_t line) const { return line + 1 < lines ? V : rest(); }
-  // Tiles that a thread is worth waking for.
+  // The number of tiles that are worth waking a thread for.
   int64_t grain() const { return 1 + 16384 / (d * plane); }
 };
 
@@ -48,7 +48,7 @@ class Scratch {
   }
   float* take(int64_t size) {
     float* const taken = next_;
-    next_ += round_up(size, 16) + 16;  // what is loaded behind the last one is ours
+    next_ += round_up(size, 16) + 16;  // vectors may be loaded behind the end
     return taken;
   }
 

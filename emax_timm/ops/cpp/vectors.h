@@ -1,4 +1,4 @@
-// Vectors of floats, as wide as the CPU has them: what ATen's vectors lack.
+// Operations on vectors of floats, as wide as those of the CPU, that ATen's vectors lack.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -18,7 +18,7 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// The first `count` floats; zeros behind them.
+// Loads the first `count` floats, with zeros behind them.
 inline Vec load(const float* from, int64_t count = V) { return Vec::loadu(from, count); }
 
 inline void add_to(float* sums, const Vec& values, int64_t count) {
@@ -29,7 +29,7 @@ inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return at::vec::fmadd
 
 inline Vec sigmoid(const Vec& x) { return Vec(1) / (Vec(1) + x.neg().exp()); }
 
-// Calls f(place, count) for the vectors of a row, of which the last may be short.
+// Calls f(place, count) for the vectors of a row, the last of which may be short.
 template <typename F>
 void along(int64_t length, F f) {
   int64_t at = 0;
@@ -37,7 +37,7 @@ void along(int64_t length, F f) {
   if (at < length) f(at, length - at);
 }
 
-// Calls f(begin, count) for pieces of COUNT, then for single ones; the count is a constant.
+// Calls f(begin, count) for pieces of COUNT, then for single elements; the count is a constant.
 template <int COUNT, typename F>
 void in_pieces(int64_t begin, int64_t end, F f) {
   for (; begin + COUNT <= end; begin += COUNT) f(begin, std::integral_constant<int, COUNT>());
@@ -65,8 +65,8 @@ inline Vec lane_sums(const Vec (&rows)[V]) {
   return level[0];
 }
 
-// out[i] = factor * sum over the lanes of rows[i]. What is behind the last row is read, and must be
-// there.
+// Computes out[i] = factor * sum over the lanes of rows[i]. It also reads behind the last row, up to
+// a multiple of V rows, so that memory must exist.
 inline void lane_sums(const Vec* rows, int64_t count, float* out, float factor) {
   for (int64_t at = 0; at < count; at += V) {
     Vec some[V];
@@ -76,7 +76,7 @@ inline void lane_sums(const Vec* rows, int64_t count, float* out, float factor) 
   }
 }
 
-// A block of at most V x V floats, mirrored at its diagonal.
+// Transposes a block of at most V x V floats.
 inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t columns,
                       float* to, int64_t to_row) {
   if (rows == V && columns == V)
@@ -85,7 +85,7 @@ inline void transpose(const float* from, int64_t from_row, int64_t rows, int64_t
     at::vec::transpose_mxn<float>(from, from_row, to, to_row, rows, columns);
 }
 
-// Softmax of d logits; returns their logsumexp.
+// Computes the softmax of d logits and returns their logsumexp.
 inline float softmax(int64_t d, const float* logits, float* out) {
   const float highest = *std::max_element(logits, logits + d);
   float total = 0;

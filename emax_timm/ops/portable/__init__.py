@@ -1,8 +1,8 @@
-"""EMAX in PyTorch, for every device, dtype and tool: the backend that always serves.
+"""The backend in PyTorch, which serves every device, dtype and tool.
 
-Everything here is exact: the shortcuts are identities, proved in `docs/emax.md`. Together they need
-one pass over the finest groups whatever the number of candidate group counts, and no d-to-d 3x3
-convolution. Reading order: `forward`, `fine_maps`, then `backward`, `fine_maps_backward`.
+It is exact: its shortcuts are identities, which `docs/emax.md` proves. With them, one pass over the
+finest groups serves any number of candidate group counts, and no d-to-d 3x3 convolution is needed.
+Read `forward` first, then `fine_maps`, `backward` and `fine_maps_backward`.
 """
 
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The gradients of a layer, written out; `docs/emax.md` derives them."""
+"""The backward pass of a layer, with its gradients written out; `docs/emax.md` derives them."""
 
 import torch
 from torch import Tensor
@@ -14,18 +14,21 @@ __all__ = ["backward"]
 def backward(
     grad: Tensor, x: Tensor, weights: EMAXWeights, noise: Tensor | None, saved: list[Tensor]
 ) -> dict[str, Tensor]:
-    """The backend's backward pass.
+    """Run the backward pass: the gradients of x and of the weights, by name.
 
     Args:
-        grad, x: [b, c, h, w].
-        saved: What `forward` keeps.
+        grad: The gradient of the output, [b, c, h, w].
+        x: The input, [b, c, h, w].
+        weights: The constants and tensors of the layer.
+        noise: The noise of the forward pass, [b, K], or None.
+        saved: The tensors that `forward` saved.
     """
     grouped, weights = prepare(x, weights)
     grad = grad.to(grouped.dtype).unflatten(1, grouped.shape[1:3])
     fine = FineMaps(*saved[:6])
     pooled = saved[6] if len(saved) > 6 else fine.mean
     if torch.compiler.is_compiling():
-        ready = grad[:1, :1, :1].sum((3, 4), keepdim=True) == 0  # one channel's
+        ready = grad[:1, :1, :1].sum((3, 4), keepdim=True) == 0  # of one channel
         grouped = _when(ready, grouped)
         first, second = _when(ready[0], fine.first), _when(ready[0], fine.second)
         fine = fine._replace(first=first, second=second)
@@ -33,11 +36,11 @@ def backward(
 
 
 def _when(ready: Tensor, x: Tensor) -> Tensor:
-    """x, whatever `ready` holds, but not before it is there.
+    """Return x, whatever `ready` holds, but make it depend on `ready`.
 
-    `ready` comes from the gradient of the output. What follows from saved tensors alone
-    torch.compile would compute in the forward pass, as far as it occurs there or costs a matrix
-    product, and keep for the backward pass: a third of x at 14 x 14.
+    `ready` follows from the gradient of the output. Without it torch.compile would compute in the
+    forward pass what follows from saved tensors alone, if it occurs there or costs a matrix
+    product, and keep it for the backward pass: a third of the size of x at 14 x 14.
     """
     return torch.where(ready, x, x)
 
@@ -50,9 +53,9 @@ def _backward(
     fine: FineMaps,
     pooled: Tensor,
 ) -> dict[str, Tensor]:
-    """Gradients by name, from x and the output's gradient [b, F, d, h, w]."""
+    """Compute the gradients by name, from x and that of the output, [b, F, d, h, w] each."""
     pixels = x.shape[3] * x.shape[4]
-    # What is small is computed again.
+    # Small values are computed again.
     attended = attend_again(fine, pooled, weights, noise)
     spatial = attended.spatial
 
@@ -88,15 +91,23 @@ def _backward(
 
 
 def _weigh(x: Tensor, weights: Tensor) -> Tensor:
-    """Sums over d of x [b, F, d, h, w] times weights [b, F, d]: [b, F, h, w]."""
+    """Sum x [b, F, d, h, w] times weights [b, F, d] over d: [b, F, h, w]."""
     return weigh_channels(x, weights.unsqueeze(2)).squeeze(2)
 
 
 def _mixing_backward(
     grad: Tensor, attended: Attended, weights: EMAXWeights
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the fine maps [b, F, h, w] twice, the scores [b, F] and the choice [b, K], from
-    that of the mixed map [b, F, h, w].
+    """Compute the gradients of the fine maps, the scores and the choice from that of the mixed map.
+
+    Args:
+        grad: The gradient of the mixed map before its sigmoid, [b, F, h, w].
+        attended: The results of the forward pass.
+        weights: The tensors of the layer, in the dtype of `grad`.
+
+    Returns:
+        The gradients of both fine maps, [b, F, h, w] each, the scores, [b, F], and the choice,
+        [b, K].
     """
     fine, choice = attended.fine, attended.groups.choice
     warmup = present(weights.warmup).to(grad.dtype)
@@ -104,13 +115,13 @@ def _mixing_backward(
     flat = grad.flatten(2)
     grad_first = torch.matmul(mixing.first.mT, flat).view_as(grad)
     grad_second = torch.matmul(mixing.second.mT, flat).view_as(grad)
-    # Of the two matrices, [b, F, F], and of each candidate's second one, [b, K, F, F].
+    # The gradients of the two matrices, [b, F, F] and, for broadcasting over K, [b, 1, F, F].
     to_first = torch.matmul(flat, fine.first.flatten(2).mT)
     to_second = torch.matmul(flat, fine.second.flatten(2).mT).unsqueeze(1)
     weighted = mixing.weighted * to_second
     grad_choice = torch.matmul(to_first.flatten(1), mixing.equal.flatten(1).mT)
     grad_choice = warmup * (grad_choice + weighted.sum((2, 3)))
-    # Each row of a candidate's matrix is a softmax of the scores.
+    # Each row of the matrix of a candidate is a softmax of the scores.
     grad_score = weighted - mixing.weighted * weighted.sum(3, keepdim=True)
     grad_score = torch.matmul((warmup * choice).unsqueeze(1), grad_score.sum(2)).squeeze(1)
     return grad_first, grad_second, grad_score, grad_choice
@@ -119,8 +130,16 @@ def _mixing_backward(
 def _gates_backward(
     grad_scale: Tensor, grad_offset: Tensor, attended: Attended, weights: EMAXWeights
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Gradients of the means of x and of x * S, [b, c] each, and of the gates' parameters, by name,
-    from those of the output's scale and offset, [b, c] each.
+    """Compute the gradients of the inputs and parameters of the gates.
+
+    Args:
+        grad_scale: The gradient of `Gates.scale`, [b, c].
+        grad_offset: The gradient of `Gates.offset`, [b, c].
+        attended: The results of the forward pass.
+        weights: The tensors of the layer, in the dtype of `grad_scale`.
+
+    Returns:
+        The gradients of the means of x and of x * S, [b, c] each, and of the parameters, by name.
     """
     gates, mean = attended.gates, attended.fine.mean.flatten(1)
     grads: dict[str, Tensor] = {}
@@ -169,7 +188,7 @@ def _squeeze_excite_backward(
     reduce_weight: Tensor,
     expand_weight: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradients of the means, [b, c], and of the weights, from that of the gate, [b, c]."""
+    """Compute the gradients of the means [b, c] and of the weights from that of the gate [b, c]."""
     grad = grad * gate * (1 - gate)  # [b, c]
     grad_hidden = torch.matmul(grad, expand_weight.flatten(1)) * (hidden > 0)  # [b, r]
     grads = {

@@ -1,4 +1,4 @@
-"""The one pass over x: pooled rows and columns, moments, and the two maps of each fine group."""
+"""The pass over x that computes the pooled rows and columns, moments, and the two fine maps."""
 
 from typing import NamedTuple
 
@@ -21,31 +21,32 @@ __all__ = [
 
 
 class FineMaps(NamedTuple):
-    """The two cross-spatial terms at the finest grouping, and what else depends on x alone."""
+    """The two cross-spatial terms at the finest grouping, and other values that need x alone."""
 
     mean: Tensor
-    """Of x over the image, [b, F, d]."""
+    """The mean over the image of x, [b, F, d]."""
     first: Tensor
-    """[b, F, h, w]; the sum of the two is EMA's map before its sigmoid."""
+    """The first term, [b, F, h, w]; the sum of both is the map of EMA before its sigmoid."""
     second: Tensor
-    """[b, F, h, w]."""
+    """The second term, [b, F, h, w]."""
     conv_means: Tensor
-    """Of conv3x3(x) over the image, [b, F, d]. Their softmax weighs the channels in `second`; their
-    logsumexp is the score of a fine group's second term in a coarser group."""
+    """The means over the image of conv3x3(x), [b, F, d]. Their softmax weights the channels in
+    `second`; their logsumexp is the score of the second term in a coarser group."""
     gated_mean: Tensor
-    """Mean of the gated features less `shift`, [b, F, d]."""
+    """The mean of the gated features less the `shift` of `deviations`, [b, F, d]."""
     rstd: Tensor
-    """1 / standard deviation of the gated features, [b, F, d]."""
+    """The reciprocal of the standard deviation of the gated features, [b, F, d]."""
 
 
 def fine_maps(x: Tensor, weights: EMAXWeights, plain: bool) -> FineMaps:
-    """The one pass over x that serves every group count.
+    """Compute the fine maps of x, from which the maps of every group count follow.
 
     Args:
-        x: [b, F, d, h, w].
-        weights: In the dtype of x.
-        plain: By operations that autograd, forward-mode and graph tracers can follow. Without,
-            faster ones, some of which write into their results or have no second derivative.
+        x: The input, [b, F, d, h, w].
+        weights: The tensors of the layer, in the dtype of x.
+        plain: Whether to use operations that autograd, forward-mode differentiation and graph
+            tracers can follow. The others are faster, but some of them write into their results or
+            have no second derivative.
     """
     conv3x3 = weights.conv3x3_weight.flatten(1)  # [d, d * 9]
     # gn has one channel per group, so the mean of its output is gn_bias whatever the input: the
@@ -60,7 +61,7 @@ def fine_maps(x: Tensor, weights: EMAXWeights, plain: bool) -> FineMaps:
     if plain:
         square = deviation.square().mean(dim=(3, 4))
     else:
-        # One read of the features; but at 0 its second derivative is not finite.
+        # This reads the features once, but its second derivative at 0 is not finite.
         pixels = x.shape[3] * x.shape[4]
         square = torch.linalg.vector_norm(deviation, dim=(3, 4)).square() / pixels
     variance = (square - gated_mean.square()).clamp(min=0)
@@ -68,7 +69,7 @@ def fine_maps(x: Tensor, weights: EMAXWeights, plain: bool) -> FineMaps:
 
     first = correlate(x, kernel, plain) + offset
 
-    # The second softmax is over the spatial means of conv3x3(x), which are linear in x's.
+    # The second softmax is over the means of conv3x3(x), which are linear in border means of x.
     borders = border_means(x, rows, columns).flatten(2)  # [b, F, d * 9]
     conv_means = F.linear(borders, conv3x3, weights.conv3x3_bias)  # [b, F, d]
     softmax = torch.softmax(conv_means, dim=-1)
@@ -80,10 +81,10 @@ def fine_maps(x: Tensor, weights: EMAXWeights, plain: bool) -> FineMaps:
 
 
 def _column_means(x: Tensor, plain: bool) -> Tensor:
-    """Means over h of x [b, F, d, h, w]: [b, F, d, w]."""
+    """Compute the means over h of x [b, F, d, h, w]: [b, F, d, w]."""
     if not plain and _is_compiled_with_short_rows(x):
-        # Two rows as one. For a sum over rows shorter than a vector the compiler starts all threads
-        # anew for every channel: 6 of 8 ms at 1024 x 14 x 14.
+        # This takes two rows as one. For sums over rows shorter than a vector torch.compile starts
+        # all threads anew for every channel, which takes 6 of 8 ms at 1024 x 14 x 14.
         pairs = x.unflatten(3, [-1, 2]).flatten(4).mean(3)
         return pairs.unflatten(3, [2, -1]).mean(3)
     return x.mean(3)
@@ -91,7 +92,10 @@ def _column_means(x: Tensor, plain: bool) -> Tensor:
 
 @torch.jit.unused
 def _is_compiled_with_short_rows(x: Tensor) -> bool:
-    """Whether rows are shorter than a vector and even in number; false for sizes that vary."""
+    """Say whether torch.compile sees an even number of rows, each shorter than a vector.
+
+    For sizes that vary the answer is no.
+    """
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
@@ -102,14 +106,16 @@ def _is_compiled_with_short_rows(x: Tensor) -> bool:
 def row_and_column_gates(
     x: Tensor, weights: EMAXWeights, plain: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """EMA's gates of pooled rows and columns.
+    """Compute the gates of EMA from the pooled rows and columns of x.
 
     Args:
-        x: [b, F, d, h, w].
-        weights, plain: As in `fine_maps`.
+        x: The input, [b, F, d, h, w].
+        weights: The tensors of the layer, in the dtype of x.
+        plain: As in `fine_maps`.
 
     Returns:
-        Means of x over w [b, F, d, h] and over h [b, F, d, w], and the gates in (0, 1) from each.
+        The means of x over w, [b, F, d, h], and over h, [b, F, d, w], and the gates in (0, 1) that
+        follow from each, with the same shapes.
     """
     rows, columns = x.mean(4), _column_means(x, plain)
     gate_h = torch.sigmoid(_mix_channels(rows, weights, plain))
@@ -118,7 +124,7 @@ def row_and_column_gates(
 
 
 def _mix_channels(x: Tensor, weights: EMAXWeights, plain: bool) -> Tensor:
-    """conv1x1 of x [b, F, d, n]."""
+    """Apply conv1x1 to x [b, F, d, n]."""
     if plain:
         # With a matrix product torch.export would guard on the sizes of images.
         weight = weights.conv1x1_weight.flatten(2)  # [d, d, 1]
@@ -128,17 +134,19 @@ def _mix_channels(x: Tensor, weights: EMAXWeights, plain: bool) -> Tensor:
 
 
 def deviations(x: Tensor, mean: Tensor, gate_h: Tensor, gate_w: Tensor) -> Tensor:
-    """The gated features less a constant per channel that is near their mean.
+    """Compute the gated features less a constant per channel that is near their mean.
 
-    Their moments do not cancel as E[u^2] - E[u]^2 would of features with a large mean.
+    A variance from these deviations is accurate, where E[u^2] - E[u]^2 cancels for features u with
+    a large mean.
 
     Args:
-        x: [b, F, d, h, w].
-        mean: Of x over the image, [b, F, d].
-        gate_h, gate_w: [b, F, d, h] and [b, F, d, w].
+        x: The input, [b, F, d, h, w].
+        mean: The mean over the image of x, [b, F, d].
+        gate_h: The gates of the rows, [b, F, d, h].
+        gate_w: The gates of the columns, [b, F, d, w].
 
     Returns:
-        [b, F, d, h, w].
+        The deviations, [b, F, d, h, w].
     """
     shift = (gate_h * (mean * gate_w.mean(3)).unsqueeze(-1)).mean(3)  # [b, F, d]
     gate = gate_h.unsqueeze(-1) * gate_w.unsqueeze(-2)
@@ -146,22 +154,22 @@ def deviations(x: Tensor, mean: Tensor, gate_h: Tensor, gate_w: Tensor) -> Tenso
 
 
 def border_means(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """What each offset of a zero-padded 3x3 kernel sees of `x`, averaged over the output positions.
+    """Compute the means of x that each of the nine kernel offsets sees, over the output positions.
 
-    The kernel offset (dy, dx) sees all of `x` but the row and the column that the offset pushes
-    out of the image; their common corner would be subtracted twice and is added back.
+    A zero-padded 3x3 kernel at the offset (dy, dx) sees all of x except the row and the column that
+    the offset moves out of the image. Their common corner is subtracted twice and added back once.
 
     Args:
-        x: [b, F, d, h, w].
-        rows: Means of x over w, [b, F, d, h].
-        columns: Means of x over h, [b, F, d, w].
+        x: The input, [b, F, d, h, w].
+        rows: The means of x over w, [b, F, d, h].
+        columns: The means of x over h, [b, F, d, w].
 
     Returns:
-        [b, F, d, 9], offsets in row-major order, as in a flattened kernel.
+        The means [b, F, d, 9], with the offsets in row-major order as in a flattened kernel.
     """
     h, w = x.shape[3], x.shape[4]
-    # The upper offsets (dy = -1) miss the last row, the lower ones the first; likewise columns.
-    # Padded rather than stacked: TorchScript's gradient of a stack can lose some of its inputs.
+    # The upper offsets (dy = -1) miss the last row, the lower ones the first; columns likewise.
+    # They are padded, because TorchScript's gradient of a stack can lose some of its inputs.
     missed_row = (F.pad(rows[..., -1:], [0, 2]) + F.pad(rows[..., :1], [2, 0])) / h  # [b, F, d, 3]
     missed_column = (F.pad(columns[..., -1:], [0, 2]) + F.pad(columns[..., :1], [2, 0])) / w
     corner = (
@@ -175,34 +183,34 @@ def border_means(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def ungroup(x: Tensor) -> Tensor:
-    """x [b, F, d, h, w] as [b, c, h, w], a view in any memory format."""
-    # With d = 1, torch.export would guard on the sizes of images to flatten.
+    """View x [b, F, d, h, w] as [b, c, h, w], in any memory format."""
+    # To flatten with d = 1, torch.export would guard on the sizes of images.
     return x.squeeze(2) if x.shape[2] == 1 else x.flatten(1, 2)
 
 
 def weigh_channels(x: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums over the channels of each group.
+    """Compute t weighted sums over the d channels of each group.
 
     Args:
-        x: [b, F, d, h, w].
-        weights: [..., t, d], broadcast over b and F.
+        x: The features, [b, F, d, h, w].
+        weights: The weights [..., t, d], broadcast over b and F.
 
     Returns:
-        [b, F, t, h, w].
+        The sums, [b, F, t, h, w].
     """
     return torch.matmul(weights, x.flatten(3)).unflatten(3, x.shape[3:])
 
 
 def correlate(x: Tensor, kernel: Tensor, plain: bool) -> Tensor:
-    """Correlation of each group with the same zero-padded 3x3 kernel of one output channel.
+    """Correlate each group, padded with zeros, with one 3x3 kernel that has one output channel.
 
     Args:
-        x: [b, F, d, h, w].
-        kernel: [d, 9].
+        x: The features, [b, F, d, h, w].
+        kernel: The kernel, [d, 9].
         plain: As in `fine_maps`.
 
     Returns:
-        [b, F, h, w].
+        The result, [b, F, h, w].
     """
     if not plain:
         return _sum_over_offsets(x, kernel)
@@ -219,10 +227,9 @@ def _sum_over_offsets(x: Tensor, kernel: Tensor) -> Tensor:
         padded = F.pad(images, [1, 1, 1, 1])
         moved = [padded[:, :, k, k // 3 : k // 3 + h, k % 3 : k % 3 + w] for k in range(9)]
         return sum(moved[1:], moved[0])
-    # One matrix product for the images of the nine offsets, which then need only be moved and
-    # added.
+    # One matrix product gives the images of the nine kernel offsets, which then move and add up.
     images = weigh_channels(x, kernel.t())  # [b, F, 9, h, w]
-    # In flat images, without what would wrap around into the next row.
+    # They move as flat images, so the values that would wrap around into another row are zeroed.
     grid = images.unflatten(2, [3, 3])
     grid[:, :, :, 0, :, -1] = 0
     grid[:, :, :, 2, :, 0] = 0

@@ -1,4 +1,4 @@
-"""The gradients of x, where all gradients meet, and of the weights that `fine_maps.py` takes."""
+"""The backward pass of `fine_maps.py`: the gradients of x, where all meet, and of its weights."""
 
 from typing import NamedTuple
 
@@ -14,29 +14,31 @@ __all__ = ["FineGrads", "fine_maps_backward"]
 
 
 class FineGrads(NamedTuple):
-    """Gradients that meet in `fine_maps`."""
+    """The gradients of the loss that the backward pass of `fine_maps` starts from."""
 
     first: Tensor
-    """[b, F, h, w]."""
+    """The gradient of the first term, [b, F, h, w]."""
     second: Tensor
-    """[b, F, h, w]."""
+    """The gradient of the second term, [b, F, h, w]."""
     score: Tensor
-    """Of the logsumexp of `FineMaps.conv_means`, [b, F]."""
+    """The gradient of the logsumexp of `FineMaps.conv_means`, [b, F]."""
     mean: Tensor
-    """[b, F, d]."""
+    """The gradient of the mean of x, [b, F, d]."""
     pooled: Tensor
-    """Of x * S, the same for all pixels, [b, F, d]."""
+    """The gradient of x * S, which is the same for all pixels, [b, F, d]."""
 
 
 def fine_maps_backward(
     x: Tensor, grad: Tensor, weights: EMAXWeights, attended: Attended, grads: FineGrads
 ) -> dict[str, Tensor]:
-    """Gradients by name of x and of the weights that `fine_maps` takes.
+    """Compute the gradients, by name, of x and of the weights that `fine_maps` uses.
 
     Args:
-        x, grad: [b, F, d, h, w]; the input, and the gradient of the output.
-        weights: In the dtype of x.
-        attended: Of the forward pass.
+        x: The input, [b, F, d, h, w].
+        grad: The gradient of the output, [b, F, d, h, w].
+        weights: The tensors of the layer, in the dtype of x.
+        attended: The results of the forward pass.
+        grads: The gradients to start from.
     """
     h, w = x.shape[3], x.shape[4]
     pixels = h * w
@@ -48,7 +50,7 @@ def fine_maps_backward(
         deviation, weights, fine, grads
     )
 
-    # The means of conv3x3(x) are the border means' products with its weight.
+    # The means of conv3x3(x) are the products of the border means with its weight.
     borders = border_means(x, rows, columns)  # [b, F, d, 9]
     grad_borders = torch.matmul(grad_means, conv3x3).view_as(borders) / pixels
     # The first term is a correlation with conv3x3, weighted with softmax(gn_bias).
@@ -60,7 +62,7 @@ def fine_maps_backward(
     grad_constant = torch.matmul(conv3x3, grad_kernel) + grad_first * weights.conv3x3_bias
     grad_constant = constant * (grad_constant - torch.dot(constant, grad_constant))
 
-    # The gates of rows and columns, whose gradients are sums of that of their product.
+    # The gradients of the row and column gates are sums of that of their product.
     grad_gate = grad_gated * x
     grad_pre_h = torch.matmul(grad_gate, gate_w.unsqueeze(-1)).squeeze(-1) * gate_h * (1 - gate_h)
     grad_pre_w = torch.matmul(gate_h.unsqueeze(-2), grad_gate).squeeze(-2) * gate_w * (1 - gate_w)
@@ -68,7 +70,7 @@ def fine_maps_backward(
     grad_rows = torch.matmul(mixing, grad_pre_h) / w
     grad_columns = torch.matmul(mixing, grad_pre_w) / h
 
-    # What the nine border means leave out, at the borders and again at the corners.
+    # The nine border means leave out borders, and the corners are added back.
     offsets = grad_borders.unflatten(3, [3, 3])
     grad_rows = grad_rows + (grads.mean / pixels + grad_borders.sum(3)).unsqueeze(-1)
     grad_rows = grad_rows - _at_ends(offsets.sum(4), h)
@@ -98,45 +100,52 @@ def fine_maps_backward(
 def _second_term_backward(
     deviation: Tensor, weights: EMAXWeights, fine: FineMaps, grads: FineGrads
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of what the second term and the scores come from.
+    """Compute the gradients of the inputs of the second term and of the scores.
 
-    second = sum over d of scale * (deviation - gated_mean) + softmax * gn_bias
+    The second term is the sum over d of scale * (deviation - gated_mean) + softmax * gn_bias.
 
     Args:
-        deviation: [b, F, d, h, w].
+        deviation: The deviations of the gated features, [b, F, d, h, w].
+        weights: The tensors of the layer, in the dtype of `deviation`.
+        fine: The fine maps of the forward pass.
+        grads: The gradients to start from.
 
     Returns:
-        Gradients of the gated features, [b, F, d, h, w], of the means of conv3x3(x), [b, F, d], and
-        of gn's weight and bias, [d] each; of the bias without what it has in the first term.
+        The gradients of the gated features, [b, F, d, h, w], of the means of conv3x3(x), [b, F, d],
+        and of the weight and the bias of gn, [d] each. That of the bias is without its part from
+        the first term.
     """
     pixels = deviation.shape[3] * deviation.shape[4]
     softmax = torch.softmax(fine.conv_means, dim=-1)  # [b, F, d]
     scale = softmax * weights.gn_weight * fine.rstd
-    # Centred, so that a mean of the deviations that is far above their deviation cancels exactly.
+    # Without its mean, so that a mean of the deviations far above their spread cancels exactly.
     total = grads.second.sum((2, 3)).unsqueeze(-1)  # [b, F, 1]
     second = grads.second - total.unsqueeze(-1) / pixels
-    # No matrix product: its long sums round more, and what follows magnifies that.
+    # Not a matrix product, whose long sums round more, which the next steps would magnify.
     grad_scale = (deviation * second.unsqueeze(2)).sum((3, 4))
     grad_softmax = grad_scale * weights.gn_weight * fine.rstd + weights.gn_bias * total
     grad_gn_weight = (grad_scale * softmax * fine.rstd).sum((0, 1))
     grad_gn_bias = (softmax * total).sum((0, 1))
-    # The gradient of the gated features, through the map and through their two moments.
+    # The gradient of the gated features goes through the map and through their two moments.
     curve = -grad_scale * softmax * weights.gn_weight * fine.rstd.pow(3) / pixels
     grad_gated = _as_image(curve) * (deviation - _as_image(fine.gated_mean))
     grad_gated = grad_gated + _as_image(scale) * second.unsqueeze(2)
-    # The scores are the logsumexps of what the softmax is of.
+    # The scores are the logsumexps of the means that the softmax is taken of.
     inner = (softmax * grad_softmax).sum(-1, keepdim=True)
     grad_means = softmax * (grad_softmax - inner + grads.score.unsqueeze(-1))
     return grad_gated, grad_means, grad_gn_weight, grad_gn_bias
 
 
 def _as_image(values: Tensor) -> Tensor:
-    """A value per channel, broadcast over the image: [b, F, d, 1, 1]."""
+    """View a value per channel [b, F, d] so that it broadcasts over the image: [b, F, d, 1, 1]."""
     return values.unsqueeze(-1).unsqueeze(-1)
 
 
 def _as_each_offset_sees(image: Tensor) -> Tensor:
-    """What the transposed correlation passes to each pixel by each offset: [b, F, 9, h, w]."""
+    """Move an image [b, F, h, w] by each of the nine kernel offsets: [b, F, 9, h, w].
+
+    This is what the transposed correlation passes to each pixel by each offset.
+    """
     h, w = image.shape[2], image.shape[3]
     padded = F.pad(image, [1, 1, 1, 1])
     moved = [padded[:, :, 2 - i : 2 - i + h, 2 - j : 2 - j + w] for i in range(3) for j in range(3)]
@@ -144,7 +153,7 @@ def _as_each_offset_sees(image: Tensor) -> Tensor:
 
 
 def _ends(size: int, like: Tensor) -> Tensor:
-    """[3, size]: a kernel's upper offsets miss the last pixel, the lower ones the first."""
+    """Mark the pixels that the offsets -1, 0 and 1 miss: the last, none, the first; [3, size]."""
     place = torch.arange(size, device=like.device)
     last, first = place == size - 1, place == 0
     return torch.stack([last, torch.zeros_like(last), first]).to(like.dtype)

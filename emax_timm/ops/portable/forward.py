@@ -1,7 +1,7 @@
-"""A layer's attention and output, in the order of the data.
+"""The forward pass of a layer, in the order in which it is computed.
 
-x -> fine maps of the finest groups -> choice of a group count -> spatial attention S -> gates ->
-output. `docs/emax.md` proves the shortcuts.
+It goes from x to the fine maps of the finest groups, the choice of a group count, the spatial
+attention S, the gates and the output. `docs/emax.md` proves the shortcuts.
 """
 
 from typing import NamedTuple
@@ -32,69 +32,70 @@ __all__ = [
 
 
 class GroupChoice(NamedTuple):
-    """How much of each candidate group count a sample takes, [b, K] each."""
+    """The choice of a group count by each sample, as weights of the candidates, [b, K] each."""
 
     logits: Tensor
+    """The output of the group controller."""
     soft: Tensor
-    """softmax((logits + noise) / temperature)."""
+    """The softmax of (logits + noise) / temperature."""
     choice: Tensor
-    """One-hot."""
+    """One-hot rows with the gradient of `soft`."""
 
 
 class Mixing(NamedTuple):
-    """A mixture over candidate group counts, as it acts on the fine maps."""
+    """The matrices that make the maps of a mixture over group counts from the fine maps."""
 
     first: Tensor
-    """Row-stochastic matrix on the first terms, [b, F, F]."""
+    """The row-stochastic matrix on the first terms, [b, F, F]."""
     second: Tensor
-    """Row-stochastic matrix on the second terms, [b, F, F]."""
+    """The row-stochastic matrix on the second terms, [b, F, F]."""
     equal: Tensor
-    """First matrix of each candidate, [K, F, F]."""
+    """The first matrix of each candidate, [K, F, F]."""
     weighted: Tensor
-    """Second matrix of each candidate, [b, K, F, F]."""
+    """The second matrix of each candidate, [b, K, F, F]."""
 
 
 class Gates(NamedTuple):
-    """Gates from the means of x and of x * S, [b, c] each but the hidden units, [b, r]."""
+    """The gates from the means of x and of x * S, [b, c] each; hidden units are [b, r]."""
 
     channel: Tensor
-    """w_c; 0 without the channel gate."""
+    """The channel attention w_c; 0 without the channel gate."""
     channel_hidden: Tensor
     fused: Tensor
-    """Mean of the fused features."""
+    """The mean over the image of the fused features Y_f."""
     global_: Tensor
-    """w_g; 1 without the global gate."""
+    """The global attention w_g; 1 without the global gate."""
     global_hidden: Tensor
     scale: Tensor
-    """out = x * (scale * S + offset)."""
+    """The output is x * (scale * S + offset)."""
     offset: Tensor
 
 
 class Attended(NamedTuple):
-    """All that a layer computes of x but the output."""
+    """Everything that a layer computes from x except the output."""
 
     fine: FineMaps
     groups: GroupChoice
     spatial: Tensor
-    """S, [b, F, h, w]."""
+    """The spatial attention S, [b, F, h, w]."""
     pooled: Tensor
-    """Mean of x * S over the image, [b, F, d]; of x without the global gate."""
+    """The mean over the image of x * S, [b, F, d]; that of x without the global gate."""
     gates: Gates
 
 
-# The ways in -------------------------------------------------------------------------------------
+# Entry points ------------------------------------------------------------------------------------
 
 
 def forward(
     x: Tensor, weights: EMAXWeights, noise: Tensor | None, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The backend's forward pass; it keeps the fine maps and, with a global gate, `pooled`."""
+    """Run the forward pass; it saves the fine maps and, with a global gate, `pooled`."""
     grouped, cast = prepare(x, weights)
     attended = _attend(grouped, cast, noise, plain=False)
     out = _apply_attention(grouped, attended).to(x.dtype)
     saved = []
     if keep:
-        # torch.compile refuses the same tensor twice.
+        # torch.compile refuses to save the same tensor twice.
         pooled = [] if weights.global_reduce_weight is None else [attended.pooled]
         saved = [*attended.fine, *pooled]
     return out, saved
@@ -107,7 +108,7 @@ def emax_plain(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> Tensor:
 
 
 def maps_plain(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> EMAXMaps:
-    """The attention maps of a layer for x [b, c, h, w]."""
+    """Compute the attention maps of a layer for x [b, c, h, w]."""
     grouped, cast = prepare(x, weights)
     attended = _attend(grouped, cast, noise, plain=True)
     logits = attended.groups.logits
@@ -122,13 +123,13 @@ def maps_plain(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> EMAXMap
 
 
 def prepare(x: Tensor, weights: EMAXWeights) -> tuple[Tensor, EMAXWeights]:
-    """What this backend computes with: x [b, c, h, w] as [b, F, d, h, w], and the weights.
+    """Prepare x [b, c, h, w] as [b, F, d, h, w], and the weights, in the dtype to compute in.
 
-    In float32 if x is half precision.
+    That is float32 if x is in half precision, and else the dtype of x.
     """
     half = x.dtype == torch.float16 or x.dtype == torch.bfloat16
     dtype = torch.float32 if half else x.dtype
-    # A view in any memory format.
+    # This is a view in any memory format.
     return x.to(dtype).unflatten(1, [weights.config.groups, -1]), in_dtype(weights, dtype)
 
 
@@ -145,13 +146,13 @@ def _attend(x: Tensor, weights: EMAXWeights, noise: Tensor | None, plain: bool) 
 def attend_again(
     fine: FineMaps, pooled: Tensor, weights: EMAXWeights, noise: Tensor | None
 ) -> Attended:
-    """What follows from the saved tensors of the forward pass, without a look at x."""
+    """Compute what follows from the saved tensors of the forward pass, without reading x."""
     groups, spatial = _choose_and_mix(fine, weights, noise)
     gates = _mean_gates(fine.mean.flatten(1), pooled.flatten(1), weights)
     return Attended(fine, groups, spatial, pooled, gates)
 
 
-# The group count: how each sample chooses one, and what the choice makes of the fine maps ---------
+# The choice of a group count, and the mixture of the fine maps that it makes ----------------------
 
 
 def _choose_and_mix(
@@ -168,7 +169,7 @@ def _choose_and_mix(
 
 
 def _controlled_choice(mean: Tensor, weights: EMAXWeights, noise: Tensor | None) -> GroupChoice:
-    """The controller's choice of a candidate from the means of x, [b, c]."""
+    """Choose a candidate by the group controller, from the means of x, [b, c]."""
     controller_weight = weights.controller_weight
     if controller_weight is None:
         nothing = torch.zeros_like(mean[:, :1])
@@ -182,19 +183,19 @@ def _controlled_choice(mean: Tensor, weights: EMAXWeights, noise: Tensor | None)
 def choose_groups(
     logits: Tensor, temperature: Tensor, noise: Tensor | None, batch_vote: bool
 ) -> tuple[Tensor, Tensor]:
-    """One-hot choice of a candidate, by argmax, with the gradient of a softmax.
+    """Choose one candidate per sample by argmax, with the gradient of a softmax.
 
-    Straight-through Gumbel-softmax (arXiv 1611.01144); without noise, a straight-through softmax.
-    Ties take the first candidate, the smallest count.
+    This is the straight-through Gumbel-softmax (arXiv 1611.01144), and a straight-through softmax
+    without noise. Of equal values the first candidate is taken, which is the smallest count.
 
     Args:
-        logits: [b, K].
-        temperature: Scalar tensor, > 0.
+        logits: The output of the group controller, [b, K].
+        temperature: A scalar tensor, > 0.
         noise: Gumbel noise, [b, K], or None.
-        batch_vote: Every sample takes the batch's most frequent choice.
+        batch_vote: Whether all samples take the most frequent choice of the batch.
 
     Returns:
-        The choice and the softmax, [b, K] each.
+        The choice as one-hot rows, and the softmax, [b, K] each.
     """
     if noise is not None:
         logits = logits + noise
@@ -207,38 +208,38 @@ def choose_groups(
 
 
 def score_groups(fine: FineMaps) -> Tensor:
-    """The score of each fine group's second term in a coarser group, [b, F].
+    """Compute the score [b, F] that weights the second term of a fine group in a coarser group.
 
-    It is the logsumexp of the channels' means, which some tools that read ONNX files do not know:
-    the difference of a mean and its log-softmax, for every channel the same but for rounding, which
-    is least where the softmax is large.
+    It is the logsumexp of the means of the channels. Some tools that read ONNX files do not know
+    that operator, so it is computed as the difference of a mean and its log-softmax, which is the
+    same for every channel up to rounding; the rounding is least where the softmax is large.
     """
     log_share = torch.log_softmax(fine.conv_means, dim=-1)
     return (log_share.exp().detach() * (fine.conv_means - log_share)).sum(-1)
 
 
 def mix_groups(score: Tensor, choice: Tensor, config: EMAXConfig, warmup: Tensor) -> Mixing:
-    """How the maps of a mixture over candidate group counts follow from the fine maps.
+    """Compute the matrices that make the maps of a mixture over group counts from the fine maps.
 
-    A coarse group's terms are convex combinations of those of its fine groups: equal weights for
-    the first, softmax(score) within the group for the second. So a mixture over candidates is a
-    row-stochastic matrix on the fine maps.
+    The terms of a coarse group are convex combinations of those of its fine groups: with equal
+    weights for the first term, and with softmax(score) within the group for the second. A mixture
+    over candidates is therefore a row-stochastic matrix on the fine maps.
 
     Args:
-        score: [b, F].
-        choice: Weights of the candidates, [b, K].
-        config: Of the layer.
-        warmup: Scalar tensor in [0, 1]; 0 is the finest grouping whatever `choice` says.
+        score: The scores of the fine groups, [b, F].
+        choice: The weights of the candidates, [b, K].
+        config: The constants of the layer.
+        warmup: A scalar tensor in [0, 1]; 0 is the finest grouping whatever `choice` is.
     """
     fine = torch.arange(config.groups, device=score.device)
     group = torch.stack([fine // (config.groups // count) for count in config.candidates])
     same_group = group.unsqueeze(-1) == group.unsqueeze(-2)  # [K, F, F]
-    # A third is no float32 number, nor is 1 - 0.1f: float64 inputs need float64 quotients.
+    # Neither 1 / 3 nor 1 - 0.1f is exact in float32, so float64 inputs need float64 quotients.
     equal = same_group.to(score.dtype)
     equal = equal / equal.sum(-1, keepdim=True)  # [K, F, F]
     warmup = warmup.to(score.dtype)
-    # A softmax per row, hence normalised by the maximum of its group: one maximum for all would
-    # underflow to 0 / 0 in groups far below it.
+    # A softmax per row is normalised by the maximum of its group: with one maximum for all groups,
+    # those far below it would underflow to 0 / 0.
     scores = score[:, None, None, :].masked_fill(~same_group, float("-inf"))  # [b, K, F, F]
     weighted = torch.softmax(scores, dim=-1)
     rest = (1 - warmup) * torch.eye(score.shape[1], device=score.device, dtype=score.dtype)
@@ -248,17 +249,17 @@ def mix_groups(score: Tensor, choice: Tensor, config: EMAXConfig, warmup: Tensor
     return Mixing(first, second, equal, weighted)
 
 
-# The gates, and the factor on x that they make of the spatial attention ---------------------------
+# The gates, and the factor on x that follows from them and the spatial attention ------------------
 
 
 def _pool_attended(x: Tensor, spatial: Tensor) -> Tensor:
-    """Means over the image of x [b, F, d, h, w] times S [b, F, h, w]: [b, F, d]."""
+    """Compute the mean over the image of x [b, F, d, h, w] times S [b, F, h, w]: [b, F, d]."""
     products = torch.matmul(x.flatten(3), spatial.flatten(2).unsqueeze(-1))
     return products.squeeze(-1) / (x.shape[3] * x.shape[4])
 
 
 def _mean_gates(mean: Tensor, pooled: Tensor, weights: EMAXWeights) -> Gates:
-    """Channel and global attention, from the means of x and of x * S, [b, c] each."""
+    """Compute the gates from the means of x and of x * S, [b, c] each."""
     channel = torch.zeros_like(mean)
     global_ = torch.ones_like(mean)
     channel_hidden, global_hidden = channel, global_
@@ -302,22 +303,24 @@ def squeeze_excite(
     expand_weight: Tensor,
     expand_bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Squeeze-and-excitation's gate (arXiv 1709.01507).
+    """Compute the gate of squeeze-and-excitation (arXiv 1709.01507).
 
     Args:
-        mean: [b, c].
-        reduce_weight, reduce_bias: Of a 1x1 convolution, [r, c, 1, 1] and [r].
-        expand_weight, expand_bias: Of a 1x1 convolution, [c, r, 1, 1] and [c].
+        mean: The mean over the image of the features, [b, c].
+        reduce_weight: The weight of the first 1x1 convolution, [r, c, 1, 1].
+        reduce_bias: The bias of the first 1x1 convolution, [r].
+        expand_weight: The weight of the second 1x1 convolution, [c, r, 1, 1].
+        expand_bias: The bias of the second 1x1 convolution, [c].
 
     Returns:
-        The gate in (0, 1), [b, c], and the hidden units that it is made from, [b, r].
+        The gate in (0, 1), [b, c], and the hidden units that it follows from, [b, r].
     """
     hidden = torch.relu(F.linear(mean, reduce_weight.flatten(1), reduce_bias))
     return torch.sigmoid(F.linear(hidden, expand_weight.flatten(1), expand_bias)), hidden
 
 
 def output_factor(gates: Gates, spatial: Tensor) -> Tensor:
-    """scale * S + offset, [b, F, d, h, w], for S [b, F, h, w]."""
+    """Compute scale * S + offset, [b, F, d, h, w], for S [b, F, h, w]."""
     groups = spatial.shape[1]
     scale = gates.scale.unflatten(1, [groups, -1]).unsqueeze(-1).unsqueeze(-1)
     offset = gates.offset.unflatten(1, [groups, -1]).unsqueeze(-1).unsqueeze(-1)
@@ -325,7 +328,7 @@ def output_factor(gates: Gates, spatial: Tensor) -> Tensor:
 
 
 def _apply_attention(x: Tensor, attended: Attended) -> Tensor:
-    """The output of a layer, [b, c, h, w], in the dtype and memory format of x [b, F, d, h, w]."""
-    # x comes first: its memory format is the product's. The product has four dimensions: of a view
-    # of five the compiler would make a copy for channels_last.
+    """Compute the output [b, c, h, w], in the dtype and memory format of x [b, F, d, h, w]."""
+    # x comes first, because the product takes its memory format. The product has four dimensions,
+    # because torch.compile would copy one of five for channels_last.
     return ungroup(x) * ungroup(output_factor(attended.gates, attended.spatial))
