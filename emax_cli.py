@@ -7,6 +7,7 @@ known: `emax --help` and a misspelt command answer at once.
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +33,9 @@ COMMANDS = {
     "weights": ("emax_timm.hub.weights:weights", "verify published weights, or pin them"),
 }
 
+# How long OpenMP's threads wait awake, in the variables of its implementations.
+WAITING = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `emax COMMAND ...`; returns the exit status."""
@@ -56,6 +60,9 @@ def run(name: str, argv: Sequence[str] | None, prog: str) -> int:
         argv: Its arguments; sys.argv's if None.
         prog: The name in its help and its errors.
     """
+    # OpenMP reads this when torch is loaded. Benchmarks show torch as other programs have it.
+    if name != "benchmark" and not any(variable in os.environ for variable in WAITING):
+        os.environ["OMP_WAIT_POLICY"] = "passive"  # docs/training.md, "Threads", says why
     module, _, function = COMMANDS[name][0].partition(":")
     return getattr(importlib.import_module(module), function)(argv, prog=prog)
 

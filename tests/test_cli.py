@@ -1,5 +1,6 @@
 """The table of commands: what each does with `--help`, with a wrong flag, and before torch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from interpreters import ENVIRONMENT
 from training_testing import only_line
 
-from emax_cli import COMMANDS, main
+from emax_cli import COMMANDS, WAITING, main
 
 ANSWERS = {"--help": 0, "trian": 2}
 
@@ -47,3 +48,28 @@ def test_a_wrong_flag_is_one_line(command: str, capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr()
     assert shown.out == ""
     assert only_line(shown.err).startswith(f"emax {command}: error: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "own", "policy"),
+    [
+        ("train", {}, "passive"),
+        ("predict", {}, "passive"),
+        ("train", {"OMP_WAIT_POLICY": "active"}, "active"),
+        ("train", {"GOMP_SPINCOUNT": "1000"}, None),
+        ("train", {"OMP_NUM_THREADS": "1"}, "passive"),
+        ("benchmark", {}, None),
+    ],
+)
+def test_threads_that_wait_sleep_unless_the_user_says_otherwise(
+    command: str, own: dict[str, str], policy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
+    environment.pop("OMP_NUM_THREADS", None)
+    environment |= own
+    monkeypatch.setattr(os, "environ", environment)
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert environment.get("OMP_WAIT_POLICY") == policy
+    # torchrun sets it for its ranks.
+    assert environment.get("OMP_NUM_THREADS") == own.get("OMP_NUM_THREADS")

@@ -16,7 +16,7 @@ from ..runner import FailedRunError, command
 from ..training.config import Parser, UsageError
 from ..training.distributed import open_world
 from ..training.options import TrainConfig
-from . import growth, models, modules, onnx_speed, settings, startup, train_speed
+from . import growth, models, modules, onnx_speed, settings, startup, threads, train_speed
 from .tables import marks, text_around, write_between
 
 __all__ = ["benchmark", "benchmark_parser"]
@@ -126,6 +126,11 @@ def _startup(options: argparse.Namespace) -> Result:
     return found, startup.report_startup(found)
 
 
+def _threads(options: argparse.Namespace) -> Result:
+    found = threads.measure_threads(options.steps, options.rounds)
+    return found, threads.report_threads(found)
+
+
 def _device(options: argparse.Namespace) -> torch.device:
     return torch.empty(1, device=options.device).device  # an error if it is not there
 
@@ -191,6 +196,9 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
 
     one = _command(commands, _startup, "import and creation in fresh processes", rounds=7)
     _add_networks(one)
+
+    one = _command(commands, _threads, "training beside a busy process, on the CPU", rounds=5)
+    one.add_argument("--steps", type=_count, default=10, metavar="N", help="of each turn")
     return parser
 
 
