@@ -14,9 +14,8 @@ import torch
 
 from ..files import replace_file
 from ..hub.verify import ExportError
-from ..training.config import UsageError
+from ..training.config import TrainConfig, UsageError
 from ..training.distributed import open_world
-from ..training.options import TrainConfig
 from . import growth, models, modules, onnx_speed, settings, startup, train_speed
 from .tables import marks, text_around, write_between
 

@@ -18,10 +18,16 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..training.checks import check_config, model_arguments
-from ..training.config import UsageError, from_mapping, parse_settings
+from ..training.config import (
+    TrainConfig,
+    UsageError,
+    from_mapping,
+    learning_rate,
+    model_arguments,
+    parse_settings,
+)
+from ..training.config.checks import check_config
 from ..training.data import data_config_of
-from ..training.options import TrainConfig
 from .model_table import activation_bytes, count_macs
 
 __all__ = ["Plan", "make_plan", "plan", "report"]
@@ -162,17 +168,6 @@ def make_plan(
         images_per_epoch=images,
         hours=None if images_per_second is None else images * epochs / images_per_second / 3600,
     )
-
-
-def learning_rate(config: TrainConfig, ranks: int) -> float:
-    """--lr, or --lr-base scaled with the global batch size as training scales it."""
-    if config.lr is not None:
-        return config.lr
-    ratio = config.batch_size * ranks * config.grad_accum_steps / config.lr_base_size
-    adaptive = any(name in config.opt.lower() for name in ("ada", "lamb"))
-    if (config.lr_base_scale or ("sqrt" if adaptive else "linear")) == "sqrt":
-        ratio **= 0.5
-    return config.lr_base * ratio
 
 
 def _kept(config: TrainConfig, train_images: int) -> int:

@@ -23,11 +23,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..training.build import build_trainer
-from ..training.data import image_mode, mixup_options, open_split
+from ..training.config import TrainConfig, mixup_options
+from ..training.data import image_mode, open_split
 from ..training.distributed import World
 from ..training.evaluate import autocast
-from ..training.options import TrainConfig
-from ..training.runlog import Timing
+from ..training.progress import Timing
 from ..training.trainer import Trainer
 from .tables import heading, row
 from .timing import described, machine

@@ -8,9 +8,8 @@ from typing import Any
 
 from timm.models._features import FeatureGetterNet
 
-from ..training.config import UsageError, from_mapping, parse_settings
+from ..training.config import UsageError, from_mapping, option, parse_settings
 from ..training.models import load_model
-from ..training.options import option
 from .exporter import FORMATS, check_target, export_model
 from .verify import ExportError
 

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 
-from ..training.checks import check_bounds, check_model
-from ..training.config import UsageError, from_mapping, parse_settings
-from ..training.images import BrokenImageError, open_image
+from ..training.config import AT_LEAST_1, UsageError, from_mapping, option, parse_settings
+from ..training.config.checks import check_bounds, check_model
+from ..training.data.decoding import BrokenImageError, open_image
 from ..training.models import create_model
-from ..training.options import option
 
 __all__ = ["DEFAULT_MODEL", "Prediction", "class_namer", "predict", "predictions"]
 
@@ -31,7 +30,7 @@ class PredictConfig:
         "hf-hub:ORG/NAME; the default knows ten kinds of clothes, light on a dark ground",
         "-m",
     )
-    top: int = option(3, "classes to name for each image")
+    top: int = option(3, "classes to name for each image", bounds=AT_LEAST_1)
     exif_orientation: bool = option(True, "turn images upright as their EXIF data say")
 
 

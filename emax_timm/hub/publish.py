@@ -9,11 +9,17 @@ from typing import Any
 
 from ..files import SUMS, WriteError, lock_folder, remove, write_folder, writing_to
 from ..models.weights import INDEX_FILE, WEIGHTS, WeightsEntry, read_index, write_index
-from ..training.checks import check_bounds
-from ..training.config import UsageError, from_mapping, parse_settings
+from ..training.config import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    UsageError,
+    from_mapping,
+    option,
+    parse_settings,
+)
+from ..training.config.checks import check_bounds
+from ..training.data.decoding import BrokenImageError
 from ..training.distributed import open_world
-from ..training.images import BrokenImageError
-from ..training.options import option
 from .integrity import check_folder
 from .release import Release, make_release
 from .upload import UploadError, check_repo, upload
@@ -40,8 +46,12 @@ class PublishConfig:
     index_file: str = option(str(INDEX_FILE), "another index", metavar="FILE")
     data_dir: str | None = option(None, "where the run's data are now")
     device: str = option("", "cpu, cuda, … (default: cuda if there is one, else cpu)")
-    batch_size: int | None = option(None, "images per forward pass (default: as the run)", "-b")
-    workers: int | None = option(None, "processes that load images (default: as the run)", "-j")
+    batch_size: int | None = option(
+        None, "images per forward pass (default: as the run)", "-b", bounds=AT_LEAST_1
+    )
+    workers: int | None = option(
+        None, "processes that load images (default: as the run)", "-j", bounds=AT_LEAST_0
+    )
 
 
 def publish(argv: Sequence[str] | None = None, prog: str = "emax publish") -> int:

@@ -13,18 +13,16 @@ import yaml
 from huggingface_hub import get_token
 from torch import Tensor
 
-from .. import __version__
 from ..benchmark.model_table import count_macs
 from ..files import SUMS, sha256_of
 from ..models.weights import WEIGHTS, WeightsEntry
 from ..training import checkpoint
-from ..training.checks import model_arguments
-from ..training.config import UsageError
+from ..training.config import TrainConfig, UsageError, model_arguments
 from ..training.distributed import World
 from ..training.evaluate import Metrics
 from ..training.models import create_model
-from ..training.options import TrainConfig
 from ..training.programs import read_run, validate_with
+from ..version import __version__
 from .card import CardFacts, model_card
 
 __all__ = ["Release", "make_release"]

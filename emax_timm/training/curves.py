@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replace_file
-from .runlog import LAYERS, LOG, read_rows
+from .journal import LAYERS, LOG, read_rows
 
 __all__ = ["curves", "draw_curves"]
 

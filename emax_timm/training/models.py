@@ -11,8 +11,8 @@ from timm.models import PretrainedCfg, get_pretrained_cfg
 from ..models.hub_errors import hub_problem
 from ..models.weights import WEIGHTS, locate
 from . import checkpoint
-from .checks import check_model
 from .config import UsageError
+from .config.checks import check_model
 
 __all__ = ["create_model", "load_model"]
 

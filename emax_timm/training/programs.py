@@ -12,8 +12,16 @@ from ..files import WriteError
 from ..ops import BackendError
 from . import checkpoint
 from .build import build_trainer
-from .checks import check_bounds, check_model
-from .config import UsageError, from_mapping, layered, parse_settings, read_yaml
+from .config import (
+    TrainConfig,
+    UsageError,
+    ValidateConfig,
+    from_mapping,
+    layered,
+    parse_settings,
+    read_yaml,
+)
+from .config.checks import check_bounds, check_model
 from .data import (
     class_names,
     data_config_of,
@@ -23,14 +31,13 @@ from .data import (
     open_split,
     same_classes,
 )
+from .data.decoding import BrokenImageError
 from .distributed import RankError, World, open_world
 from .evaluate import Metrics, evaluate, half_precision
-from .images import BrokenImageError
+from .guard import BadStepError
 from .models import create_model
-from .options import TrainConfig, ValidateConfig
-from .runlog import Progress
+from .progress import Progress
 from .signals import Stopped, catch_signals
-from .trainer import BadStepError
 
 __all__ = ["read_run", "train", "validate", "validate_with"]
 

@@ -1,110 +1,12 @@
-"""Every option of the programs: names and defaults are those of timm's scripts.
+"""The options of train.py: names are timm's, and defaults too unless the help says otherwise."""
 
-Where the default differs from timm's, or timm has no such option, the help says so. A class is a
-group of flags; `config.py` turns the classes into flags and checks values against the types.
-"""
-
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["NOT_HERE", "TrainConfig", "ValidateConfig"]
+from .option import AT_LEAST_0, AT_LEAST_1, FILTERS, FRACTION, option
+from .options import DataOptions, DeviceOptions, InputOptions
 
-# Flags of timm's scripts that these programs lack, and what to do instead.
-NOT_HERE = {
-    "--aot-autograd": "use --torchcompile",
-    "--drop-connect": "use --drop-path",
-    "--fuser": "use --torchcompile",
-    "--kd-model-name": "there is no distillation",
-    "--local-rank": "start with torchrun, which needs no flag",
-    "--local_rank": "start with torchrun, which needs no flag",
-    "--log-wandb": "use --log-to wandb",
-    "--model-dtype": "use --amp",
-    "--model-ema-force-cpu": "the average lives where the model does",
-    "--naflex-loader": "these are convolutional networks",
-    "--no-resume-opt": "start from the weights with --initial-checkpoint",
-    "--split-bn": "there is one batch norm for all augmentation splits",
-    "--start-epoch": "use --resume",
-    "--torchscript": "use --torchcompile",
-    "--train-img-sizes": "there is one image size",
-    "--use-ema": "the checkpoint of the best holds the averaged weights if there are any",
-    "--wandb-project": "set WANDB_PROJECT",
-    "--wandb-resume-id": "use --resume, which goes on with the run at wandb too",
-    "--wandb-tags": "set WANDB_TAGS",
-}
-
-FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-
-
-def option(default: Any, help: str, *flags: str, **argparse: Any) -> Any:
-    """A dataclass field that is also a flag; `flags` are further spellings such as -b."""
-    metadata = {"help": help, "flags": flags, **argparse}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass
-class DataOptions:
-    """Data."""
-
-    data: str | None = option(None, "as --data-dir", positional=True)
-    data_dir: str | None = option(None, "root folder of the data set, or a .tar file")
-    dataset: str = option(
-        "",
-        "TYPE/NAME of the data set: empty for a folder of class folders or tars, torch/…, hfds/…, "
-        "wds/…, tfds/… as in timm, or sample/fashion_mnist, which comes with the package",
-        metavar="TYPE/NAME",
-    )
-    dataset_download: bool = option(False, "download the data set if its type can")
-    class_map: str = option("", "text file with one class name per line, in label order")
-    input_img_mode: str | None = option(
-        None,
-        "PIL mode that images are converted to (RGB, or L for one channel)",
-        choices=("RGB", "L", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F"),
-    )
-    exif_orientation: bool = option(
-        False, "not in timm, which ignores it: turn images upright as their EXIF orientation says"
-    )
-    input_key: str | None = option(None, "key of the images in hfds, wds and tfds data")
-    target_key: str | None = option(None, "key of the labels in hfds, wds and tfds data")
-    workers: int = option(4, "processes that load images; 0 loads in the main process", "-j")
-    pin_mem: bool = option(False, "page-locked memory for the transfer to a GPU")
-    no_prefetcher: bool = option(False, "normalise on the CPU, image by image")
-
-
-@dataclass
-class InputOptions:
-    """Input of the model (default: as its weights were trained)."""
-
-    img_size: int | None = option(None, "side of the square input in pixels")
-    in_chans: int | None = option(None, "channels of the input")
-    input_size: list[int] | None = option(None, "channels, height and width", nargs=3)
-    crop_pct: float | None = option(None, "side of the centre crop over that of the resized image")
-    crop_mode: str | None = option(
-        None, "crop for validation", choices=("center", "squash", "border")
-    )
-    mean: list[float] | None = option(None, "mean per channel, of pixels in [0, 1]")
-    std: list[float] | None = option(None, "standard deviation per channel")
-    interpolation: str = option("", "resize filter for validation", choices=("", *FILTERS))
-
-
-@dataclass
-class DeviceOptions:
-    """Device."""
-
-    device: str = option("", "cpu, cuda, … (unlike timm, default: cuda if there is one, else cpu)")
-    amp: bool | None = option(
-        None, "automatic mixed precision (unlike timm, on where a GPU trains unless --no-amp)"
-    )
-    amp_dtype: str = option(
-        "",
-        "its dtype (unlike timm, bfloat16 wherever the device has it)",
-        choices=("", "float16", "bfloat16"),
-    )
-    channels_last: bool = option(False, "channels_last memory layout")
-    dist_timeout: float = option(
-        600.0, "not in timm: seconds after which a rank that waits for the others gives up"
-    )
+__all__ = ["TrainConfig"]
 
 
 @dataclass
@@ -117,6 +19,7 @@ class TrainDataOptions:
         0.0,
         "not in timm: validate on this fraction of the training split instead, held out by a "
         "choice that is the same in every run",
+        bounds=FRACTION,
     )
     test_split: str = option(
         "", "not in timm: split that the best weights are tested on, once, at the end"
@@ -126,6 +29,7 @@ class TrainDataOptions:
         "not in timm: stop if more than this fraction of an epoch's images cannot be read; up to "
         "it they are named, and replaced by others (folders, tars and hfds data; in validation a "
         "broken image is always an error)",
+        bounds=FRACTION,
     )
     train_num_samples: int | None = option(None, "images of an iterable training split")
     val_num_samples: int | None = option(None, "images of an iterable validation split")
@@ -141,7 +45,9 @@ class ModelOptions:
     pretrained_path: str | None = option(None, "start from this file as if it were those")
     initial_checkpoint: str = option("", "load this file into the finished model")
     num_classes: int | None = option(
-        None, "number of classes (unlike timm, default: that of the data, where it is known)"
+        None,
+        "number of classes (unlike timm, default: that of the data, where it is known)",
+        bounds=AT_LEAST_1,
     )
     gp: str | None = option(None, "global pooling: avg, max, avgmax, catavgmax, fast")
     model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
@@ -152,7 +58,7 @@ class ModelOptions:
         None, "torch.compile backend", nargs="?", const="inductor", metavar="BACKEND"
     )
     torchcompile_mode: str | None = option(None, "torch.compile mode")
-    drop: float = option(0.0, "dropout before the classifier")
+    drop: float = option(0.0, "dropout before the classifier", bounds=FRACTION)
     drop_path: float | None = option(None, "stochastic depth")
     drop_block: float | None = option(None, "drop block")
     bn_momentum: float | None = option(None, "momentum of the batch norms")
@@ -189,14 +95,18 @@ class OptimizerOptions:
     opt_betas: list[float] | None = option(None, "betas")
     opt_kwargs: dict[str, Any] = option({}, "further keyword arguments of the optimizer")
     momentum: float = option(0.9, "momentum")
-    weight_decay: float = option(2e-5, "weight decay; none on biases, norms and gates")
-    clip_grad: float | None = option(None, "clip gradients at this norm or value")
+    weight_decay: float = option(
+        2e-5, "weight decay; none on biases, norms and gates", bounds=AT_LEAST_0
+    )
+    clip_grad: float | None = option(
+        None, "clip gradients at this norm or value", bounds=AT_LEAST_0
+    )
     clip_mode: str = option("norm", "how", choices=("norm", "value", "agc"))
     layer_decay: float | None = option(None, "layer-wise learning rate decay")
     layer_decay_min_scale: float = option(0.0, "lower bound of its scale")
     layer_decay_no_opt_scale: float | None = option(None, "freeze layers below this scale")
-    batch_size: int = option(128, "images per rank and forward pass", "-b")
-    grad_accum_steps: int = option(1, "forward passes per optimizer step")
+    batch_size: int = option(128, "images per rank and forward pass", "-b", bounds=AT_LEAST_1)
+    grad_accum_steps: int = option(1, "forward passes per optimizer step", bounds=AT_LEAST_1)
 
 
 @dataclass
@@ -212,7 +122,7 @@ class ScheduleOptions:
         ),
     )
     sched_on_updates: bool = option(False, "step the schedule per optimizer step, not per epoch")
-    lr: float | None = option(None, "learning rate; overrides --lr-base")
+    lr: float | None = option(None, "learning rate; overrides --lr-base", bounds=AT_LEAST_0)
     lr_base: float = option(0.1, "learning rate = lr_base * global batch size / lr_base_size")
     lr_base_size: int = option(256, "divisor of the global batch size")
     lr_base_scale: str = option(
@@ -227,7 +137,7 @@ class ScheduleOptions:
     lr_k_decay: float = option(1.0, "k-decay of cosine and poly")
     warmup_lr: float = option(1e-5, "learning rate at the start of warm-up")
     min_lr: float = option(0.0, "lower bound of the learning rate")
-    epochs: int = option(300, "epochs to train")
+    epochs: int = option(300, "epochs to train", bounds=AT_LEAST_1)
     decay_milestones: list[int] = option([90, 180, 270], "epochs of multistep's decays")
     decay_epochs: float = option(90.0, "epochs between decays")
     warmup_epochs: int = option(5, "epochs of warm-up")
@@ -247,8 +157,8 @@ class AugmentationOptions:
     )
     scale: list[float] = option([0.08, 1.0], "range of the random crop's area", nargs=2)
     ratio: list[float] = option([3 / 4, 4 / 3], "range of its aspect ratio", nargs=2)
-    hflip: float = option(0.5, "probability of a horizontal flip")
-    vflip: float = option(0.0, "probability of a vertical flip")
+    hflip: float = option(0.5, "probability of a horizontal flip", bounds=FRACTION)
+    vflip: float = option(0.0, "probability of a vertical flip", bounds=FRACTION)
     color_jitter: float = option(0.4, "strength of colour jitter")
     color_jitter_prob: float | None = option(None, "probability of colour jitter")
     grayscale_prob: float | None = option(None, "probability of a conversion to grey")
@@ -261,7 +171,7 @@ class AugmentationOptions:
     bce_sum: bool = option(False, "sum it over classes")
     bce_target_thresh: float | None = option(None, "make its soft targets 0 or 1 at this threshold")
     bce_pos_weight: float | None = option(None, "weight of its positives")
-    reprob: float = option(0.0, "probability of random erasing")
+    reprob: float = option(0.0, "probability of random erasing", bounds=FRACTION)
     remode: str = option("pixel", "its fill", choices=("const", "rand", "pixel"))
     recount: int = option(1, "its count")
     resplit: bool = option(False, "no erasing in the first augmentation split")
@@ -272,7 +182,7 @@ class AugmentationOptions:
     mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on")
     mixup_mode: str = option("batch", "scope of the choice", choices=("batch", "pair", "elem"))
     mixup_off_epoch: int = option(0, "epoch from which both are off; 0 for never")
-    smoothing: float = option(0.1, "label smoothing")
+    smoothing: float = option(0.1, "label smoothing", bounds=FRACTION)
     train_interpolation: str = option(
         "random", "resize filter for training", choices=("random", "", *FILTERS)
     )
@@ -283,7 +193,7 @@ class AveragingOptions:
     """Exponential moving average of the weights."""
 
     model_ema: bool = option(False, "keep an average, validate it and publish it as the best")
-    model_ema_decay: float = option(0.9998, "its decay per optimizer step")
+    model_ema_decay: float = option(0.9998, "its decay per optimizer step", bounds=FRACTION)
     model_ema_warmup: bool = option(False, "warm its decay up")
 
 
@@ -299,11 +209,15 @@ class RunOptions:
         "--experiment if there is one, else start it",
     )
     recovery_interval: int = option(
-        0, "optimizer steps between checkpoints within an epoch; 0 for none"
+        0, "optimizer steps between checkpoints within an epoch; 0 for none", bounds=AT_LEAST_0
     )
-    recovery_minutes: float = option(0.0, "not in timm: minutes between them; 0 for none")
+    recovery_minutes: float = option(
+        0.0, "not in timm: minutes between them; 0 for none", bounds=AT_LEAST_0
+    )
     checkpoint_hist: int = option(
-        3, "newest checkpoints to keep, beside the best weights (in timm: 10, of the best)"
+        3,
+        "newest checkpoints to keep, beside the best weights (in timm: 10, of the best)",
+        bounds=AT_LEAST_1,
     )
     nonfinite: str = option(
         "stop",
@@ -314,17 +228,20 @@ class RunOptions:
         0.0,
         "not in timm: a loss above this many times the median of the last 100 steps is a spike; "
         "0 for no such check",
+        bounds=AT_LEAST_0,
     )
     on_spike: str = option(
         "warn",
         "not in timm: what happens at one; each policy names the samples",
         choices=("warn", "skip", "stop"),
     )
-    seed: int = option(42, "seed of everything random")
-    validation_batch_size: int | None = option(None, "(default: --batch-size)", "-vb")
-    val_interval: int = option(1, "epochs between validations")
+    seed: int = option(42, "seed of everything random", bounds=(0, 2**32 - 1))
+    validation_batch_size: int | None = option(
+        None, "(default: --batch-size)", "-vb", bounds=AT_LEAST_1
+    )
+    val_interval: int = option(1, "epochs between validations", bounds=AT_LEAST_1)
     eval_metric: str = option("top1", "metric of the best", choices=("top1", "top5", "loss"))
-    log_interval: int = option(50, "optimizer steps between log lines")
+    log_interval: int = option(50, "optimizer steps between log lines", bounds=AT_LEAST_1)
     log_to: list[str] = option(
         [],
         "not in timm: trackers to log to as well, each a package to install",
@@ -348,30 +265,3 @@ class TrainConfig(
     DataOptions,
 ):
     """Train an image classifier; the options are those of timm's train.py."""
-
-
-@dataclass
-class EvaluationOptions:
-    """What to validate."""
-
-    checkpoint: str = option(
-        "",
-        ".safetensors file of a run; the run's configuration beside it gives the model, the data "
-        "and the split, and the flags given here win over it",
-        metavar="FILE",
-    )
-    model: str | None = option(None, "name of a timm model", "-m")
-    pretrained: bool = option(False, "start from published weights (always without --checkpoint)")
-    num_classes: int | None = option(None, "number of classes")
-    gp: str | None = option(None, "global pooling")
-    model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
-    split: str | None = option(
-        None, "split to validate on (default: the run's test split, else its validation split)"
-    )
-    num_samples: int | None = option(None, "images of an iterable split")
-    batch_size: int | None = option(None, "images per forward pass (default: as the run)", "-b")
-
-
-@dataclass
-class ValidateConfig(EvaluationOptions, DeviceOptions, InputOptions, DataOptions):
-    """Validate an image classifier; the options are those of timm's validate.py."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from .images import BrokenImageError
+from .decoding import BrokenImageError
 
 __all__ = ["Key", "KeyedBatches", "KeyedDataset", "KeyedErasing", "seed_step"]
 

@@ -1,13 +1,12 @@
-"""From a YAML file and flags to a checked configuration.
+"""From a YAML file and flags to a configuration.
 
-The options themselves are in `options.py`. Names are timm's; a key of the file is a flag's name
-without its dashes. Flags win over the file. Anything unknown or of a wrong type is refused.
+A key of the file is a flag's name without its dashes, and flags win over the file. Anything unknown
+or of a wrong type is refused.
 """
 
 import argparse
 import ast
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -16,24 +15,19 @@ from typing import Any, NoReturn, TypeVar, Union
 
 import yaml
 
+from ...errors import UsageError, nearest
 from .options import NOT_HERE
 
 __all__ = [
-    "UsageError",
     "find_config",
     "from_mapping",
     "layered",
-    "nearest",
     "parse_settings",
     "read_yaml",
     "to_yaml",
 ]
 
 ConfigT = TypeVar("ConfigT")
-
-
-class UsageError(Exception):
-    """A mistake in what the user asked for; its message is one line that says what to do."""
 
 
 def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[str, Any]:
@@ -124,7 +118,7 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    package = Path(__file__).parents[1]
+    package = Path(__file__).parents[2]
     # In the wheel the recipes are inside the package, in a checkout beside it.
     folder = next(
         (f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None
@@ -143,11 +137,6 @@ def find_config(name: str) -> Path:
 def to_yaml(config: Any) -> str:
     """The configuration as YAML that `read_yaml` and `from_mapping` read back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """The valid name that is spelt most like `name`."""
-    return difflib.get_close_matches(name, list(valid), n=1, cutoff=0.0)[0]
 
 
 def _unknown(what: str, name: str, valid: Iterable[str]) -> str:
@@ -212,6 +201,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     name, kind, meta = field.name, _without_none(hint), dict(field.metadata)
     default = field.default_factory() if callable(field.default_factory) else field.default
     text = meta.pop("help").replace("%", "%%")
+    del meta["bounds"]  # checked, as in a file, by check_bounds
     if default not in (None, "", [], {}, False):
         text += f" (default: {default})"
     if meta.pop("positional", False):

@@ -1,5 +1,6 @@
 """What can be refused before the data is touched: options out of range, unknown models."""
 
+import dataclasses
 import inspect
 import json
 import re
@@ -11,48 +12,14 @@ import torch
 from timm.optim import list_optimizers
 from torch import nn
 
-from ..attention import ATTENTIONS
-from . import checkpoint
-from .config import UsageError, nearest
-from .data import mixup_options
-from .options import TrainConfig
-from .trackers import check_packages
+from ...attention import ATTENTIONS
+from .. import checkpoint
+from ..trackers import check_packages
+from . import UsageError, nearest
+from .arguments import mixup_options, model_arguments
+from .train_options import TrainConfig
 
-__all__ = ["check_bounds", "check_config", "check_model", "model_arguments"]
-
-# The least and the greatest value of options that have bounds.
-BOUNDS: dict[str, tuple[float, float]] = {
-    "epochs": (1, float("inf")),
-    "batch_size": (1, float("inf")),
-    "validation_batch_size": (1, float("inf")),
-    "grad_accum_steps": (1, float("inf")),
-    "workers": (0, float("inf")),
-    "val_interval": (1, float("inf")),
-    "log_interval": (1, float("inf")),
-    "checkpoint_hist": (1, float("inf")),
-    "recovery_interval": (0, float("inf")),
-    "recovery_minutes": (0, float("inf")),
-    "dist_timeout": (1, float("inf")),
-    "loss_spike": (0, float("inf")),
-    "num_classes": (1, float("inf")),
-    "img_size": (1, float("inf")),
-    "in_chans": (1, float("inf")),
-    "seed": (0, 2**32 - 1),
-    "val_fraction": (0, 1),
-    "max_broken_fraction": (0, 1),
-    "lr": (0, float("inf")),
-    "weight_decay": (0, float("inf")),
-    "clip_grad": (0, float("inf")),
-    "crop_pct": (1e-3, float("inf")),
-    "hflip": (0, 1),
-    "vflip": (0, 1),
-    "smoothing": (0, 1),
-    "drop": (0, 1),
-    "reprob": (0, 1),
-    "model_ema_decay": (0, 1),
-    "top": (1, float("inf")),
-    "max_images": (1, float("inf")),
-}
+__all__ = ["check_bounds", "check_config", "check_model"]
 
 
 def check_config(config: TrainConfig) -> None:
@@ -98,12 +65,22 @@ def check_config(config: TrainConfig) -> None:
 
 
 def check_bounds(config: Any) -> None:
-    """Refuse numbers out of the range of their option."""
-    for name, (least, greatest) in BOUNDS.items():
-        value = getattr(config, name, None)
-        if value is not None and not least <= value <= greatest:
+    """Refuse numbers out of the bounds of their option.
+
+    Args:
+        config: Of any class of options.
+
+    Raises:
+        UsageError: For the first of them, with what would be right.
+    """
+    for field in dataclasses.fields(config):
+        value, bounds = getattr(config, field.name), field.metadata.get("bounds")
+        if bounds is None or value is None:
+            continue
+        least, greatest = bounds
+        if not least <= value <= greatest:
             bound = f"at least {least}" if greatest == float("inf") else f"in [{least}, {greatest}]"
-            raise UsageError(f"{name} must be {bound}, not {value}")
+            raise UsageError(f"{field.name} must be {bound}, not {value}")
 
 
 # Arguments of timm.create_model that are about weights, not about the model.
@@ -167,19 +144,3 @@ def _explain(error: TypeError, name: str) -> str:
     if not keywords:
         return f"unknown keyword {keyword}"
     return f"unknown keyword {keyword}; the nearest valid one is {nearest(keyword, keywords)}"
-
-
-def model_arguments(config: TrainConfig, num_classes: int | None) -> dict[str, Any]:
-    """Keyword arguments of timm.create_model for the model alone, weights apart."""
-    arguments = {
-        "num_classes": num_classes,
-        "in_chans": config.input_size[0] if config.input_size else config.in_chans,
-        "drop_rate": config.drop or None,
-        "drop_path_rate": config.drop_path,
-        "drop_block_rate": config.drop_block,
-        "global_pool": config.gp,
-        "bn_momentum": config.bn_momentum,
-        "bn_eps": config.bn_eps,
-        **config.model_kwargs,
-    }
-    return {name: value for name, value in arguments.items() if value is not None}

@@ -1,108 +1,18 @@
-"""What a run says: its progress on the terminal, a row per epoch in its folder."""
+"""How a run gets on: where an epoch's time goes, and its progress on the terminal."""
 
-import csv
-import io
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from ..files import replace_file
-from .statistics import scalars
-
-__all__ = ["LAYERS", "LOG", "Progress", "RunLog", "Timing", "read_rows"]
-
-LOG, LAYERS = "log.jsonl", "layers.jsonl"
+__all__ = ["Progress", "Timing"]
 
 T = TypeVar("T")
-
-
-class RunLog:
-    """log.csv and log.jsonl, the same rows, and layers.jsonl; appended to as epochs end.
-
-    Args:
-        folder: The run's folder.
-        columns: The keys of every row.
-        rows, layers: Those of earlier epochs; whatever else the files hold is dropped.
-        track: Is also given the epoch and the numbers of every row that is written.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        columns: list[str],
-        rows: Sequence[dict[str, Any]],
-        layers: Sequence[dict[str, Any]],
-        track: Callable[[int, dict[str, float]], object],
-    ) -> None:
-        self.csv, self.jsonl, self.layers = folder / "log.csv", folder / LOG, folder / LAYERS
-        self.columns, self.track = columns, track
-        header = self._csv_line(dict(zip(columns, columns, strict=True)))
-        past = {
-            self.csv: header + "".join(map(self._csv_line, rows)),
-            self.jsonl: "".join(map(_json_line, rows)),
-            self.layers: "".join(map(_json_line, layers)),
-        }
-        for path, text in past.items():
-            if text:
-                replace_file(path, lambda file, text=text: file.write_bytes(text.encode()))
-            else:
-                path.unlink(missing_ok=True)
-
-    def write(self, row: dict[str, Any], layers: dict[str, Any]) -> None:
-        """Append a row; a key that is not a column is an error.
-
-        Args:
-            row: The columns of the epoch.
-            layers: The epoch and, by its name, the statistics of each EMAX layer; empty for none.
-        """
-        _append(self.csv, self._csv_line(row))
-        _append(self.jsonl, _json_line(row))
-        if layers:
-            _append(self.layers, _json_line(layers))
-        # The epoch is the trackers' step.
-        numbers = {k: v for k, v in row.items() if v is not None and k not in ("epoch", "step")}
-        by_name = {name: values for name, values in layers.items() if name != "epoch"}
-        self.track(row["epoch"], numbers | scalars(by_name))
-
-    def _csv_line(self, row: dict[str, Any]) -> str:
-        line = io.StringIO()
-        csv.DictWriter(line, self.columns).writerow(row)
-        return line.getvalue()
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; none if there is no file.
-
-    A last line without its end was being written when the run was killed, and is left out.
-    """
-    if not path.exists():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
-
-
-def _append(path: Path, line: str) -> None:
-    with path.open("ab") as file:
-        file.write(line.encode())
-
-
-def _json_line(row: dict[str, Any]) -> str:
-    return json.dumps(_finite(row)) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for every number that JSON lacks, at any depth."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass

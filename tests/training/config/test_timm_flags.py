@@ -12,7 +12,7 @@ from training_testing import TRAIN, VALIDATE
 
 from emax_timm.training import TrainConfig, UsageError
 from emax_timm.training.config import from_mapping, parse_settings
-from emax_timm.training.options import NOT_HERE
+from emax_timm.training.config.options import NOT_HERE
 
 # Read off the argparse parser of timm's own train.py (huggingface/pytorch-image-models, release
 # 1.0.31): the default of each of its flags that this project has too.

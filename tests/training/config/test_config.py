@@ -11,7 +11,6 @@ from interpreters import ROOT
 from training_testing import flags
 
 from emax_timm.training import TrainConfig, UsageError, ValidateConfig
-from emax_timm.training.checks import check_config
 from emax_timm.training.config import (
     find_config,
     from_mapping,
@@ -20,6 +19,7 @@ from emax_timm.training.config import (
     read_yaml,
     to_yaml,
 )
+from emax_timm.training.config.checks import check_config
 
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 

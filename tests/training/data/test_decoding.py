@@ -26,9 +26,9 @@ from emax_timm.training.data import (
     start_epoch,
     training_loader,
 )
+from emax_timm.training.data.decoding import MAX_PIXELS, BrokenImageError, ImageFiles, open_image
+from emax_timm.training.data.sampling import Key, KeyedDataset
 from emax_timm.training.distributed import World
-from emax_timm.training.images import MAX_PIXELS, BrokenImageError, ImageFiles, open_image
-from emax_timm.training.sampling import Key, KeyedDataset
 
 CPU = World(torch.device("cpu"))
 

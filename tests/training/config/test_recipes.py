@@ -12,8 +12,8 @@ from interpreters import ROOT
 
 import emax_timm  # noqa: F401  (registers the models)
 from emax_timm.training import TrainConfig
-from emax_timm.training.checks import check_config
 from emax_timm.training.config import from_mapping, parse_settings, read_yaml
+from emax_timm.training.config.checks import check_config
 
 FOLDER = ROOT / "configs"
 IMAGENET = sorted((FOLDER / "imagenet").glob("*.yaml"))

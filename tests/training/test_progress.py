@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from emax_timm.training.runlog import Timing
+from emax_timm.training.progress import Timing
 
 
 class Clock:

@@ -18,7 +18,6 @@ from training_testing import image_folder
 from emax_timm.samples import make_fashion_mnist
 from emax_timm.training import TrainConfig, UsageError
 from emax_timm.training.data import (
-    DEBIAN_FASHION_MNIST,
     SAMPLES,
     class_names,
     evaluation_loader,
@@ -28,6 +27,7 @@ from emax_timm.training.data import (
     start_epoch,
     training_loader,
 )
+from emax_timm.training.data.datasets import DEBIAN_FASHION_MNIST
 from emax_timm.training.distributed import World
 
 SAMPLE = SAMPLES / "fashion_mnist"
