@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from .backends import backends, kernels
 from .benchmark.command import benchmark
 from .benchmark.model_table import list_models
-from .benchmark.plan import plan
 from .hub.export import export
 from .hub.predict import predict
 from .hub.publish import publish
-from .hub.weights import weights
+from .hub.weights_command import weights
 from .interpret.command import visualize
 from .ops import BackendError
 from .training import train, validate
 from .training.config import nearest
 from .training.curves import curves
+from .training.plan import plan
 
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "train": (train, "train an image classifier"),

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .models import BASES, check_networks
-from .tables import heading, row
+from ..tables import heading, row
+from .networks import BASES, check_networks
 from .timing import Measured, described, machine, measured, milliseconds
 
 __all__ = ["BASES", "measure_startup", "report_startup"]

@@ -8,10 +8,10 @@ from typing import Any
 
 from timm.models._features import FeatureGetterNet
 
+from ..models.export_check import ExportError
+from ..models.export_file import FORMATS, check_target, export_model
 from ..training.config import UsageError, from_mapping, option, parse_settings
-from ..training.models import load_model
-from .exporter import FORMATS, check_target, export_model
-from .verify import ExportError
+from ..training.loading import load_model
 
 __all__ = ["ExportConfig", "export"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import SUMS, WriteError, lock_folder, remove, write_folder, writing_to
-from ..models.weights import INDEX_FILE, WEIGHTS, WeightsEntry, read_index, write_index
+from ..models.weights_index import INDEX_FILE, WEIGHTS, WeightsEntry, read_index, write_index
 from ..training.config import (
     AT_LEAST_0,
     AT_LEAST_1,

@@ -12,16 +12,16 @@ from PIL import Image
 from timm.data import resolve_data_config
 
 from ..files import WriteError, remove, write_folder, writing_to
-from ..hub.predict import DEFAULT_MODEL, class_namer
+from ..models.capture import capture_attention
+from ..models.gradcam import GRAD_CAM_NEEDED
+from ..models.labels import class_namer
 from ..training.config import AT_LEAST_1, UsageError, from_mapping, option, parse_settings
 from ..training.config.checks import check_bounds
 from ..training.data.decoding import BrokenImageError, open_image
 from ..training.journal import LAYERS, read_rows
-from ..training.models import load_model
-from .capture import capture_attention
+from ..training.loading import DEFAULT_MODEL, load_model
 from .contents import image_section, look, model_sections
 from .figures import NEEDED
-from .gradcam import GRAD_CAM_NEEDED
 from .images import Source, find_images, spread
 from .report import MEDIA_TYPES, page
 

@@ -40,7 +40,7 @@ from .data import (
 )
 from .distributed import World
 from .evaluate import half_precision
-from .models import create_model
+from .loading import create_model
 from .resume import restore
 from .trainer import Trainer
 

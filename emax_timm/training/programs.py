@@ -35,7 +35,7 @@ from .data.decoding import BrokenImageError
 from .distributed import RankError, World, open_world
 from .evaluate import Metrics, evaluate, half_precision
 from .guard import BadStepError
-from .models import create_model
+from .loading import create_model
 from .progress import Progress
 from .signals import Stopped, catch_signals
 

@@ -1,11 +1,11 @@
 r"""Do attention maps show where the object is? Trains small networks, and rates their maps.
 
-    python -m emax_timm.benchmark.faithfulness --output runs/faithfulness \
+    python -m emax_timm.compare.faithfulness --output runs/faithfulness \
         --write docs/interpretability.md
 
 Each network classifies scenes that hold one item of Fashion-MNIST at a known place and scale, among
 fragments of others on a noisy canvas. Its maps are then rated on scenes of items that it has not
-seen (`interpret.faithfulness`): those of its attention, Grad-CAM and the size of the features after
+seen (`compare.measures`): those of its attention, Grad-CAM and the size of the features after
 the same blocks, and baselines that know nothing of the network. What has been trained or rated is
 not repeated, so a run that was interrupted goes on.
 """
@@ -28,12 +28,12 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from ..files import replace_file
-from ..interpret.capture import capture_attention
-from ..interpret.faithfulness import area_under, heatmap, insertion_deletion, pointing_game
-from ..interpret.gradcam import grad_cam
+from ..models.capture import capture_attention, heatmap
+from ..models.gradcam import grad_cam
 from ..samples.scenes import GROUPS, MEAN, STD, Items, compose, load_items
+from ..tables import heading, marks, row, text_around, write_between
 from ..training.config import UsageError
-from .tables import heading, marks, row, text_around, write_between
+from .measures import area_under, insertion_deletion, pointing_game
 
 __all__ = [
     "MEASURES",
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 MARK = "faithfulness"
-_PROG = "python -m emax_timm.benchmark.faithfulness"
+_PROG = "python -m emax_timm.compare.faithfulness"
 ATTENTIONS = ("emax", "ema", "cbam")
 SIZE = 64
 BATCH = 64
@@ -224,7 +224,7 @@ def faithfulness(argv: Sequence[str] | None = None) -> int:
         results = _results(options)
         tables = report(results)
         if options.write is not None:
-            command = shlex.join(["python", "-m", "emax_timm.benchmark.faithfulness", *argv])
+            command = shlex.join([*_PROG.split(), *argv])
             write_between(options.write, MARK, f"Made by `{command}`:\n\n{tables}\n")
     except (ImportError, OSError, UsageError) as error:
         print(f"{_PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -19,10 +19,19 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from ..errors import UsageError
 from ..files import replace_file
-from ..training.config import UsageError
+from .export_check import (
+    Check,
+    ExportError,
+    Shape,
+    first_line,
+    outputs_of,
+    random_images,
+    times,
+    verify,
+)
 from .onnx_shapes import take_sizes_from_tensors
-from .verify import Check, ExportError, Shape, first_line, outputs_of, random_images, times, verify
 
 __all__ = ["FORMATS", "ExportReport", "check_target", "export_model"]
 

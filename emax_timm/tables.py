@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..training.config import UsageError
+from .errors import UsageError
 
 __all__ = ["heading", "marks", "row", "text_around", "write_between"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from emax_timm.benchmark.command import benchmark
-from emax_timm.benchmark.modules import LAYERS
+from emax_timm.benchmark.layers import LAYERS
 from emax_timm.benchmark.timing import Measured, mean_ratio
 from emax_timm.ops.cpp import library
 

@@ -1,6 +1,6 @@
 r"""Accuracy of models over several seeds: trains each, and makes the table of the results.
 
-    python -m emax_timm.benchmark.accuracy fashion_mnist/test_resnet_emax \
+    python -m emax_timm.compare.accuracy fashion_mnist/test_resnet_emax \
         --models test_resnet_emax test_resnet --seeds 0 1 2 --output runs
 
 A run that has ended is not repeated, and one that was interrupted goes on. What
@@ -62,7 +62,7 @@ def table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m emax_timm.benchmark.accuracy",
+        prog="python -m emax_timm.compare.accuracy",
         description="Train models with several seeds, and print the table of their accuracies.",
     )
     parser.add_argument("config", help="YAML file or name of a recipe, with a test_split")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from interpreters import ENVIRONMENT
 
-from emax_timm.benchmark.accuracy import table
+from emax_timm.compare.accuracy import table
 
 
 def test_table_has_means_and_deviations() -> None:
@@ -33,7 +33,7 @@ def test_runs_of_every_model_and_seed_are_made_once(images: Path, tmp_path: Path
     recipe.write_text("img_size: 32\nbatch_size: 8\nworkers: 0\nepochs: 1\nwarmup_epochs: 0\n")
     options = f"--models test_resnet_emax test_resnet --seeds 0 1 --output {tmp_path / 'runs'}"
     options += f" --options --data-dir {images} --test-split validation"
-    command = [sys.executable, "-m", "emax_timm.benchmark.accuracy", str(recipe), *options.split()]
+    command = [sys.executable, "-m", "emax_timm.compare.accuracy", str(recipe), *options.split()]
     outputs, times = [], []
     for _ in range(2):
         done = subprocess.run(

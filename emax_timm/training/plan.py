@@ -16,9 +16,9 @@ import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..training.config import (
+from ..models.cost import cost_on_paper
+from .config import (
     TrainConfig,
     UsageError,
     from_mapping,
@@ -26,17 +26,14 @@ from ..training.config import (
     model_arguments,
     parse_settings,
 )
-from ..training.config.checks import check_config
-from ..training.data import data_config_of
-from .model_table import activation_bytes, count_macs
+from .config.checks import check_config
+from .data import data_config_of
 
 __all__ = ["Plan", "make_plan", "plan", "report"]
 
 IMAGENET_IMAGES = 1_281_167
 IMAGE_BYTES = 110_000  # an estimate: 141 GB of ImageNet's training images over their number
 FLOAT = 4  # bytes; weights, gradients and states are float32 under --amp too
-# Batch of the count of activations: what does not grow with the batch is spread over this many.
-BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,11 +209,7 @@ def _model_costs(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
         model: Any = timm.create_model(config.model, **arguments)
     size = data_config_of(config, model)["input_size"]
     try:
-        macs = count_macs(model, torch.zeros(1, *size, device="meta"))
-        # On the meta device self-attention is not fused, and would keep more than in training.
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu")
-            kept = activation_bytes(model, torch.zeros(BATCH, *size)) / BATCH
+        macs, kept = cost_on_paper(model, size)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         shape = " x ".join(map(str, size))

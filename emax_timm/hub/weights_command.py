@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..models.weights import INDEX_FILE, pin, read_index
+from ..models.weights_index import INDEX_FILE, pin, read_index
 from ..training.config import UsageError
 from .integrity import verify_weights
 

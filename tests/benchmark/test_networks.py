@@ -8,9 +8,9 @@ import timm
 import torch
 
 from emax_timm.benchmark.command import benchmark
-from emax_timm.benchmark.model_table import activation_bytes
-from emax_timm.benchmark.models import Setting, _peak_of_a_process, make_network
-from emax_timm.benchmark.tables import marks
+from emax_timm.benchmark.networks import Setting, _peak_of_a_process, make_network
+from emax_timm.models.cost import activation_bytes
+from emax_timm.tables import marks
 
 SMALL = ["--models", "resnet18", "--img-size", "32", "--batch-size", "2", "--rounds", "1"]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.layers import EcaModule, SEModule
 from timm.layers.cbam import CbamModule
 from timm.utils import unwrap_model
@@ -13,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..attention import EMA, EMAX, EMAXMaps
 
-__all__ = ["GateMaps", "Maps", "attention_of", "capture_attention"]
+__all__ = ["GateMaps", "Maps", "attention_of", "capture_attention", "heatmap"]
 
 
 class GateMaps(NamedTuple):
@@ -136,3 +137,17 @@ def _kept(value: Tensor) -> Tensor:
 
 def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def heatmap(spatial: Tensor, size: tuple[int, int]) -> Tensor:
+    """Spatial attention as one map of the size of the image: the mean over its groups.
+
+    Args:
+        spatial: [n, F, h', w'].
+        size: h and w.
+
+    Returns:
+        [n, h, w], bilinear between the centres of the attention's pixels.
+    """
+    mean = spatial.mean(1, keepdim=True)
+    return F.interpolate(mean, size, mode="bilinear", align_corners=False).squeeze(1)

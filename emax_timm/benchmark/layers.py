@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import ATTENTIONS, EMAX
 from ..ops import explain, reference, use_backend
-from .tables import heading, row
+from ..tables import heading, row
 from .timing import (
     Measured,
     conditions,

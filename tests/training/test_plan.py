@@ -9,8 +9,9 @@ import torch
 
 from emax_timm import cli
 from emax_timm.benchmark import measure
-from emax_timm.benchmark.plan import Plan, learning_rate, make_plan, plan, report
 from emax_timm.training import TrainConfig, UsageError
+from emax_timm.training.config import learning_rate
+from emax_timm.training.plan import Plan, make_plan, plan, report
 
 # torchvision's and the paper's ResNet-18: its batch norms have 4,800 channels in 20 layers.
 PARAMETERS = 11_689_512

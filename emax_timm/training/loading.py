@@ -8,13 +8,17 @@ import timm
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
+from ..models.download import locate
 from ..models.hub_errors import hub_problem
-from ..models.weights import WEIGHTS, locate
+from ..models.weights_index import WEIGHTS
 from . import checkpoint
 from .config import UsageError
 from .config.checks import check_model
 
-__all__ = ["create_model", "load_model"]
+__all__ = ["DEFAULT_MODEL", "create_model", "load_model"]
+
+# What commands take that are not told of a model: its weights come with the package.
+DEFAULT_MODEL = "test_resnet_emax.fashion_mnist"
 
 
 def create_model(

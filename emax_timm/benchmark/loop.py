@@ -22,6 +22,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..tables import heading, row
 from ..training.build import build_trainer
 from ..training.config import TrainConfig, mixup_options
 from ..training.data import image_mode, open_split
@@ -29,7 +30,6 @@ from ..training.distributed import World
 from ..training.evaluate import autocast
 from ..training.progress import Timing
 from ..training.trainer import Trainer
-from .tables import heading, row
 from .timing import described, machine
 
 __all__ = ["NAMES", "RECIPE", "Epoch", "compare", "our_epochs", "report", "timms_epochs"]

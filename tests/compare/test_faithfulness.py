@@ -10,13 +10,9 @@ import torch
 from torch import Tensor, nn
 from training_testing import only_line
 
-from emax_timm.benchmark import faithfulness as benchmark
-from emax_timm.interpret.faithfulness import (
-    area_under,
-    heatmap,
-    insertion_deletion,
-    pointing_game,
-)
+from emax_timm.compare import faithfulness as study
+from emax_timm.compare.measures import area_under, insertion_deletion, pointing_game
+from emax_timm.models.capture import heatmap
 from emax_timm.samples.scenes import load_items
 
 
@@ -75,15 +71,15 @@ def test_equal_pixels_take_turns_at_random() -> None:
 
 def test_scenes_of_the_benchmark_hold_one_item_where_the_mask_is() -> None:
     items = load_items("test")
-    scenes = benchmark.make_scenes(items, 40, seed=3)
+    scenes = study.make_scenes(items, 40, seed=3)
     assert scenes.images.shape == (40, 1, 64, 64)
     assert set(scenes.labels.tolist()) <= set(range(4))
     areas = scenes.masks.flatten(1).double().mean(1)
     assert ((areas > 0.01) & (areas < 0.35)).all()
-    again = benchmark.make_scenes(items, 40, seed=3)
+    again = study.make_scenes(items, 40, seed=3)
     assert torch.equal(scenes.images, again.images)
-    bare = benchmark.compose(items, np.random.default_rng(0), 64, (1, 1), (20, 36))
-    cluttered = benchmark.compose(items, np.random.default_rng(0), 64, (1, 1), (20, 36), 12)
+    bare = study.compose(items, np.random.default_rng(0), 64, (1, 1), (20, 36))
+    cluttered = study.compose(items, np.random.default_rng(0), 64, (1, 1), (20, 36), 12)
     assert (cluttered.image > 96 / 255).sum() > (bare.image > 96 / 255).sum()
 
 
@@ -96,10 +92,10 @@ def test_benchmark_rates_every_map_and_goes_on_where_it_was(
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- faithfulness: begin -->\n<!-- faithfulness: end -->\nb\n")
     arguments = [*SMALL.split(), "--output", str(tmp_path / "runs"), "--write", str(page)]
-    assert benchmark.faithfulness(arguments) == 0
+    assert study.faithfulness(arguments) == 0
     tables = capsys.readouterr().out
     assert tables.strip() in page.read_text()
-    assert "Made by `python -m emax_timm.benchmark.faithfulness --seeds 0 1" in page.read_text()
+    assert "Made by `python -m emax_timm.compare.faithfulness --seeds 0 1" in page.read_text()
     kinds = [f"{k}, layer{i}" for k in ("attention", "Grad-CAM", "features") for i in range(1, 5)]
     for name in [*kinds, "constant", "random", "centre", "the object itself"]:
         assert tables.count(f"\n| {name} | ") == 3, name
@@ -108,7 +104,7 @@ def test_benchmark_rates_every_map_and_goes_on_where_it_was(
     ratings = sorted((tmp_path / "runs").glob("*.json"))
     assert len(ratings) == 4
     # A map without contrast hits as often as chance: the share of the object.
-    area = benchmark.make_scenes(load_items("test"), 8, benchmark.TEST_SEED).masks.double().mean()
+    area = study.make_scenes(load_items("test"), 8, study.TEST_SEED).masks.double().mean()
     found: Any = [json.loads(path.read_text()) for path in ratings]
     assert found[0]["constant"]["pointing"] == pytest.approx(100 * area.item())
     assert found[0]["random"]["pointing"] == found[3]["random"]["pointing"]
@@ -116,9 +112,9 @@ def test_benchmark_rates_every_map_and_goes_on_where_it_was(
     def fail(*_: Any) -> None:
         raise AssertionError("trained or rated once more")
 
-    monkeypatch.setattr(benchmark, "train", fail)
-    monkeypatch.setattr(benchmark, "rate", fail)
-    assert benchmark.faithfulness(arguments) == 0
+    monkeypatch.setattr(study, "train", fail)
+    monkeypatch.setattr(study, "rate", fail)
+    assert study.faithfulness(arguments) == 0
     assert capsys.readouterr().out == tables
 
 
@@ -127,6 +123,6 @@ def test_benchmark_refuses_a_page_without_marks(
 ) -> None:
     (tmp_path / "page.md").write_text("nothing\n")
     runs = tmp_path / "runs"
-    assert benchmark.faithfulness(["--output", str(runs), "--write", f"{tmp_path}/page.md"]) == 2
+    assert study.faithfulness(["--output", str(runs), "--write", f"{tmp_path}/page.md"]) == 2
     assert "must have the line <!-- faithfulness: begin -->" in only_line(capsys.readouterr().err)
     assert not runs.exists()

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..tables import heading, row
 from ..training.config import UsageError, nearest
-from .modules import available, computed, differ_in_groups
-from .tables import heading, row
+from .layers import available, computed, differ_in_groups
 from .timing import Measured, described, interleaved, machine, milliseconds
 
 __all__ = [

@@ -7,7 +7,7 @@ import pytest
 from training_testing import image_folder, run_program
 
 from emax_timm.benchmark.command import benchmark
-from emax_timm.benchmark.train_speed import NAMES
+from emax_timm.benchmark.loop import NAMES
 
 EMAX = "import sys; from emax_timm.cli import main; sys.exit(main())"
 

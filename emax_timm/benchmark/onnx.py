@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..hub.exporter import check_target, export_model
+from ..models.export_file import check_target, export_model
+from ..tables import heading, row
 from ..training.config import UsageError
-from .models import NETWORKS, Setting, check_networks, inference, make_network, random_images
-from .modules import IN_CPP, computed, cpp_serves
-from .tables import heading, row
+from .layers import IN_CPP, computed, cpp_serves
+from .networks import NETWORKS, Setting, check_networks, inference, make_network, random_images
 from .timing import Measured, described, interleaved, machine, milliseconds
 
 __all__ = ["SYSTEMS", "measure_onnx", "report_onnx"]

@@ -4,25 +4,10 @@ Dimension letters: n images, c channels, h w height and width.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms.functional import gaussian_blur
 
-__all__ = ["area_under", "heatmap", "insertion_deletion", "pointing_game"]
-
-
-def heatmap(spatial: Tensor, size: tuple[int, int]) -> Tensor:
-    """Spatial attention as one map of the size of the image: the mean over its groups.
-
-    Args:
-        spatial: [n, F, h', w'].
-        size: h and w.
-
-    Returns:
-        [n, h, w], bilinear between the centres of the attention's pixels.
-    """
-    mean = spatial.mean(1, keepdim=True)
-    return F.interpolate(mean, size, mode="bilinear", align_corners=False).squeeze(1)
+__all__ = ["area_under", "insertion_deletion", "pointing_game"]
 
 
 def pointing_game(heat: Tensor, masks: Tensor) -> Tensor:

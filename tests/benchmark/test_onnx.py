@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
-from emax_timm.benchmark import onnx_speed
+from emax_timm.benchmark import onnx
 from emax_timm.benchmark.command import benchmark
 from emax_timm.hub import export_model
 
@@ -46,7 +46,7 @@ def test_the_session_computes_what_the_network_does(
         outputs.append(torch.from_numpy(binding.copy_outputs_to_cpu()[0]))
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", watched)
-    onnx_speed._session(tmp_path / "network.onnx", images)()
+    onnx._session(tmp_path / "network.onnx", images)()
     torch.testing.assert_close(outputs[0], network(images))
 
 
