@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import geometric_mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..attention import ATTENTIONS, EMAX
 from ..ops import explain, reference, use_backend
 from ..tables import heading, row
+from .bounds import Bound, verdict
 from .timing import (
     Measured,
     conditions,
@@ -27,7 +28,6 @@ __all__ = [
     "SAVED",
     "SHAPES",
     "SYSTEMS",
-    "Bound",
     "available",
     "computed",
     "cpp_serves",
@@ -80,18 +80,7 @@ class Copy(nn.Module):
         return x * 2
 
 
-class Bound(NamedTuple):
-    """A promise: the time of a system over that of another is at most `ratio`.
-
-    For `SAVED`, what it keeps for the backward pass over x.
-    """
-
-    what: str
-    system: str
-    over: str
-    ratio: float
-
-
+# For `SAVED`, what a layer keeps for the backward pass over x.
 BOUNDS = [
     Bound("forward", "EMAX, C++", "naive EMAX", 1 / 8),
     Bound("forward", "EMAX, C++", "SE", 1.5),
@@ -290,7 +279,7 @@ def report_modules(found: dict[str, Any]) -> str:
             cells += [f"{math.prod(found['saved'][name]) ** (1 / len(shapes)):.2f}" for _ in saved]
             lines.append(row(cells))
         lines.append("")
-    held = [line for bound in BOUNDS for line in _verdict(bound, found)]
+    held = [_verdict(bound, ratios) for bound in BOUNDS if (ratios := _ratios(bound, found))]
     if held:
         lines += [*heading(["bound", "at most", "mean", "worst shape", ""]), *held, ""]
     lines.append(
@@ -301,17 +290,16 @@ def report_modules(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _verdict(bound: Bound, found: dict[str, Any]) -> list[str]:
+def _ratios(bound: Bound, found: dict[str, Any]) -> list[float]:
+    """What the bound is about, of each shape; empty if it was not measured."""
     if bound.what == SAVED:
-        ratios = found["saved"].get(bound.system, [])
-    else:
-        times = found["times"][bound.what]
-        pairs = zip(times.get(bound.system, []), times.get(bound.over, []), strict=False)
-        ratios = [ours.median / theirs.median for ours, theirs in pairs]
-    if not ratios:
-        return []
+        return found["saved"].get(bound.system, [])
+    times = found["times"][bound.what]
+    pairs = zip(times.get(bound.system, []), times.get(bound.over, []), strict=False)
+    return [ours.median / theirs.median for ours, theirs in pairs]
+
+
+def _verdict(bound: Bound, ratios: list[float]) -> str:
     mean, worst = geometric_mean(ratios), max(ratios)
     holds = mean <= bound.ratio and worst <= WORST_SHAPE * bound.ratio
-    name = f"{bound.what}: {bound.system} / {bound.over}"
-    verdict = "holds" if holds else "missed"
-    return [row([name, f"{bound.ratio:.2f}", f"{mean:.2f}", f"{worst:.2f}", verdict])]
+    return verdict(str(bound), bound.ratio, [mean, worst], holds)

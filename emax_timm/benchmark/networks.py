@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..tables import heading, row
 from ..training.config import UsageError, nearest
+from .bounds import Bound, verdict
 from .layers import available, computed, differ_in_groups
 from .timing import Measured, described, interleaved, machine, milliseconds
 
@@ -51,15 +52,7 @@ class Setting(NamedTuple):
     memory_format: torch.memory_format
 
 
-class Bound(NamedTuple):
-    """A promise for every network: what a system takes over what another one does."""
-
-    what: str
-    system: str
-    over: str
-    ratio: float
-
-
+# For every network.
 BOUNDS = [
     Bound(INFERENCE, "EMAX, C++", "plain", 1.1),
     Bound(INFERENCE, "EMAX, compiled", "plain, compiled", 1.2),
@@ -230,7 +223,11 @@ def report_models(found: dict[str, Any]) -> str:
                 cells += ["-" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios]
             lines.append(row(cells))
         lines.append("")
-    held = [line for bound in BOUNDS for line in _verdict(bound, found["models"])]
+    held = [
+        verdict(str(bound), bound.ratio, ratios, max(ratios) <= bound.ratio)
+        for bound in BOUNDS
+        if (ratios := _ratios(bound, found["models"]))
+    ]
     if held:
         lines += [*heading(["bound", "at most", *found["models"], ""]), *held, ""]
     lines.append(
@@ -241,16 +238,15 @@ def report_models(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _verdict(bound: Bound, models: dict[str, Any]) -> list[str]:
+def _ratios(bound: Bound, models: dict[str, Any]) -> list[float]:
+    """What the bound is about, of each network; empty if one of them lacks it."""
     pairs = [(systems.get(bound.system), systems.get(bound.over)) for systems in models.values()]
     ratios = [
         _ratio(ours[bound.what], theirs[bound.what]) for ours, theirs in pairs if ours and theirs
     ]
     if len(ratios) < len(models) or any(math.isnan(ratio) for ratio in ratios):
         return []
-    name = f"{bound.what}: {bound.system} / {bound.over}"
-    verdict = "holds" if max(ratios) <= bound.ratio else "missed"
-    return [row([name, f"{bound.ratio:.2f}", *(f"{ratio:.2f}" for ratio in ratios), verdict])]
+    return ratios
 
 
 def _ratio(ours: Any, theirs: Any) -> float:
