@@ -430,6 +430,6 @@ def test_best_weights_have_a_sum_at_every_moment(
 
 def test_package_of_the_tests_is_the_checkout() -> None:
     # Else these tests would pass or fail for another copy.
-    from training_testing import ROOT
+    from interpreters import ROOT
 
     assert Path(emax_timm.__file__).parents[1] == ROOT

@@ -70,26 +70,7 @@ def open_split(
     Raises:
         UsageError: If it is not there or is empty.
     """
-    name, root = options.dataset, options.data_dir or options.data
-    kind, _, rest = name.partition("/")
-    if kind.lower() not in (kinds := ["", "torch", "hfds", "hfids", "tfds", "wds", "sample"]):
-        raise UsageError(
-            f"unknown type of data set {kind}; the nearest of {', '.join(kinds[1:])} "
-            f"is {nearest(kind, kinds)}"
-        )
-    if kind == "sample":
-        folder = _sample(rest)
-        if root:
-            raise UsageError(f"--dataset {name} has its own images; leave out it or {root}")
-        name, root = "", folder
-    elif kind == "torch" and rest.lower() == "fashion_mnist" and root:
-        _unpack_debian_fashion_mnist(Path(root))
-    if not root:
-        raise UsageError("no data: give --data-dir DIR, or --dataset sample/fashion_mnist")
-    if not name:
-        _check_folder(Path(root), split, must_exist or training)
-    if options.class_map.endswith(".pkl"):
-        raise UsageError(f"{options.class_map}: a class map is a text file, one class per line")
+    kind, name, root = _source(options, split, must_exist or training)
     arguments: dict[str, Any] = {
         "root": str(root),
         "split": split,
@@ -116,6 +97,31 @@ def open_split(
     if kind == "torch":  # decodes images in its own way
         return ConvertedImages(dataset, arguments["input_img_mode"])
     return dataset  # a stream, which does so too
+
+
+def _source(options: DataOptions, split: str, must_exist: bool) -> tuple[str, str, str | Path]:
+    """The type of the data set, its name and its root as timm takes them, checked."""
+    name, root = options.dataset, options.data_dir or options.data
+    kind, _, rest = name.partition("/")
+    if kind.lower() not in (kinds := ["", "torch", "hfds", "hfids", "tfds", "wds", "sample"]):
+        raise UsageError(
+            f"unknown type of data set {kind}; the nearest of {', '.join(kinds[1:])} "
+            f"is {nearest(kind, kinds)}"
+        )
+    if kind == "sample":
+        folder = _sample(rest)
+        if root:
+            raise UsageError(f"--dataset {name} has its own images; leave out it or {root}")
+        name, root = "", folder
+    elif kind == "torch" and rest.lower() == "fashion_mnist" and root:
+        _unpack_debian_fashion_mnist(Path(root))
+    if not root:
+        raise UsageError("no data: give --data-dir DIR, or --dataset sample/fashion_mnist")
+    if not name:
+        _check_folder(Path(root), split, must_exist)
+    if options.class_map.endswith(".pkl"):
+        raise UsageError(f"{options.class_map}: a class map is a text file, one class per line")
+    return kind, name, root
 
 
 def _sample(name: str) -> Path:
