@@ -18,7 +18,7 @@ COMMANDS = {
     "train": ("emax_timm.training:train", "train an image classifier"),
     "validate": ("emax_timm.training:validate", "validate one"),
     "curves": ("emax_timm.training.curves:curves", "draw the curves of a training run"),
-    "plan": ("emax_timm.benchmark.plan:plan", "work out what a training run will need"),
+    "plan": ("emax_timm.training.plan:plan", "work out what a training run will need"),
     "list": ("emax_timm.benchmark:list_models", "list the models, with their size and cost"),
     "benchmark": ("emax_timm.benchmark.command:benchmark", "measure what the attention costs"),
     "backends": ("emax_timm.backends:backends", "say what computes the attention here, or why not"),
@@ -30,7 +30,7 @@ COMMANDS = {
         "draw what a model attends to in images",
     ),
     "publish": ("emax_timm.hub:publish", "publish the weights of a run on the Hugging Face Hub"),
-    "weights": ("emax_timm.hub.weights:weights", "verify published weights, or pin them"),
+    "weights": ("emax_timm.hub.weights_command:weights", "verify published weights, or pin them"),
 }
 
 # How long OpenMP's threads wait awake, in the variables of its implementations.

@@ -8,6 +8,7 @@ from .attention import EMAX, EMAXMaps, create_attention, set_grouping
 from .interpret import capture_attention, visualize_attention
 from .models import insert_attention
 from .ops import use_backend
+from .version import __version__ as __version__
 
 __all__ = [
     "EMAX",
@@ -19,4 +20,3 @@ __all__ = [
     "use_backend",
     "visualize_attention",
 ]
-__version__ = "0.1.0"

@@ -21,12 +21,12 @@ from emax_cli import main
 from emax_timm.attention import ATTENTIONS
 from emax_timm.benchmark import markdown, measure, model_names
 from emax_timm.benchmark.command import benchmark_parser
-from emax_timm.benchmark.faithfulness import MEASURES, faithfulness_parser
-from emax_timm.benchmark.plan import plan
-from emax_timm.benchmark.tables import text_around
+from emax_timm.compare.faithfulness import MEASURES, faithfulness_parser
+from emax_timm.tables import text_around
 from emax_timm.training import TrainConfig, train
 from emax_timm.training.config import from_mapping, parse_settings
 from emax_timm.training.data import SAMPLES
+from emax_timm.training.plan import plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -234,7 +234,7 @@ def test_commands_of_the_page_on_interpretability_run(
 
 
 def test_tables_of_the_page_on_interpretability_are_of_the_command_named_there() -> None:
-    prefix = "python -m emax_timm.benchmark.faithfulness"
+    prefix = "python -m emax_timm.compare.faithfulness"
     (line,) = re.findall(rf"^Made by `{prefix} ?(.*)`:", INTERPRETABILITY, re.MULTILINE)
     options = faithfulness_parser().parse_args(shlex.split(line))
     assert options.write == Path("docs/interpretability.md")

@@ -13,11 +13,10 @@ import torch
 
 from ..files import replace_file
 from ..runner import FailedRunError, command
-from ..training.config import Parser, UsageError
+from ..tables import marks, text_around, write_between
+from ..training.config import Parser, TrainConfig, UsageError
 from ..training.distributed import open_world
-from ..training.options import TrainConfig
-from . import growth, models, modules, onnx_speed, settings, startup, threads, train_speed
-from .tables import marks, text_around, write_between
+from . import growth, layers, loop, networks, onnx, settings, startup, threads
 
 __all__ = ["benchmark", "benchmark_parser"]
 
@@ -56,25 +55,25 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
 
 
 def _modules(options: argparse.Namespace) -> Result:
-    found = modules.measure_modules(
+    found = layers.measure_modules(
         options.shapes, options.rounds, *_tensors(options), options.systems
     )
-    return found, modules.report_modules(found)
+    return found, layers.report_modules(found)
 
 
 def _models(options: argparse.Namespace) -> Result:
-    setting = models.Setting(options.batch_size, options.img_size, *_tensors(options))
-    found = models.measure_models(
+    setting = networks.Setting(options.batch_size, options.img_size, *_tensors(options))
+    found = networks.measure_models(
         options.models, setting, options.rounds, options.systems, training=not options.no_training
     )
-    return found, models.report_models(found)
+    return found, networks.report_models(found)
 
 
 def _onnx(options: argparse.Namespace) -> Result:
     tensors = _device(options), torch.float32, torch.contiguous_format
-    setting = models.Setting(options.batch_size, options.img_size, *tensors)
-    found = onnx_speed.measure_onnx(options.models, setting, options.rounds, options.systems)
-    return found, onnx_speed.report_onnx(found)
+    setting = networks.Setting(options.batch_size, options.img_size, *tensors)
+    found = onnx.measure_onnx(options.models, setting, options.rounds, options.systems)
+    return found, onnx.report_onnx(found)
 
 
 def _train(options: argparse.Namespace) -> Result | None:
@@ -83,7 +82,7 @@ def _train(options: argparse.Namespace) -> Result | None:
     if options.data_dir is not None:
         data = {"data_dir": str(options.data_dir)}
     config = TrainConfig(
-        **train_speed.RECIPE,
+        **loop.RECIPE,
         **data,
         model=options.model,
         img_size=options.img_size,
@@ -95,8 +94,8 @@ def _train(options: argparse.Namespace) -> Result | None:
         epochs=1 + options.rounds,
     )
     with open_world(options.device) as world:
-        found = train_speed.compare(config, world)
-    return (found, train_speed.report(found)) if world.is_primary else None
+        found = loop.compare(config, world)
+    return (found, loop.report(found)) if world.is_primary else None
 
 
 def _growth(options: argparse.Namespace) -> Result:
@@ -150,12 +149,12 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="what is measured", required=True, metavar="WHAT")
 
     one = _command(commands, _modules, "single layers", rounds=21)
-    _add_systems(one, modules.SYSTEMS)
+    _add_systems(one, layers.SYSTEMS)
     _add_tensors(one)
     _add_shapes(one)
 
     one = _command(commands, _models, "whole networks", rounds=7)
-    _add_systems(one, models.SYSTEMS)
+    _add_systems(one, networks.SYSTEMS)
     text = "leave out the training step, which torch.compile takes minutes to compile"
     one.add_argument("--no-training", action="store_true", help=text)
     _add_tensors(one)
@@ -163,8 +162,8 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
     _add_images(one, batch=8, size=224)
 
     one = _command(commands, _onnx, "whole networks in ONNX Runtime", rounds=21)
-    _add_systems(one, onnx_speed.SYSTEMS)
-    one.set_defaults(systems=onnx_speed.SYSTEMS)
+    _add_systems(one, onnx.SYSTEMS)
+    one.set_defaults(systems=onnx.SYSTEMS)
     _add_device(one)
     _add_networks(one)
     _add_images(one, batch=1, size=224)
@@ -179,7 +178,7 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
     one.add_argument("--data-dir", type=Path, metavar="DIR", help=text)
 
     one = _command(commands, _growth, "how time and memory grow with the input", rounds=5)
-    _add_systems(one, modules.SYSTEMS)
+    _add_systems(one, layers.SYSTEMS)
     _add_tensors(one)
     text = "from which channels, side and batch are halved and doubled"
     shape = (8, 256, 28, 28)
@@ -190,7 +189,7 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
 
     text = "single layers in other layouts, types and instructions"
     one = _command(commands, _settings, text, rounds=21)
-    _add_systems(one, modules.SYSTEMS)
+    _add_systems(one, layers.SYSTEMS)
     _add_device(one)
     _add_shapes(one)
 
@@ -244,7 +243,7 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         nargs="+",
         type=_shape,
-        default=modules.SHAPES,
+        default=layers.SHAPES,
         metavar="BxCxHxW",
         help="of the input; ResNet-50's",
     )
@@ -252,7 +251,7 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
 
 def _add_networks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--models", nargs="+", default=models.BASES, metavar="NAME", help="plain twins' names"
+        "--models", nargs="+", default=networks.BASES, metavar="NAME", help="plain twins' names"
     )
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..attention import ATTENTIONS
 from ..ops import use_backend
-from .modules import SHAPES, differ_in_groups
-from .tables import heading, row
+from ..tables import heading, row
+from .layers import SHAPES, differ_in_groups
 
 __all__ = ["Loop", "compiled_kernels", "kernel_times", "scheduled_loops"]
 

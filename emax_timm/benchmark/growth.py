@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from ..files import replace_file
+from ..tables import heading, row
 from ..training.config import UsageError
-from .modules import PASSES, SAVED, available, has_factor, measure_shape, random_features
-from .tables import heading, row
+from .layers import PASSES, SAVED, available, has_factor, measure_shape, random_features
 from .timing import conditions, described
 
 __all__ = ["Exponent", "Point", "check_drawing", "draw_growth", "exponent", "measure_growth"]

@@ -17,24 +17,19 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from .. import models
-from ..ops import use_backend
+from ..models.cost import BATCH, activation_bytes, cost_on_paper, count_macs
 from ..runner import command
+from ..tables import marks, text_around, write_between
 from ..training.config import Parser, UsageError, nearest
-from .tables import marks, text_around, write_between
 
 __all__ = ["ModelRow", "list_models", "markdown", "measure", "model_names", "plain_text"]
 
 REFERENCE = "swin_tiny_patch4_window7_224"
 COMPARISON = "timm's own, for comparison"
 MARK = "models"
-BATCH = 64
 NUMBERS = ("Parameters (M)", "MACs (G)", "Activations (MB)")
 COLUMNS = ("Model", *NUMBERS, "Input", "Pretrained tags", "Licence of the weights")
 NOTE = (
@@ -109,15 +104,13 @@ def measure(name: str) -> ModelRow:
     try:
         with torch.device("meta"):
             model: Any = timm.create_model(name)
-        macs = count_macs(model, _images(model, 1))
-        # On the meta device self-attention is not fused, and would keep more than in training.
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu")
-            kept = activation_bytes(model, _images(model, BATCH)) / BATCH
+        size = resolve_model_data_config(model)["input_size"]
+        macs, kept = cost_on_paper(model, size)
     except RuntimeError:  # what it computes depends on values
         model = timm.create_model(name)
-        macs = count_macs(model, _images(model, 1))
-        kept = activation_bytes(model, _images(model, 2)) / 2  # one is too few for some norms
+        size = resolve_model_data_config(model)["input_size"]
+        macs = count_macs(model, torch.zeros(1, *size))
+        kept = activation_bytes(model, torch.zeros(2, *size)) / 2  # one is too few for some norms
     weights = timm.list_models(name, pretrained=True)
     cfgs = map(timm.get_pretrained_cfg, weights)
     return ModelRow(
@@ -125,44 +118,11 @@ def measure(name: str) -> ModelRow:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=macs,
         activation_bytes=round(kept),
-        input_size=tuple(resolve_model_data_config(model)["input_size"]),
+        input_size=tuple(size),
         tags=tuple(tagged.partition(".")[2] or "untagged" for tagged in weights),
         licences=tuple(getattr(cfg, "license", None) or "not stated" for cfg in cfgs),
         reference=name == REFERENCE,
     )
-
-
-def _images(model: Any, batch: int) -> Tensor:
-    size = resolve_model_data_config(model)["input_size"]
-    return torch.zeros(batch, *size, device=next(model.parameters()).device)
-
-
-def count_macs(model: nn.Module, x: Tensor) -> int:
-    """Multiply-accumulates for the images x [b, c, h, w]; leaves the model in evaluation mode."""
-    counter = FlopCounterMode(display=False)
-    # Fused self-attention on the CPU and our backends are unknown to the counter.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), use_backend("portable"), counter:
-        model.eval()(x)
-    return counter.get_total_flops() // 2
-
-
-def activation_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps after the forward pass of the images x [b, c, h, w].
-
-    Each storage counts once and as a whole; those of parameters and buffers do not. Leaves the
-    model in training mode.
-    """
-    own = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers()]]
-    kept: list[torch.UntypedStorage] = []  # alive, so that no id is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.untyped_storage())
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model.train()(x)
-    sizes = {id(storage): storage.nbytes() for storage in kept}
-    return sum(sizes[key] for key in sizes.keys() - set(map(id, own)))
 
 
 def markdown(rows: Sequence[ModelRow]) -> str:

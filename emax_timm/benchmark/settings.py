@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from ..tables import heading, row
 from ..training.config import UsageError
-from .modules import PASSES, cpp_serves
-from .tables import heading, row
+from .layers import PASSES, cpp_serves
 from .timing import Measured, described, digits
 
 __all__ = ["measure_settings", "report_settings"]

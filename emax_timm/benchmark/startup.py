@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .models import BASES, check_networks
-from .tables import heading, row
+from ..tables import heading, row
+from .bounds import verdict
+from .networks import BASES, check_networks
 from .timing import Measured, described, machine, measured, milliseconds
 
 __all__ = ["BASES", "measure_startup", "report_startup"]
@@ -74,17 +75,15 @@ def report_startup(found: dict[str, Any]) -> str:
     lines += [row([f"create {name}", milliseconds(Measured(*t))]) for name, t in creations.items()]
     added = Measured(*imports[OURS]).median - Measured(*imports[THEIRS]).median
     lines += ["", *heading(["bound", "at most", "", ""])]
-    lines.append(_verdict(f"import {OURS} - import {THEIRS}, seconds", IMPORT, added))
+    name = f"import {OURS} - import {THEIRS}, seconds"
+    lines.append(verdict(name, IMPORT, [added], added <= IMPORT))
     for base, twin in zip(*[iter(creations)] * 2, strict=True):
         ratio = Measured(*creations[twin]).median / Measured(*creations[base]).median
-        lines.append(_verdict(f"create {twin} / create {base}", CREATION, ratio))
+        name = f"create {twin} / create {base}"
+        lines.append(verdict(name, CREATION, [ratio], ratio <= CREATION))
     lines += [
         "",
         f"Medians of {found['rounds']} interleaved rounds of fresh processes, quartiles in "
         f"brackets; imports are measured once for each model. {described(found['machine'])}.",
     ]
     return "\n".join(lines)
-
-
-def _verdict(name: str, bound: float, value: float) -> str:
-    return row([name, f"{bound:.2f}", f"{value:.2f}", "holds" if value <= bound else "missed"])

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .tables import heading, row
+from ..tables import heading, row
 from .timing import Measured, described, machine, measured, milliseconds
 
 __all__ = ["measure_threads", "report_threads"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import timm
 import torch
 
-from .. import __version__
+from ..version import __version__
 
 __all__ = [
     "Measured",

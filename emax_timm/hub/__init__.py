@@ -1,10 +1,10 @@
 """Taking models elsewhere: releases on the Hugging Face Hub, and files that run without us."""
 
+from ..models.export_check import Check, ExportError
+from ..models.export_file import ExportReport, export_model
 from .export import export
-from .exporter import ExportReport, export_model
 from .predict import Prediction, predict, predictions
 from .publish import publish
-from .verify import Check, ExportError
 
 __all__ = [
     "Check",

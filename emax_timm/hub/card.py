@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..training.options import TrainConfig
+from ..training.config import TrainConfig
 
 __all__ = ["CardFacts", "model_card"]
 

@@ -7,11 +7,10 @@ from typing import Any
 
 from timm.models._features import FeatureGetterNet
 
+from ..models.export_file import FORMATS, check_target, export_model
 from ..runner import command
-from ..training.config import UsageError, from_mapping, parse_settings
-from ..training.models import load_model
-from ..training.options import option
-from .exporter import FORMATS, check_target, export_model
+from ..training.config import UsageError, from_mapping, option, parse_settings
+from ..training.loading import load_model
 
 __all__ = ["ExportConfig", "export"]
 

@@ -10,11 +10,12 @@ import timm
 from huggingface_hub import hf_hub_download
 
 from ..files import SUMS, read_sums, sha256_of
+from ..models.download import fetch, locate
 from ..models.hub_errors import hub_problem
-from ..models.weights import INDEX, PICKLES, WEIGHTS, fetch, locate, safe_name
+from ..models.weights_index import INDEX, PICKLES, WEIGHTS, safe_name
 from ..training.checkpoint import MODEL_CONFIG, load_weights
 from ..training.config import UsageError, nearest
-from ..training.models import create_model
+from ..training.loading import create_model
 
 __all__ = ["check_folder", "verify_weights"]
 

@@ -1,24 +1,22 @@
 """The `emax predict` command."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from timm.data import create_transform, resolve_data_config
 
+from ..models.labels import class_namer
 from ..runner import command
-from ..training.checks import check_model
-from ..training.config import UsageError, from_mapping, parse_settings
-from ..training.images import BrokenImageError, open_image
-from ..training.models import create_model
-from ..training.options import option
+from ..training.config import AT_LEAST_1, UsageError, from_mapping, option, parse_settings
+from ..training.config.checks import check_model
+from ..training.data.decoding import BrokenImageError, open_image
+from ..training.loading import DEFAULT_MODEL, create_model
 
-__all__ = ["DEFAULT_MODEL", "Prediction", "class_namer", "predict", "predictions"]
-
-DEFAULT_MODEL = "test_resnet_emax.fashion_mnist"
+__all__ = ["Prediction", "predict", "predictions"]
 
 
 @dataclass
@@ -32,7 +30,7 @@ class PredictConfig:
         "hf-hub:ORG/NAME; the default knows ten kinds of clothes, light on a dark ground",
         "-m",
     )
-    top: int = option(3, "classes to name for each image", least=1)
+    top: int = option(3, "classes to name for each image", bounds=AT_LEAST_1)
     exif_orientation: bool = option(True, "turn images upright as their EXIF data say")
 
 
@@ -95,24 +93,3 @@ def predictions(
         best = values.topk(min(top, len(values)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         yield path, [Prediction(names(index), value) for index, value in pairs]
-
-
-def class_namer(model: Any) -> Callable[[int], str]:
-    """A function from a class's index to its name."""
-    cfg = model.pretrained_cfg
-    labels, described = cfg.get("label_names"), cfg.get("label_descriptions") or {}
-    if isinstance(labels, Mapping):
-        labels = {int(index): label for index, label in labels.items()}
-    elif labels:
-        labels = dict(enumerate(labels))
-    elif subset := infer_imagenet_subset(model):
-        info = ImageNetInfo(subset)
-        return lambda index: info.index_to_description(index).split(",")[0]
-    else:
-        labels = {}
-
-    def name(index: int) -> str:
-        label = str(labels.get(index, f"class {index}"))
-        return described.get(label, label)
-
-    return name

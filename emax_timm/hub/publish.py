@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from ..files import SUMS, lock_folder, remove, write_folder, writing_to
-from ..models.weights import INDEX_FILE, WEIGHTS, WeightsEntry, read_index, write_index
+from ..models.weights_index import INDEX_FILE, WEIGHTS, WeightsEntry, read_index, write_index
 from ..runner import command
-from ..training.config import UsageError, from_mapping, parse_settings
+from ..training.config import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    UsageError,
+    from_mapping,
+    option,
+    parse_settings,
+)
 from ..training.distributed import open_world
-from ..training.options import option
 from .integrity import check_folder
 from .release import Release, make_release
 from .upload import check_repo, upload
@@ -39,10 +45,10 @@ class PublishConfig:
     data_dir: str | None = option(None, "where the run's data are now")
     device: str = option("", "cpu, cuda, … (default: cuda if there is one, else cpu)")
     batch_size: int | None = option(
-        None, "images per forward pass (default: as the run)", "-b", least=1
+        None, "images per forward pass (default: as the run)", "-b", bounds=AT_LEAST_1
     )
     workers: int | None = option(
-        None, "processes that load images (default: as the run)", "-j", least=0
+        None, "processes that load images (default: as the run)", "-j", bounds=AT_LEAST_0
     )
 
 

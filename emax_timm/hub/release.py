@@ -7,24 +7,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import yaml
 from huggingface_hub import get_token
 from torch import Tensor
 
-from .. import __version__
-from ..benchmark.model_table import count_macs
 from ..files import SUMS, sha256_of
-from ..models.weights import WEIGHTS, WeightsEntry
+from ..models.cost import count_macs
+from ..models.weights_index import WEIGHTS, WeightsEntry
 from ..training import checkpoint
-from ..training.checks import model_arguments
-from ..training.config import UsageError
+from ..training.config import TrainConfig, UsageError, model_arguments
 from ..training.distributed import World
 from ..training.evaluate import Metrics
-from ..training.models import create_model
-from ..training.options import TrainConfig
+from ..training.loading import create_model
 from ..training.programs import read_run, validate_with
+from ..version import __version__
 from .card import CardFacts, model_card
 
 __all__ = ["Release", "make_release"]
@@ -118,7 +115,7 @@ def make_release(
         version=__version__,
     )
     files = {
-        WEIGHTS: _serialized(model.state_dict()),
+        WEIGHTS: checkpoint.serialized(model.state_dict()),
         checkpoint.MODEL_CONFIG: (json.dumps(described, indent=2) + "\n").encode(),
         checkpoint.CONFIG: _public(config).encode(),
         LOG: _read(run / LOG),
@@ -183,11 +180,6 @@ def _check_half(tensors: dict[str, Tensor], path: Path) -> None:
                 f"{path}: {name} has a value of {value.abs().max():.3g}, which float16 cannot hold "
                 f"(at most {HALF_MAX:.0f}); users run models in it"
             )
-
-
-def _serialized(tensors: dict[str, Tensor]) -> bytes:
-    whole = {name: value.detach().contiguous() for name, value in tensors.items()}
-    return safetensors.torch.save(whole, metadata={"format": "pt"})
 
 
 def _public(config: TrainConfig) -> str:

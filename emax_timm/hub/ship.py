@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import replace_file
-from ..models.weights import INDEX_FILE, WEIGHTS
+from ..models.weights_index import INDEX_FILE, WEIGHTS
 from ..training.config import UsageError
 from ..training.distributed import open_world
 from .publish import put_in_index

@@ -7,7 +7,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from ..models.hub_errors import hub_problem
-from ..models.weights import PICKLES
+from ..models.weights_index import PICKLES
 from ..training.config import UsageError
 
 __all__ = ["Published", "UploadError", "check_repo", "upload"]

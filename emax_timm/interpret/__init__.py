@@ -1,7 +1,7 @@
 """Seeing what a model attends to: its maps, figures of them, a report."""
 
-from .capture import GateMaps, attention_of, capture_attention
+from ..models.capture import GateMaps, attention_of, capture_attention
+from ..models.gradcam import grad_cam
 from .figures import visualize_attention
-from .gradcam import grad_cam
 
 __all__ = ["GateMaps", "attention_of", "capture_attention", "grad_cam", "visualize_attention"]

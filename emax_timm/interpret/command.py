@@ -11,17 +11,16 @@ from PIL import Image
 from timm.data import resolve_data_config
 
 from ..files import remove, write_folder, writing_to
-from ..hub.predict import DEFAULT_MODEL, class_namer
+from ..models.capture import capture_attention
+from ..models.gradcam import GRAD_CAM_NEEDED
+from ..models.labels import class_namer
 from ..runner import command
-from ..training.config import UsageError, from_mapping, parse_settings
-from ..training.images import BrokenImageError, open_image
-from ..training.models import load_model
-from ..training.options import option
-from ..training.runlog import LAYERS, read_rows
-from .capture import capture_attention
+from ..training.config import AT_LEAST_1, UsageError, from_mapping, option, parse_settings
+from ..training.data.decoding import BrokenImageError, open_image
+from ..training.journal import LAYERS, read_rows
+from ..training.loading import DEFAULT_MODEL, load_model
 from .contents import image_section, look, model_sections
 from .figures import NEEDED
-from .gradcam import GRAD_CAM_NEEDED
 from .images import Source, find_images, spread
 from .report import MEDIA_TYPES, page
 
@@ -46,15 +45,19 @@ class VisualizeConfig:
     output: str | None = option(None, "folder to make", metavar="DIR")
     checkpoint: str | None = option(None, "weights, a .safetensors file", metavar="FILE")
     pretrained: bool = option(True, "published weights, without --checkpoint")
-    num_classes: int | None = option(None, "number of classes (default: the model's)", least=1)
+    num_classes: int | None = option(
+        None, "number of classes (default: the model's)", bounds=AT_LEAST_1
+    )
     model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
     compare: list[str] = option(
         [], "models, with their weights, to show beside it", metavar="MODEL"
     )
     grad_cam: bool = option(True, "draw Grad-CAM beside the attention")
-    max_images: int = option(12, "images to draw, as many of each class; all are counted", least=1)
-    top: int = option(3, "classes to name for each image", least=1)
-    batch_size: int = option(32, "images to run at a time", "-b", least=1)
+    max_images: int = option(
+        12, "images to draw, as many of each class; all are counted", bounds=AT_LEAST_1
+    )
+    top: int = option(3, "classes to name for each image", bounds=AT_LEAST_1)
+    batch_size: int = option(32, "images to run at a time", "-b", bounds=AT_LEAST_1)
     format: str = option("png", "of the figures", choices=tuple(MEDIA_TYPES))
     exif_orientation: bool = option(True, "turn images upright as their EXIF data say")
     overwrite: bool = option(False, "replace an earlier report")

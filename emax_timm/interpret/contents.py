@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..attention import EMAX, EMAXMaps
-from .capture import Maps, attention_of, capture_attention
+from ..models.capture import Maps, attention_of, capture_attention
+from ..models.gradcam import grad_cam
 from .figures import (
     comparison_figure,
     figure_bytes,
@@ -24,7 +25,6 @@ from .figures import (
     spatial_figure,
     weights_figure,
 )
-from .gradcam import grad_cam
 from .images import Source
 from .report import Drawing, Section
 from .set_figures import choices_figure, course_figure, gates_figure

@@ -18,8 +18,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..attention import EMAXMaps
-from .capture import Maps, attention_of
-from .faithfulness import heatmap
+from ..models.capture import Maps, attention_of, heatmap
 
 __all__ = [
     "NEEDED",

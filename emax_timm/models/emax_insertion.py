@@ -17,9 +17,9 @@ from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookN
 from torch import Tensor, nn
 
 from ..attention import create_attention
+from .download import locate
 from .placement import chosen_stages, place_after_stages, place_in_blocks, stage_names
 from .registry import build_model, register, without_weights
-from .weights import locate
 
 __all__ = ["insert_attention"]
 

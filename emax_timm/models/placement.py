@@ -1,6 +1,12 @@
 """Insertion of attention into a CNN of timm: into the slots of its blocks, or after its stages.
 
 The existing parameters keep their names, so the weights of the baseline fit.
+
+There are two sets of names for the same choice. A model class has `attn_layer`, as timm's ResNet
+has, and `attn_stages`, because they stand among all its other arguments, and in the configurations
+and weights that users keep. `insert_attention` and "with_attention" are about nothing but the
+attention, and say `attention` and `stages`; they alone have `where`, for a model class always puts
+it into its blocks.
 """
 
 import functools

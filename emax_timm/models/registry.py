@@ -18,7 +18,9 @@ from timm.models import (
 from torch import nn
 
 from ..attention import ATTENTIONS
-from . import weights
+from .download import Located, locate
+from .warm_start import warm_start
+from .weights_index import INDEX, WeightsEntry
 
 __all__ = [
     "build_model",
@@ -69,10 +71,10 @@ def family_cfgs(backbones: Sequence[str], compared: Sequence[str]) -> dict[str, 
     for backbone in backbones:
         for name in system_names(backbone, compared):
             tagged = {}
-            for entry in weights.INDEX:
+            for entry in INDEX:
                 if entry.model == name:
                     tagged[f"{name}.{entry.tag}"] = _own_cfg(entry, backbone)
-            for entry in weights.INDEX:
+            for entry in INDEX:
                 baseline = get_pretrained_cfg(f"{entry.model}.{entry.tag}")
                 if entry.model == backbone and baseline is not None:
                     tagged[f"{name}.{entry.tag}_warm"] = dataclasses.replace(
@@ -88,7 +90,7 @@ def family_cfgs(backbones: Sequence[str], compared: Sequence[str]) -> dict[str, 
     return generate_default_cfgs(cfgs)  # pyright: ignore[reportArgumentType]
 
 
-def _own_cfg(entry: weights.WeightsEntry, backbone: str) -> PretrainedCfg:
+def _own_cfg(entry: WeightsEntry, backbone: str) -> PretrainedCfg:
     """Make the pretrained config of weights that were trained with this package."""
     baseline = get_pretrained_cfg(backbone) or PretrainedCfg()
     shipped = entry.repo is None
@@ -192,7 +194,7 @@ def build_model(
         # timm prefers a config's file, so the weights in this package would hide those asked for.
         overlay.setdefault("file", None)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay) if pretrained else None
-    located = None if cfg is None else weights.locate(cfg, cache_dir)
+    located = None if cfg is None else locate(cfg, cache_dir)
     if located is not None:
         # timm loads the file, so that it adapts the stem and the head.
         overlay |= {"file": str(located.path), "source": None, "state_dict": None}
@@ -200,7 +202,7 @@ def build_model(
     def filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         if pretrained_filter_fn is not None:
             state_dict = pretrained_filter_fn(state_dict, model)
-        return weights.warm_start(state_dict, model)
+        return warm_start(state_dict, model)
 
     model: Any = build_model_with_cfg(
         model_class,
@@ -221,7 +223,7 @@ def build_model(
     return model
 
 
-def _origin(name: str, located: weights.Located) -> tuple[int, str]:
+def _origin(name: str, located: Located) -> tuple[int, str]:
     """Make the log line, with its level, that says where the weights of a model come from."""
     checked = "verified" if located.verified else "unverified: no sha256 of them is pinned"
     if located.entry is None or located.entry.cfg is not None:

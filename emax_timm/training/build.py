@@ -26,23 +26,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint
-from .checks import check_config, model_arguments
-from .config import UsageError
+from .config import TrainConfig, UsageError, learning_rate, mixup_options, model_arguments
+from .config.checks import check_config
 from .data import (
     class_names,
     data_config_of,
     evaluation_loader,
     hold_out,
     image_mode,
-    mixup_options,
     open_split,
     same_classes,
     training_loader,
 )
 from .distributed import World
 from .evaluate import half_precision
-from .models import create_model
-from .options import TrainConfig
+from .loading import create_model
+from .resume import restore
 from .trainer import Trainer
 
 __all__ = ["build_trainer"]
@@ -99,7 +98,7 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
         classes=classes,
     )
     if saved is not None:
-        trainer.restore(saved)
+        restore(trainer, saved)
     return trainer
 
 
@@ -215,13 +214,6 @@ def _resolve(
     config: TrainConfig, data_config: dict[str, Any], num_classes: int, world: World
 ) -> TrainConfig:
     """The configuration with everything that was derived written down in it."""
-    lr = config.lr
-    if lr is None:
-        ratio = config.batch_size * world.size * config.grad_accum_steps / config.lr_base_size
-        adaptive = any(name in config.opt.lower() for name in ("ada", "lamb"))
-        if (config.lr_base_scale or ("sqrt" if adaptive else "linear")) == "sqrt":
-            ratio **= 0.5
-        lr = config.lr_base * ratio
     root = config.data_dir or config.data
     norm = {"bn_momentum": config.bn_momentum, "bn_eps": config.bn_eps}
     norm = {name: value for name, value in norm.items() if value is not None}
@@ -233,7 +225,7 @@ def _resolve(
         model_kwargs={**config.model_kwargs, **norm},
         bn_momentum=None,
         bn_eps=None,
-        lr=lr,
+        lr=learning_rate(config, world.size),
         num_classes=num_classes,
         data=None,
         data_dir=str(Path(root).absolute()) if root else None,

@@ -53,6 +53,7 @@ __all__ = [
     "save_best",
     "save_checkpoint",
     "save_model_config",
+    "serialized",
 ]
 
 CONFIG, MODEL_CONFIG = "config.yaml", "config.json"
@@ -71,7 +72,7 @@ class Checkpoint(NamedTuple):
 
 def save_best(model: nn.Module, folder: Path) -> None:
     """Write the model's weights as the best of the run in `folder`."""
-    content = _serialized(model.state_dict())
+    content = serialized(model.state_dict())
     new, old = sha256_of(content), _sums(folder).get(BEST, set())
     # While the file is replaced, both it and the one before are right.
     _write_sums(folder, {new, *old})
@@ -89,9 +90,9 @@ def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> None:
     name = f"epoch-{saved.state['epoch']:04}-step-{saved.state['step']:08}"
     buffer = io.BytesIO()
     torch.save(saved.state, buffer)
-    files = {WEIGHTS: _serialized(saved.model), STATE: buffer.getvalue()}
+    files = {WEIGHTS: serialized(saved.model), STATE: buffer.getvalue()}
     if saved.averaged is not None:
-        files[AVERAGED] = _serialized(saved.averaged)
+        files[AVERAGED] = serialized(saved.averaged)
     sums = "".join(f"{sha256_of(content)}  {file}\n" for file, content in files.items())
     path = folder / CHECKPOINTS / name
     path.parent.mkdir(exist_ok=True)
@@ -213,7 +214,8 @@ def _sums(folder: Path) -> dict[str, set[str]]:
         raise UsageError(str(error)) from None
 
 
-def _serialized(tensors: dict[str, Tensor]) -> bytes:
+def serialized(tensors: dict[str, Tensor]) -> bytes:
+    """The content of a safetensors file; the same tensors give the same bytes."""
     whole = {name: value.detach().contiguous() for name, value in tensors.items()}
     return safetensors.torch.save(whole, metadata={"format": "pt"})
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..files import replace_file
 from ..runner import command
 from .config import Parser, UsageError
-from .runlog import LAYERS, LOG, read_rows
+from .journal import LAYERS, LOG, read_rows
 
 __all__ = ["curves", "draw_curves"]
 

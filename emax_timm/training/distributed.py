@@ -10,12 +10,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from timm.utils import ModelEmaV3, distribute_bn
 from timm.utils.distributed import is_distributed_env, world_info_from_env
+from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
-from .config import UsageError
+from .config import TrainConfig, UsageError
 
-__all__ = ["RankError", "World", "open_world"]
+__all__ = ["RankError", "World", "open_world", "share_statistics"]
 
 
 class RankError(RuntimeError):
@@ -119,3 +121,15 @@ def _silent_ranks(store: dist.Store, rank: int, size: int, wait: float = 5.0) ->
         return [number for number in range(size) if not store.check([f"waited/{number}"])]
     except RuntimeError:  # the store has ended with the process that held it
         return []
+
+
+def share_statistics(
+    world: World, config: TrainConfig, model: nn.Module, averaged: ModelEmaV3 | None
+) -> None:
+    """Give the ranks the same batch norm statistics, as validation and checkpoints need."""
+    if world.size == 1 or config.sync_bn or not config.dist_bn:
+        return
+    distribute_bn(model, world.size, config.dist_bn == "reduce")
+    if averaged is not None:
+        # A checkpoint in mid-epoch holds those of rank 0 alone; so theirs are published.
+        distribute_bn(averaged, world.size, reduce=False)

@@ -1,5 +1,6 @@
 """Loss and accuracy of a model, every image counted once whatever the number of ranks."""
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .distributed import World
 
-__all__ = ["Metrics", "autocast", "evaluate", "half_precision"]
+__all__ = ["Metrics", "autocast", "evaluate", "half_precision", "improves"]
 
 
 class Metrics(NamedTuple):
@@ -22,6 +23,19 @@ class Metrics(NamedTuple):
 
     def __str__(self) -> str:
         return f"top1: {self.top1:.3f} top5: {self.top5:.3f}"
+
+
+def improves(new: Metrics, best: Metrics | None, name: str) -> bool:
+    """Whether new metrics are better than the best, by the one of that name; never if not finite.
+
+    The loss tells of logits that are not finite; an accuracy can be had from them.
+    """
+    value = getattr(new, name)
+    finite = math.isfinite(value) and math.isfinite(new.loss)
+    if best is None or not finite:
+        return finite
+    old = getattr(best, name)
+    return value < old if name == "loss" else value > old
 
 
 def autocast(world: World, amp: bool, amp_dtype: str) -> AbstractContextManager:

@@ -10,8 +10,16 @@ from typing import Any
 from ..runner import command
 from . import checkpoint
 from .build import build_trainer
-from .checks import check_model
-from .config import UsageError, from_mapping, layered, parse_settings, read_yaml
+from .config import (
+    TrainConfig,
+    UsageError,
+    ValidateConfig,
+    from_mapping,
+    layered,
+    parse_settings,
+    read_yaml,
+)
+from .config.checks import check_model
 from .data import (
     class_names,
     data_config_of,
@@ -23,9 +31,8 @@ from .data import (
 )
 from .distributed import World, open_world
 from .evaluate import Metrics, evaluate, half_precision
-from .models import create_model
-from .options import TrainConfig, ValidateConfig
-from .runlog import Progress
+from .loading import create_model
+from .progress import Progress
 from .signals import Stopped, catch_signals
 
 __all__ = ["read_run", "train", "validate", "validate_with"]

@@ -10,8 +10,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-__all__ = ["Stop", "Stopped", "catch_signals", "ignore_signals"]
+import torch
+
+from .distributed import World
+
+__all__ = ["Stop", "Stopped", "catch_signals", "ignore_signals", "until_signal"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -73,6 +78,23 @@ def _end_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
+
+
+def until_signal(loader: Any, world: World, stop: Stop) -> Iterator[Any]:
+    """The batches of a loader, until a signal; ranks agree on it before each (one all-reduce).
+
+    Their numbers of batches may differ by one.
+
+    Raises:
+        Stopped: On every rank, if any has had a signal.
+    """
+    rounds = int(world.max(torch.tensor(len(loader), device=world.device)))
+    batches = iter(loader)
+    for _ in range(rounds):
+        if number := int(world.max(torch.tensor(stop.number, device=world.device))):
+            raise Stopped(number)
+        if (batch := next(batches, None)) is not None:
+            yield batch
 
 
 def ignore_signals(worker: int) -> None:

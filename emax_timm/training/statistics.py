@@ -10,16 +10,40 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import EMAX
+from .config import TrainConfig
+from .distributed import World
+from .evaluate import autocast
 
-__all__ = ["first_images", "has_emax", "layer_statistics", "scalars"]
+__all__ = ["LayerProbe", "first_images", "layer_statistics", "scalars"]
 
 # A gate is saturated below the first and above the second value.
 SATURATION = (0.05, 0.95)
 
 
-def has_emax(model: nn.Module) -> bool:
-    """Whether the model has a layer to measure."""
-    return any(isinstance(module, EMAX) for module in model.modules())
+class LayerProbe:
+    """Measures a run's EMAX layers on the same images in every epoch, those that come first.
+
+    Args:
+        config: Of the run.
+        world: Where it is.
+        loader: That of its validation images; None measures nothing.
+    """
+
+    def __init__(self, config: TrainConfig, world: World, loader: Any) -> None:
+        self.config, self.world, self.loader = config, world, loader
+        self._images: Tensor | None = None
+
+    def measure(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """`layer_statistics` of the model; empty without images or EMAX layers."""
+        if self.loader is None or not any(isinstance(m, EMAX) for m in model.modules()):
+            return {}
+        if self._images is None:
+            images = first_images(self.loader).to(self.world.device)
+            if self.config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            self._images = images
+        with autocast(self.world, bool(self.config.amp), self.config.amp_dtype):
+            return layer_statistics(model, self._images)
 
 
 def first_images(loader: Any, count: int = 32) -> Tensor:

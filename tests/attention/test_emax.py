@@ -13,7 +13,7 @@ from graph_contract import assert_equal_on_all_sizes
 from torch import nn
 
 from emax_timm.attention import EMAX, set_grouping
-from emax_timm.benchmark.modules import saved_bytes
+from emax_timm.benchmark.layers import saved_bytes
 
 
 @pytest.fixture

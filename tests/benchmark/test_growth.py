@@ -10,7 +10,7 @@ import pytest
 
 from emax_timm.benchmark.command import benchmark
 from emax_timm.benchmark.growth import exponent
-from emax_timm.benchmark.tables import marks
+from emax_timm.tables import marks
 
 SMALL = ["growth", "--shape", "2x16x4x6", "--factor", "4", "--steps", "1", "--rounds", "1"]
 

@@ -13,8 +13,9 @@ from tiers import mostly_slow
 from torch import nn
 
 from emax_timm.benchmark import ModelRow, list_models, markdown, measure, model_names, model_table
-from emax_timm.benchmark.tables import marks
-from emax_timm.training.config import UsageError
+from emax_timm.errors import UsageError
+from emax_timm.models.cost import activation_bytes, count_macs
+from emax_timm.tables import marks
 
 BEGIN, END = marks(model_table.MARK)
 FILE = f"# Models\n\n{BEGIN}\nold\n{END}\n\nMore.\n"
@@ -38,15 +39,6 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def small_net() -> nn.Sequential:
-    """Three layers on [b, 3, h, w]."""
-    return nn.Sequential(
-        nn.Conv2d(3, 8, kernel_size=3, stride=2, padding=1),
-        nn.Sigmoid(),
-        nn.Conv2d(8, 16, kernel_size=3, padding=1, groups=4, bias=False),
-    )
-
-
 def allocated_bytes(model: nn.Module, x: torch.Tensor) -> int:
     """What a forward pass on the CPU leaves allocated, told by the allocator, less its output."""
     model.train()
@@ -54,50 +46,6 @@ def allocated_bytes(model: nn.Module, x: torch.Tensor) -> int:
         y = model(x)
     left = sum(event.self_cpu_memory_usage for event in profile.key_averages())
     return left - y.untyped_storage().nbytes()
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_macs_are_those_of_the_formula(device: str) -> None:
-    x = torch.zeros(1, 3, 20, 12, device=device)
-    pixels = 10 * 6
-    expected = pixels * 8 * 3 * 9 + pixels * 16 * (8 // 4) * 9
-    assert model_table.count_macs(small_net().to(device), x) == expected
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_activations_are_those_of_the_formula(device: str) -> None:
-    x = torch.zeros(5, 3, 20, 12, device=device)
-    # The image for the first convolution; the sigmoid's output, for itself and the second one.
-    expected = 4 * 5 * (3 * 20 * 12 + 8 * 10 * 6)
-    assert model_table.activation_bytes(small_net().to(device), x) == expected
-    with torch.no_grad():
-        assert model_table.activation_bytes(small_net().to(device), x) == expected
-
-
-def test_activations_count_a_storage_once_and_no_parameters() -> None:
-    class Net(nn.Module):
-        constant: torch.Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(2, 3))
-            self.register_buffer("constant", torch.ones(3))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = x * self.weight[0]  # keeps x and a view of the weight
-            y = y * self.constant  # keeps the buffer
-            return y[:, :1] * y[:, 1:2]  # keeps two views of y
-
-    x = torch.zeros(7, 3)
-    assert model_table.activation_bytes(Net(), x) == 2 * x.nbytes
-
-
-def test_macs_are_of_evaluation_and_activations_of_training() -> None:
-    net, x = nn.Sequential(small_net(), nn.Dropout()), torch.zeros(1, 3, 20, 12)
-    assert model_table.activation_bytes(net, x) > model_table.activation_bytes(small_net(), x)
-    assert net.training
-    model_table.count_macs(net, x)
-    assert not net.training
 
 
 def test_figures_of_resnet50_are_the_known_ones() -> None:
@@ -121,8 +69,8 @@ def test_swin_is_measured_as_its_authors_state_it() -> None:
 def test_figures_agree_with_a_real_run_and_with_the_allocator(name: str) -> None:
     row = measure(name)
     model, x = timm.create_model(name), torch.randn(2, *row.input_size)
-    assert row.macs == model_table.count_macs(model, x[:1])
-    kept = model_table.activation_bytes(model, x)
+    assert row.macs == count_macs(model, x[:1])
+    kept = activation_bytes(model, x)
     # What does not grow with the batch, as batch norms' statistics, is shared by 2 and by 64.
     assert row.activation_bytes == pytest.approx(kept / 2, rel=0.01)
     # The allocator knows not of the image, and rounds.

@@ -27,7 +27,7 @@ CONFIG = {
 LOAD = """
 import json, sys, timm, emax_timm
 from concurrent.futures import ThreadPoolExecutor
-from emax_timm.training.models import create_model
+from emax_timm.training.loading import create_model
 
 def of_config(name):
     overlay = {"hf_hub_id": name, "num_classes": 3, "input_size": (3, 32, 32)}
@@ -227,12 +227,12 @@ def test_unreachable_hub_without_a_cache(tmp_path: Path) -> None:
 
 LISTED = """
 import dataclasses, sys
-from emax_timm.models import weights
-entry = weights.WeightsEntry(
+from emax_timm.models import weights_index
+entry = weights_index.WeightsEntry(
     "test_resnet_emax", "x", "me/model", "model.safetensors", sys.argv[1], sys.argv[2], "mit",
     cfg={"num_classes": 3},
 )
-weights.INDEX.append(entry)
+weights_index.INDEX.append(entry)
 """
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from emax_timm.attention import EMAX
 from emax_timm.hub import ExportError, export, export_model
-from emax_timm.hub.verify import verify
+from emax_timm.models.export_check import verify
 from emax_timm.training import checkpoint
 
 SLOW = pytest.mark.slow

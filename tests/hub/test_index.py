@@ -10,8 +10,8 @@ from training_testing import only_line
 
 import emax_timm  # noqa: F401  (registers the models)
 from emax_cli import main
-from emax_timm.models import weights
-from emax_timm.models.weights import INDEX_FILE, WeightsEntry, read_index, write_index
+from emax_timm.models import weights_index
+from emax_timm.models.weights_index import INDEX_FILE, WeightsEntry, read_index, write_index
 
 KNOWN = {
     **{"model": "m", "tag": "t", "repo": "a/b", "file": "model.safetensors"},
@@ -110,8 +110,8 @@ def test_tags_are_those_of_the_index() -> None:
         for module in ("emax_resnet", "emax_convnext", "emax_mobilenet")
         for name in timm.list_models(module=module, pretrained=True)
     }
-    twins = {entry.name for entry in weights.INDEX if entry.cfg is None}
-    own = {entry.name for entry in weights.INDEX if entry.cfg is not None}
+    twins = {entry.name for entry in weights_index.INDEX if entry.cfg is None}
+    own = {entry.name for entry in weights_index.INDEX if entry.cfg is not None}
     for tag in tags - own:
         model, _, twin_tag = tag.partition(".")
         assert f"{model.rpartition('_')[0]}.{twin_tag.removesuffix('_warm')}" in twins

@@ -15,7 +15,7 @@ from training_testing import only_line
 from emax_cli import main
 from emax_timm.hub.predict import predictions
 from emax_timm.training.data import SAMPLES
-from emax_timm.training.images import BrokenImageError
+from emax_timm.training.data.decoding import BrokenImageError
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from training_testing import files_in, only_line
 from emax_timm.files import sha256_of
 from emax_timm.hub import ship as shipping
 from emax_timm.hub.ship import ship
-from emax_timm.models.weights import read_index
+from emax_timm.models.weights_index import read_index
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from torch import Tensor
 import emax_timm
 from emax_timm import EMAX, EMAXMaps, visualize_attention
 from emax_timm.interpret import GateMaps, attention_of
-from emax_timm.interpret.faithfulness import heatmap
 from emax_timm.interpret.figures import (
     comparison_figure,
     contrasting_groups,
@@ -27,6 +26,7 @@ from emax_timm.interpret.figures import (
     weights_figure,
 )
 from emax_timm.interpret.set_figures import choices_figure, course_figure, gates_figure
+from emax_timm.models.capture import heatmap
 
 
 @pytest.fixture(scope="module")

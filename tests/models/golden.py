@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor
 
-from emax_timm.models.weights import INDEX
+from emax_timm.models.weights_index import INDEX
 from emax_timm.training import TrainConfig
 from emax_timm.training.data import open_split
 

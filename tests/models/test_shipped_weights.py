@@ -14,8 +14,8 @@ from training_testing import only_line
 
 import emax_timm
 from emax_cli import main
-from emax_timm.models import weights
-from emax_timm.models.weights import INDEX
+from emax_timm.models import weights_index
+from emax_timm.models.weights_index import INDEX
 from emax_timm.training import validate
 
 ENTRIES = {entry.name: entry for entry in INDEX if entry.repo is None}
@@ -98,7 +98,7 @@ def test_changed_file_is_refused(
     content = bytearray(entry.path.read_bytes())
     content[-1] ^= 1
     copy.write_bytes(content)
-    monkeypatch.setattr(weights, "INDEX_FILE", tmp_path / "weights.json")
+    monkeypatch.setattr(weights_index, "INDEX_FILE", tmp_path / "weights.json")
     cfg = timm.get_pretrained_cfg(entry.name)
     assert cfg is not None
     monkeypatch.setattr(cfg, "file", str(copy))
@@ -127,6 +127,6 @@ def test_prediction_out_of_the_box(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_metrics_in_the_index_are_of_a_test_split() -> None:
-    for entry in json.loads(weights.INDEX_FILE.read_text()):
+    for entry in json.loads(weights_index.INDEX_FILE.read_text()):
         if entry["repo"] is None:
             assert {"validation_top1", "test_top1"} <= entry["metrics"].keys()

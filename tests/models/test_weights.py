@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import emax_timm  # noqa: F401  (registers the models)
 from emax_cli import main
-from emax_timm.models import weights
+from emax_timm.models import weights_index
 
 TWINS = {
     "resnet18": "a1_in1k",
@@ -148,11 +148,11 @@ def test_warm_start_offline_without_a_cache(tmp_path: Path) -> None:
 PINNED = (
     """
 import dataclasses, sys, timm, emax_timm, logging
-from emax_timm.models import weights
+from emax_timm.models import weights_index
 logging.basicConfig(format="%(message)s")
 revision, sha256 = sys.argv[1:]
-weights.INDEX[:] = [
-    dataclasses.replace(entry, revision=revision, sha256=sha256) for entry in weights.INDEX
+weights_index.INDEX[:] = [
+    dataclasses.replace(entry, revision=revision, sha256=sha256) for entry in weights_index.INDEX
 ]
 """
     + LOAD
@@ -257,7 +257,7 @@ def test_weights_without_counters_of_batches_load(twins: dict[str, Path], tmp_pa
 
 
 def test_index_names_the_twins_own_weights() -> None:
-    twins = [entry for entry in weights.INDEX if entry.cfg is None]
+    twins = [entry for entry in weights_index.INDEX if entry.cfg is None]
     assert len(twins) == 21
     for entry in twins:
         cfg = timm.models.get_pretrained_cfg(f"{entry.model}.{entry.tag}")

@@ -16,7 +16,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 from emax_timm.attention import EMA, EMAX, set_grouping
-from emax_timm.benchmark.modules import SHAPES, saved_bytes
+from emax_timm.benchmark.layers import SHAPES, saved_bytes
 from emax_timm.ops import dispatch, reference
 
 FORMATS = pytest.mark.parametrize(

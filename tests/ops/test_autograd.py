@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from emax_timm.attention import EMA, EMAX, set_grouping
-from emax_timm.benchmark.modules import saved_bytes
+from emax_timm.benchmark.layers import saved_bytes
 from emax_timm.ops.dispatch import draw_noise
 from emax_timm.ops.portable.forward import emax_plain
 

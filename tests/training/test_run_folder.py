@@ -37,8 +37,8 @@ from emax_timm.training.checkpoint import (
 )
 from emax_timm.training.config import from_mapping, read_yaml
 from emax_timm.training.distributed import World
+from emax_timm.training.journal import RunLog, read_rows
 from emax_timm.training.programs import validate_with
-from emax_timm.training.runlog import RunLog, read_rows
 from emax_timm.training.trainer import Trainer
 
 CPU = World(torch.device("cpu"))

@@ -17,7 +17,7 @@ from training_testing import MakeTrainer, same_tensors, state_of
 from emax_timm.attention import EMAX
 from emax_timm.models import insert_attention
 from emax_timm.ops import reference
-from emax_timm.training import trainer as trainer_module
+from emax_timm.training import statistics
 from emax_timm.training.statistics import first_images, layer_statistics, scalars
 
 
@@ -228,8 +228,8 @@ def test_statistics_do_not_change_the_run(
     states = []
     for name in ("with", "without"):
         if name == "without":
-            monkeypatch.setattr(trainer_module, "layer_statistics", lambda *_: {})
-            monkeypatch.setattr(trainer_module, "first_images", lambda _: torch.zeros(1))
+            monkeypatch.setattr(statistics, "layer_statistics", lambda *_: {})
+            monkeypatch.setattr(statistics, "first_images", lambda _: torch.zeros(1))
         trainer = trainer_for(name, **options)
         trainer.run()
         state = state_of(trainer.folder)

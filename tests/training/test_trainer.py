@@ -17,7 +17,9 @@ from emax_timm import EMAX
 from emax_timm.training import train
 from emax_timm.training.distributed import World
 from emax_timm.training.evaluate import Metrics, evaluate
-from emax_timm.training.trainer import BadStepError, Trainer, grouping_course
+from emax_timm.training.grouping import grouping_course
+from emax_timm.training.guard import BadStepError
+from emax_timm.training.trainer import Trainer
 
 CPU = World(torch.device("cpu"))
 

@@ -1,0 +1,266 @@
+"""`emax benchmark models`: what attention costs whole networks, against their plain twins."""
+
+import math
+import multiprocessing
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..tables import heading, row
+from ..training.config import UsageError, nearest
+from .bounds import Bound, verdict
+from .layers import available, computed, differ_in_groups
+from .timing import Measured, described, interleaved, machine, milliseconds
+
+__all__ = [
+    "BASES",
+    "NETWORKS",
+    "SYSTEMS",
+    "Setting",
+    "check_networks",
+    "inference",
+    "make_network",
+    "measure_models",
+    "random_images",
+    "report_models",
+]
+
+BASES = ["resnet50", "convnext_tiny"]
+INFERENCE, STEP, PEAK = "inference", "training step", "peak memory"
+UNITS = {INFERENCE: "ms", STEP: "ms", PEAK: "MB"}
+# The networks by what their names end in. The compared attentions without this package's gate.
+NETWORKS = {"plain": "", "SE": "_se", "CBAM": "_cbam", "EMA": "_ema", "EMAX": "_emax"}
+SYSTEMS = [*NETWORKS, "EMAX, C++", "plain, compiled", "SE, compiled", "EMAX, compiled"]
+
+
+class Setting(NamedTuple):
+    """What networks are measured with."""
+
+    batch: int
+    size: int
+    """Height and width."""
+    device: torch.device
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+
+
+# For every network.
+BOUNDS = [
+    Bound(INFERENCE, "EMAX, C++", "plain", 1.1),
+    Bound(INFERENCE, "EMAX, compiled", "plain, compiled", 1.2),
+    Bound(STEP, "EMAX, C++", "SE", 1.15),
+    Bound(PEAK, "EMAX, C++", "SE", 1.05),
+]
+
+
+def measure_models(
+    bases: Sequence[str],
+    setting: Setting,
+    rounds: int,
+    systems: Sequence[str] | None = None,
+    training: bool = True,
+) -> dict[str, Any]:
+    """Time inference and a training step of each network, and find the peak memory of the latter.
+
+    The peak is that of a process that does nothing else, on a GPU that of its allocations; it is
+    not measured of compiled networks, whose compiler would be measured.
+
+    Args:
+        bases: Names of plain networks, of which there are variants with attention.
+        setting: What with.
+        rounds: How often each time is measured.
+        systems: Of `SYSTEMS`; None for all that can be had.
+        training: Measure a training step and its peak memory too.
+
+    Returns:
+        `models[base][system]` with `inference` and `training step`, seconds as in `Measured`, and
+        `peak memory`, bytes; None for what was not measured.
+
+    Raises:
+        BackendError: If C++ is asked for, but is not built.
+        UsageError: If there is no such network.
+    """
+    if systems is None:
+        systems = available(SYSTEMS, setting.device, setting.dtype)
+    check_networks(bases, systems)
+    models: dict[str, Any] = {}
+    for base in bases:
+        torch.compiler.reset()
+        measurable = [system for system in systems if training and "compiled" not in system]
+        peaks = {
+            system: _peak_of_a_process(base, system, setting)
+            for system in tqdm(measurable, f"{base}, {PEAK}", leave=False, disable=None)
+        }
+        networks = {system: make_network(base, system, setting) for system in systems}
+        times: dict[str, dict[str, Measured]] = {}
+        for what, make in ((INFERENCE, inference), (STEP, _training_step))[: 1 + training]:
+            calls = {
+                system: computed(system, make(network, setting))
+                for system, network in networks.items()
+            }
+            times[what] = interleaved(calls, rounds, setting.device)
+        models[base] = {
+            system: {
+                INFERENCE: times[INFERENCE][system],
+                STEP: times[STEP][system] if training else None,
+                PEAK: peaks.get(system),
+            }
+            for system in systems
+        }
+    return {
+        "machine": machine(setting.device),
+        "batch": setting.batch,
+        "size": setting.size,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "memory_format": str(setting.memory_format).removeprefix("torch."),
+        "rounds": rounds,
+        "models": models,
+    }
+
+
+def check_networks(bases: Sequence[str], systems: Sequence[str]) -> None:
+    """Raise UsageError, with the nearest name, if one of the networks does not exist."""
+    names = [base + NETWORKS[system.partition(", ")[0]] for base in bases for system in systems]
+    for name in names:
+        if not timm.is_model(name):
+            spelt = nearest(name, timm.list_models())
+            raise UsageError(f"there is no model {name}; the nearest name is {spelt}")
+
+
+def make_network(base: str, system: str, setting: Setting) -> nn.Module:
+    """The network that a system makes of a plain one, in training mode."""
+    name, _, way = system.partition(", ")
+    compared = name not in ("plain", "EMAX")
+    options: dict[str, Any] = {"attn_kwargs": {"gate_init": None}} if compared else {}
+    network: Any = timm.create_model(base + NETWORKS[name], **options)
+    differ_in_groups(network)
+    network = network.to(setting.device, setting.dtype, memory_format=setting.memory_format)
+    if way == "compiled":
+        network = torch.compile(network, dynamic=False)
+    return network
+
+
+def random_images(setting: Setting) -> Tensor:
+    """Normal numbers, [b, 3, h, w]."""
+    images = torch.randn(setting.batch, 3, setting.size, setting.size, dtype=setting.dtype)
+    return images.to(setting.device, memory_format=setting.memory_format)
+
+
+def inference(network: nn.Module, setting: Setting) -> Callable[[], Any]:
+    """A call of the network in evaluation."""
+    images = random_images(setting)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return network.eval()(images)
+
+    return call
+
+
+def _training_step(network: nn.Module, setting: Setting) -> Callable[[], Any]:
+    images = random_images(setting)
+    labels = torch.arange(setting.batch, device=setting.device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
+
+    def call() -> None:
+        loss = F.cross_entropy(network.train()(images).float(), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+def _peak_of_a_process(base: str, system: str, setting: Setting) -> int:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (base, system, setting))
+
+
+def _peak(base: str, system: str, setting: Setting) -> int:
+    """Bytes, of this process so far, once it has trained for three steps."""
+    network = make_network(base, system, setting)
+    step = computed(system, _training_step(network, setting))
+    for _ in range(3):
+        step()
+    if setting.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(setting.device)
+    # getrusage's peak begins with that of the parent process.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    try:
+        import resource
+    except ImportError:
+        raise RuntimeError("this system does not tell the peak memory of a process") from None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def report_models(found: dict[str, Any]) -> str:
+    """What `measure_models` has found, as Markdown."""
+    lines: list[str] = []
+    for base, systems in found["models"].items():
+        peers = [peer for peer in ("plain", "SE", "plain, compiled") if peer in systems]
+        head = [base]
+        measured = [
+            what
+            for what in (INFERENCE, STEP, PEAK)
+            if any(figures[what] is not None for figures in systems.values())
+        ]
+        for what in measured:
+            head += [f"{what}, {UNITS[what]}", *(f"/ {peer}" for peer in peers)]
+        lines += heading(head)
+        for system, figures in systems.items():
+            cells = [system]
+            for what in measured:
+                cells.append(_cell(figures[what]))
+                ratios = (_ratio(figures[what], systems[peer][what]) for peer in peers)
+                cells += ["-" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios]
+            lines.append(row(cells))
+        lines.append("")
+    held = [
+        verdict(str(bound), bound.ratio, ratios, max(ratios) <= bound.ratio)
+        for bound in BOUNDS
+        if (ratios := _ratios(bound, found["models"]))
+    ]
+    if held:
+        lines += [*heading(["bound", "at most", *found["models"], ""]), *held, ""]
+    lines.append(
+        f"Batch {found['batch']}, {found['size']} x {found['size']}. Medians of {found['rounds']} "
+        f"interleaved rounds, quartiles in brackets. {found['dtype']}, {found['memory_format']}; "
+        f"{described(found['machine'])}."
+    )
+    return "\n".join(lines)
+
+
+def _ratios(bound: Bound, models: dict[str, Any]) -> list[float]:
+    """What the bound is about, of each network; empty if one of them lacks it."""
+    pairs = [(systems.get(bound.system), systems.get(bound.over)) for systems in models.values()]
+    ratios = [
+        _ratio(ours[bound.what], theirs[bound.what]) for ours, theirs in pairs if ours and theirs
+    ]
+    if len(ratios) < len(models) or any(math.isnan(ratio) for ratio in ratios):
+        return []
+    return ratios
+
+
+def _ratio(ours: Any, theirs: Any) -> float:
+    if ours is None or theirs is None:
+        return math.nan
+    if isinstance(ours, int):
+        return ours / theirs
+    return Measured(*ours).median / Measured(*theirs).median
+
+
+def _cell(figure: Any) -> str:
+    if figure is None:
+        return "-"
+    return f"{figure / 1e6:.0f}" if isinstance(figure, int) else milliseconds(Measured(*figure))

@@ -1,0 +1,143 @@
+"""`emax benchmark onnx`: whole networks in ONNX Runtime, against their plain twins and PyTorch."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..models.export_file import check_target, export_model
+from ..tables import heading, row
+from ..training.config import UsageError
+from .layers import IN_CPP, computed, cpp_serves
+from .networks import NETWORKS, Setting, check_networks, inference, make_network, random_images
+from .timing import Measured, described, interleaved, machine, milliseconds
+
+__all__ = ["SYSTEMS", "measure_onnx", "report_onnx"]
+
+SYSTEMS = list(NETWORKS)
+EAGER, IN_CPP_TOO, ONNX = "PyTorch", "PyTorch, C++", "ONNX Runtime"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def measure_onnx(
+    bases: Sequence[str], setting: Setting, rounds: int, systems: Sequence[str] = tuple(SYSTEMS)
+) -> dict[str, Any]:
+    """Time inference of networks in ONNX Runtime, from the files that `emax export` writes.
+
+    Both have the same number of threads, and the images are on the device already.
+
+    Args:
+        bases: Names of plain networks, of which there are variants with attention.
+        setting: What with; float32 and contiguous.
+        rounds: How often each time is measured.
+        systems: Of `SYSTEMS`.
+
+    Returns:
+        `models[base][system][runtime]`, seconds as in `Measured`.
+
+    Raises:
+        ExportError: If a file does not compute what the network does.
+        UsageError: If there is no such network, a package is missing, or ONNX Runtime does not know
+            the device.
+    """
+    check_networks(bases, systems)
+    models: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "network.onnx")
+        check_target(file, None, overwrite=True)
+        version = _check_provider(setting.device)
+        for base in bases:
+            calls: dict[tuple[str, str], Callable[[], Any]] = {}
+            for system in tqdm(systems, f"{base}, export", leave=False, disable=None):
+                size = (3, setting.size, setting.size)
+                network = make_network(base, system, setting._replace(device=torch.device("cpu")))
+                export_model(network.eval(), file, input_size=size, overwrite=True)
+                calls[system, ONNX] = _session(file, random_images(setting))
+                call = inference(network.to(setting.device), setting)
+                calls[system, EAGER] = computed(EAGER, call)
+                if system in IN_CPP and cpp_serves(setting.device, setting.dtype):
+                    calls[system, IN_CPP_TOO] = computed(IN_CPP_TOO, call)
+            models[base] = {system: {} for system in systems}
+            for (system, runtime), times in interleaved(calls, rounds, setting.device).items():
+                models[base][system][runtime] = times
+    return {
+        "machine": {**machine(setting.device), "onnxruntime": version},
+        "batch": setting.batch,
+        "size": setting.size,
+        "rounds": rounds,
+        "models": models,
+    }
+
+
+def _check_provider(device: torch.device) -> str:
+    """The version of ONNX Runtime, if it computes on the device."""
+    import onnxruntime
+
+    there = onnxruntime.get_available_providers()
+    if PROVIDERS.get(device.type) not in there:
+        raise UsageError(f"this onnxruntime cannot use {device}; it has {', '.join(there)}")
+    return onnxruntime.__version__
+
+
+def _session(file: Path, images: Tensor) -> Callable[[], Any]:
+    import numpy
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would else go on waiting for work, and keep the next one's from theirs.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    device, number = images.device.type, images.device.index or 0
+    session = onnxruntime.InferenceSession(file, options, providers=[PROVIDERS[device]])
+    binding = session.io_binding()
+    binding.bind_output(session.get_outputs()[0].name, device, number)
+
+    def call() -> None:
+        name = session.get_inputs()[0].name
+        pointer = images.data_ptr()
+        binding.bind_input(name, device, number, numpy.float32, list(images.shape), pointer)
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return call
+
+
+def report_onnx(found: dict[str, Any]) -> str:
+    """What `measure_onnx` has found, as Markdown."""
+    lines: list[str] = []
+    for base, systems in found["models"].items():
+        runtimes = [
+            name
+            for name in (EAGER, IN_CPP_TOO, ONNX)
+            if any(name in times for times in systems.values())
+        ]
+        plain = systems.get("plain", {})
+        head = [base]
+        for runtime in runtimes:
+            head += [f"{runtime}, ms", *["/ plain"] * bool(plain)]
+        lines += heading([*head, f"{ONNX} / {EAGER}"])
+        for system, times in systems.items():
+            cells = [system]
+            for runtime in runtimes:
+                cells.append(milliseconds(Measured(*times[runtime])) if runtime in times else "-")
+                # A network without EMAX and EMA has no backend but PyTorch.
+                twin = plain.get(runtime, plain.get(EAGER))
+                if plain:
+                    cells.append(_ratio(times[runtime], twin) if runtime in times else "-")
+            lines.append(row([*cells, _ratio(times[ONNX], times[EAGER])]))
+        lines.append("")
+    lines.append(
+        f"Inference, batch {found['batch']}, {found['size']} x {found['size']}. Medians of "
+        f"{found['rounds']} interleaved rounds, quartiles in brackets. "
+        f"{described(found['machine'])}."
+    )
+    return "\n".join(lines)
+
+
+def _ratio(ours: Any, theirs: Any) -> str:
+    return f"{Measured(*ours).median / Measured(*theirs).median:.2f}"

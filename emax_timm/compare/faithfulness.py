@@ -1,0 +1,273 @@
+r"""Do attention maps show where the object is? Trains small networks, and rates their maps.
+
+    python -m emax_timm.compare.faithfulness --output runs/faithfulness \
+        --write docs/interpretability.md
+
+Each network classifies scenes that hold one item of Fashion-MNIST at a known place and scale, among
+fragments of others on a noisy canvas. Its maps are then rated on scenes of items that it has not
+seen (`compare.measures`): those of its attention, Grad-CAM and the size of the features after
+the same blocks, and baselines that know nothing of the network. What has been trained or rated is
+not repeated, so a run that was interrupted goes on.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from ..files import replace_file
+from ..models.capture import capture_attention, heatmap
+from ..models.gradcam import grad_cam
+from ..samples.scenes import GROUPS, MEAN, STD, Items, compose, load_items
+from ..tables import heading, marks, row, text_around, write_between
+from ..training.config import UsageError
+from .measures import area_under, insertion_deletion, pointing_game
+
+__all__ = [
+    "MEASURES",
+    "Scenes",
+    "faithfulness",
+    "faithfulness_parser",
+    "make_scenes",
+    "maps_of",
+    "rate",
+    "report",
+    "trained",
+]
+
+MARK = "faithfulness"
+_PROG = "python -m emax_timm.compare.faithfulness"
+ATTENTIONS = ("emax", "ema", "cbam")
+SIZE = 64
+BATCH = 64
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+TEST_SEED = 10_000  # of the scenes that all networks are rated on
+# What stands over a measure's table, and the digits of its figures.
+MEASURES = {
+    "pointing": ("pointing game, hits (%)", 1),
+    "insertion": ("insertion, area under the curve (more is better)", 3),
+    "deletion": ("deletion, area under the curve (less is better)", 3),
+}
+
+
+class Scenes(NamedTuple):
+    """Images [n, 1, s, s], normalised; their items' classes [n]; and where these are [n, s, s]."""
+
+    images: Tensor
+    labels: Tensor
+    masks: Tensor
+
+
+def make_scenes(items: Items, count: int, seed: int) -> Scenes:
+    """Scenes of one whole item each, among fragments."""
+    random = np.random.default_rng(seed)
+    made = [
+        compose(items, random, SIZE, count=(1, 1), side=(20, 36), clutter=12) for _ in range(count)
+    ]
+    return Scenes(
+        (torch.stack([scene.image for scene in made]) - MEAN) / STD,
+        torch.cat([scene.groups for scene in made]) - 1,
+        torch.stack([scene.instances > 0 for scene in made]),
+    )
+
+
+def build(attention: str) -> nn.Module:
+    """A network with the attention in each of its four blocks, on maps of 16, 8, 8 and 8 pixels."""
+    return timm.create_model(
+        "test_resnet_emax",
+        attn_layer=attention,
+        in_chans=1,
+        num_classes=len(GROUPS),
+        output_stride=8,
+    )
+
+
+def train(model: nn.Module, scenes: Scenes, steps: int, seed: int) -> None:
+    """Train on the scenes and their mirror images, in an order that follows from the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    model.train()
+    for _ in tqdm(range(steps), leave=False, disable=None):
+        chosen = torch.randint(len(scenes.labels), (BATCH,), generator=generator)
+        images = scenes.images[chosen]
+        if torch.rand((), generator=generator) < 0.5:
+            images = images.flip(3)
+        loss = cross_entropy(model(images), scenes.labels[chosen], label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def run_name(attention: str, seed: int, steps: int, scenes: int) -> str:
+    """Of a trained network's file: all that it is a function of."""
+    return f"{attention}-seed{seed}-{steps}x{BATCH}-of-{scenes}"
+
+
+def trained(attention: str, seed: int, steps: int, scenes: int, folder: Path) -> nn.Module:
+    """A trained network in evaluation mode; if the folder has its weights, they are read.
+
+    Args:
+        attention: One of `ATTENTIONS`.
+        seed: Of the first weights, the scenes and their order.
+        steps: Of training.
+        scenes: To train on.
+        folder: Where the weights are kept.
+    """
+    torch.manual_seed(seed)
+    model = build(attention)
+    path = folder / f"{run_name(attention, seed, steps, scenes)}.safetensors"
+    if path.exists():
+        model.load_state_dict(safetensors.torch.load_file(path))
+    else:
+        train(model, make_scenes(load_items("train"), scenes, seed), steps, seed)
+        state = model.state_dict()
+        replace_file(path, lambda file: safetensors.torch.save_file(state, file))
+    return model.eval()
+
+
+def maps_of(model: Any, scenes: Scenes) -> dict[str, Tensor]:
+    """The maps to rate, [n, s, s] each: `KIND, LAYER` for those of the network, and baselines."""
+    n, size = len(scenes.labels), (SIZE, SIZE)
+    with torch.no_grad(), capture_attention(model) as captured:
+        features = model.forward_intermediates(scenes.images, intermediates_only=True)
+    maps: dict[str, Tensor] = {}
+    for layer, found in zip(LAYERS, captured.values(), strict=True):
+        assert found.spatial is not None
+        maps[f"attention, {layer}"] = heatmap(found.spatial, size)
+    for layer in LAYERS:
+        parts = zip(scenes.images.split(100), scenes.labels.split(100), strict=True)
+        cams = [grad_cam(model, images, layer, labels) for images, labels in parts]
+        maps[f"Grad-CAM, {layer}"] = torch.cat(cams)
+    for layer, feature in zip(LAYERS, features[1:], strict=True):  # the first are the stem's
+        maps[f"features, {layer}"] = heatmap(feature.abs(), size)
+    maps["constant"] = torch.zeros(n, SIZE, SIZE)
+    # As coarse as the maps of the last layers, and the same for all networks.
+    coarse = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    maps["random"] = heatmap(coarse, size)
+    along = torch.linspace(-1, 1, SIZE)
+    maps["centre"] = -(along[:, None] ** 2 + along**2).expand(n, -1, -1)
+    maps["the object itself"] = scenes.masks.float()
+    return maps
+
+
+def rate(model: nn.Module, scenes: Scenes, curves: int) -> dict[str, Any]:
+    """The network's accuracy, and the means of `MEASURES` of each map.
+
+    Args:
+        model: In eval mode.
+        scenes: For the accuracy and the pointing game.
+        curves: The first of them, for insertion and deletion.
+    """
+    with torch.no_grad():
+        right = model(scenes.images).argmax(1) == scenes.labels
+    found: dict[str, Any] = {"accuracy": 100 * _mean(right)}
+    some = Scenes(*(values[:curves] for values in scenes))
+    for name, heat in tqdm(maps_of(model, scenes).items(), leave=False, disable=None):
+        insertion, deletion = insertion_deletion(model, some.images, heat[:curves], some.labels)
+        found[name] = {
+            "pointing": 100 * _mean(pointing_game(heat, scenes.masks)),
+            "insertion": _mean(area_under(insertion)),
+            "deletion": _mean(area_under(deletion)),
+        }
+    return found
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item()
+
+
+def report(results: dict[tuple[str, int], dict[str, Any]]) -> str:
+    """Markdown: a table for each measure, from what `rate` gives by attention and seed."""
+    attentions = list(dict.fromkeys(attention for attention, _ in results))
+
+    def cells(digits: int, *keys: str) -> list[str]:
+        made = []
+        for attention in attentions:
+            values: list[Any] = [found for (name, _), found in results.items() if name == attention]
+            for key in keys:
+                values = [value[key] for value in values]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            made.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        return made
+
+    columns = [f"{attention.upper()} network" for attention in attentions]
+    lines = [*heading(["", *columns]), row(["test accuracy (%)", *cells(1, "accuracy")])]
+    maps = [name for name in next(iter(results.values())) if name != "accuracy"]
+    for measure, (title, digits) in MEASURES.items():
+        lines += ["", *heading([title, *columns])]
+        lines += [row([name, *cells(digits, name, measure)]) for name in maps]
+    return "\n".join(lines)
+
+
+def faithfulness(argv: Sequence[str] | None = None) -> int:
+    """Train and rate as the command line says, print the tables; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    options = faithfulness_parser().parse_args(argv)
+    try:
+        if options.write is not None:
+            text_around(options.write, MARK)  # refused before anything is trained
+        options.output.mkdir(parents=True, exist_ok=True)
+        results = _results(options)
+        tables = report(results)
+        if options.write is not None:
+            command = shlex.join([*_PROG.split(), *argv])
+            write_between(options.write, MARK, f"Made by `{command}`:\n\n{tables}\n")
+    except (ImportError, OSError, UsageError) as error:
+        print(f"{_PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(tables)
+    return 0
+
+
+def _results(options: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any]]:
+    results = {}
+    test = make_scenes(load_items("test"), options.test_scenes, TEST_SEED)
+    for seed in options.seeds:  # all networks with a seed, then the next: a stop is fair to all
+        for attention in options.attentions:
+            model = trained(attention, seed, options.steps, options.train_scenes, options.output)
+            name = run_name(attention, seed, options.steps, options.train_scenes)
+            path = options.output / f"{name}-on-{options.test_scenes}-{options.curves}.json"
+            if not path.exists():
+                text = json.dumps(rate(model, test, options.curves), indent=1)
+                replace_file(path, lambda file, text=text: file.write_text(text))
+            results[attention, seed] = json.loads(path.read_text())
+    return results
+
+
+def faithfulness_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROG,
+        description="Train small networks on scenes, and rate their maps.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--attentions", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=1000, help=f"of {BATCH} scenes, to train")
+    parser.add_argument("--train-scenes", type=int, default=16_000, metavar="N")
+    parser.add_argument("--test-scenes", type=int, default=1000, metavar="N")
+    text = "of the test scenes, for insertion and deletion"
+    parser.add_argument("--curves", type=int, default=200, metavar="N", help=text)
+    parser.add_argument("--output", type=Path, default="runs/faithfulness", metavar="DIR")
+    begin, end = marks(MARK)
+    text = f"also put the tables between the lines {begin} and {end} of FILE"
+    parser.add_argument("--write", type=Path, metavar="FILE", help=text)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(faithfulness())

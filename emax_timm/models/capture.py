@@ -1,0 +1,153 @@
+"""What the attention layers of a model attend to, caught while the model runs."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import EcaModule, SEModule
+from timm.layers.cbam import CbamModule
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..attention import EMA, EMAX, EMAXMaps
+
+__all__ = ["GateMaps", "Maps", "attention_of", "capture_attention", "heatmap"]
+
+
+class GateMaps(NamedTuple):
+    """What EMA, CBAM, SE or ECA attends to, in float32 (float64 for float64 inputs).
+
+    The fields mean what they mean in `EMAXMaps`; what a layer does not have is None.
+    """
+
+    spatial: Tensor | None = None
+    """Spatial attention in (0, 1): EMA's [b, F, h, w], CBAM's [b, 1, h, w]."""
+    channel: Tensor | None = None
+    """Channel attention of CBAM, SE and ECA in (0, 1), [b, c]."""
+
+
+Maps = EMAXMaps | GateMaps
+
+
+@contextlib.contextmanager
+def capture_attention(model: nn.Module) -> Iterator[dict[str, Maps]]:
+    """Catch the attention maps of every forward pass inside the context.
+
+        with emax_timm.capture_attention(model) as maps:
+            model(images)
+        maps["layer4.0.se"].spatial  # [b, F, h, w]
+
+    The dictionary is filled as the model runs, by the names that `named_modules` gives the layers.
+    It holds the maps of the last pass (of a layer that runs several times in it, of the last time),
+    without gradients and on the CPU, and keeps them after the context. The outputs of the model,
+    its state and the random state stay as they are without it, and nothing is left on the model
+    afterwards. In training mode the maps are those of the choice of groups that the pass makes.
+
+    Args:
+        model: With EMAX, EMA, CBAM, SE or ECA layers anywhere in it: `features_only` or not, also
+            wrapped by torch.compile or DistributedDataParallel. Names are then those in the model
+            inside the wrapper, and compiled code does not run in the context: its plain modules do.
+
+    Yields:
+        By the name of the layer `EMAXMaps` for EMAX, `GateMaps` for the others.
+
+    Raises:
+        ValueError: If the model has no such layer; those of a scripted or exported one are none.
+    """
+    inner: nn.Module = unwrap_model(model)
+    maps: dict[str, Maps] = {}
+    with contextlib.ExitStack() as stack:
+        handles = [
+            handle
+            for name, layer in inner.named_modules()
+            for handle in _watch(layer, name.replace("_orig_mod.", ""), maps)
+        ]
+        for handle in handles:
+            stack.callback(handle.remove)
+        if not handles:
+            raise ValueError(f"{type(inner).__name__} has no EMAX, EMA, CBAM, SE or ECA layer")
+        if any(map(_is_compiled, model.modules())):
+            # Compiled code does not run hooks that it was not compiled with.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield maps
+
+
+@torch.no_grad()
+def attention_of(model: nn.Module, images: Tensor) -> dict[str, Maps]:
+    """The attention maps of images [b, c, h, w] in eval mode, as `capture_attention` gives them.
+
+    The modes of all modules are left as they were.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with capture_attention(model) as maps:
+            model.eval()(images)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return maps
+
+
+def _watch(layer: nn.Module, name: str, maps: dict[str, Maps]) -> list[RemovableHandle]:
+    """Have the layer's maps put under its name when it runs; nothing for another module."""
+    if isinstance(layer, EMAX | EMA):
+
+        def before(layer: Any, inputs: tuple[Tensor]) -> None:
+            maps[name] = _attention(layer, inputs[0])
+
+        return [layer.register_forward_pre_hook(before)]
+    gates: dict[str, Any] = {}
+    if isinstance(layer, CbamModule):
+        gates = {"channel": layer.channel.gate, "spatial": layer.spatial.gate}
+    elif isinstance(layer, SEModule | EcaModule):
+        gates = {"channel": layer.gate}
+    return [
+        gate.register_forward_hook(_gate_hook(name, field, maps)) for field, gate in gates.items()
+    ]
+
+
+def _gate_hook(name: str, field: str, maps: dict[str, Maps]) -> Callable[..., None]:
+    """Keeps what a layer of timm's multiplies its input with."""
+
+    def after(gate: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        value = _kept(output)
+        value = value if field == "spatial" else value.reshape(len(value), -1)
+        maps[name] = maps.get(name, GateMaps())._replace(**{field: value})
+
+    return after
+
+
+@torch.no_grad()
+def _attention(layer: EMAX | EMA, x: Tensor) -> Maps:
+    if isinstance(layer, EMA):
+        return GateMaps(spatial=_kept(layer.attention(x)))
+    # In training the noise is drawn here, and then once more, the same, by the forward pass.
+    devices = [] if x.device.type == "cpu" else [x.device]
+    with torch.random.fork_rng(devices, enabled=layer.training, device_type=x.device.type):
+        return EMAXMaps(*map(_kept, layer.attention(x)))
+
+
+def _kept(value: Tensor) -> Tensor:
+    value = value.detach().to("cpu", copy=True)
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def heatmap(spatial: Tensor, size: tuple[int, int]) -> Tensor:
+    """Spatial attention as one map of the size of the image: the mean over its groups.
+
+    Args:
+        spatial: [n, F, h', w'].
+        size: h and w.
+
+    Returns:
+        [n, h, w], bilinear between the centres of the attention's pixels.
+    """
+    mean = spatial.mean(1, keepdim=True)
+    return F.interpolate(mean, size, mode="bilinear", align_corners=False).squeeze(1)

@@ -1,0 +1,278 @@
+"""Exporting a model to ONNX or to torch.export's .pt2, and compare the file with the model.
+
+EMAX's choice of a group count is an argmax: where two counts are nearly tied, the rounding of
+another runtime can turn the choice, and with it the output. Initial weights choose the same count
+for every input. With trained ones a comparison may fail for this reason alone; its error names the
+input, so that `EMAX.attention` can tell how near the tie was.
+"""
+
+import contextlib
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from ..errors import UsageError
+from ..files import replace_file
+from .export_check import (
+    Check,
+    ExportError,
+    Shape,
+    first_line,
+    outputs_of,
+    random_images,
+    times,
+    verify,
+)
+from .onnx_shapes import take_sizes_from_tensors
+
+__all__ = ["FORMATS", "ExportReport", "check_target", "export_model"]
+
+FORMATS = {".onnx": "onnx", ".pt2": "torch"}
+# The opset that torch's translations are written for; later ones are converted from it.
+OPSET = 18
+# Protocol buffers end at 2 GiB, the graph needs some of it.
+LARGEST_ONNX = 2**31 - 2**24
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+AXES = {0: "batch", 2: "height", 3: "width"}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, which inputs it takes, and how far it is from the model."""
+
+    path: Path
+    format: str
+    ranges: dict[str, tuple[int, int | None]]
+    """Least and greatest batch, height and width; None where there is no bound."""
+    checks: tuple[Check, ...]
+
+    def __str__(self) -> str:
+        kind = f"ONNX, opset {OPSET}" if self.format == "onnx" else "torch.export"
+        inputs = ", ".join(_bounds(name, *bounds) for name, bounds in self.ranges.items())
+        return "\n".join(
+            [
+                f"{self.path}: {kind}, {self.path.stat().st_size / 1e6:.1f} MB; {inputs}",
+                f"{'input':<20} max difference",
+                *map(str, self.checks),
+            ]
+        )
+
+
+def export_model(
+    model: nn.Module,
+    path: Path,
+    format: str | None = None,
+    *,
+    input_size: tuple[int, int, int] | None = None,
+    fixed_size: bool = False,
+    fixed_batch: bool = False,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write `model` to `path`, compare the file with the model, and only then put it in place.
+
+    The ONNX model has one input, `images`, and the outputs `output` or `features_0`, … The .pt2
+    file is read with `torch.export.load`; it runs without this package.
+
+    Args:
+        model: From images [b, c, h, w] to a tensor or a list of them; on the CPU, in float32 and
+            in eval mode.
+        path: File to write, in a folder that exists.
+        format: "onnx" or "torch"; None for what the suffix says.
+        input_size: Channels, height and width that it is traced with; None for the model's own.
+        fixed_size: Take that height and width only. Otherwise any in the report's ranges, which
+            are those of the trace: a last stage of 1 x 1 pixels is traced apart.
+        fixed_batch: Take a batch of 1 only.
+        overwrite: Replace a file that exists.
+
+    Raises:
+        ValueError: If the model is not as described.
+        UsageError: If the path is refused, or a package is missing.
+        ExportError: If the model cannot be exported, or the file does not compute what it does.
+    """
+    file_format = check_target(path, format, overwrite)
+    tensors = [*model.parameters(), *model.buffers()]
+    if model.training or any(tensor.device.type != "cpu" for tensor in tensors):
+        raise ValueError("the model must be on the CPU and in eval mode: model.cpu().eval()")
+    weight = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if file_format == "onnx" and weight > LARGEST_ONNX:
+        raise UsageError(
+            f"one ONNX file holds no more than 2 GB, and the weights are {weight / 1e9:.1f} GB; "
+            "export to a .pt2 file"
+        )
+    if input_size is None:
+        config: Any = model.pretrained_cfg
+        input_size = tuple(config["input_size"])
+    batch = 1 if fixed_batch else 2
+    example = random_images((batch, *input_size), seed=0)
+    try:
+        with torch.no_grad():
+            count = len(outputs_of(model(example)))
+    except Exception as error:  # whatever the model makes of the image
+        raise ExportError(
+            f"the model does not take images of {times(example.shape)}: {first_line(error)}"
+        ) from error
+    fixed = {0: fixed_batch, 2: fixed_size, 3: fixed_size}
+    axes = {axis: name for axis, name in AXES.items() if not fixed[axis]}
+    program = _trace(model, example, axes)
+    ranges = _ranges(program)
+    shapes = _shapes(example, ranges)
+    checks: tuple[Check, ...] = ()
+
+    def write(file: Path) -> None:
+        nonlocal checks
+        _save(program, example, axes, count, file, file_format)
+        checks = verify(file, model, file_format, shapes)
+
+    try:
+        replace_file(path, write)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
+    return ExportReport(path, file_format, ranges, checks)
+
+
+def check_target(path: Path, format: str | None, overwrite: bool) -> str:
+    """The format of a file to write, if it may be written there with the packages that are here.
+
+    Raises:
+        UsageError: If not.
+    """
+    by_suffix = FORMATS.get(path.suffix)
+    if format not in (None, *FORMATS.values()):
+        raise UsageError(f"format must be one of {', '.join(FORMATS.values())}, not {format}")
+    if format is None and by_suffix is None:
+        suffixes = " or ".join(FORMATS)
+        raise UsageError(f"the suffix of {path} names no format; it must be {suffixes}")
+    if format and by_suffix and format != by_suffix:
+        raise UsageError(f"{path} is not a name for the format {format}")
+    try:
+        if not path.parent.is_dir():
+            raise UsageError(f"there is no folder {path.parent}")
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder")
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} exists already; --overwrite replaces it")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+    for package in ONNX_PACKAGES if (format or by_suffix) == "onnx" else ():
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UsageError(
+                f"export to ONNX needs the package {package}: pip install 'emax-timm[export]' "
+                f"({error})"
+            ) from None
+    return format or str(by_suffix)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporters say about themselves; errors are raised all the same."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", *ONNX_PACKAGES)]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _trace(model: nn.Module, example: torch.Tensor, axes: dict[int, str]) -> ExportedProgram:
+    """The model's graph; `axes` are those that may have another size than the example's."""
+    dynamic = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+    try:
+        with _quiet(), torch.no_grad():
+            return torch.export.export(model, (example,), dynamic_shapes=(dynamic,), strict=False)
+    except Exception as error:  # torch's own errors and whatever the model raises
+        hint = "; --fixed-size and --fixed-batch ask for less" if axes else ""
+        raise ExportError(
+            f"torch.export cannot trace the model on images of {times(example.shape)} with "
+            f"dynamic {', '.join(axes.values()) or 'nothing'}: {first_line(error)}{hint}"
+        ) from error
+
+
+def _ranges(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
+    """Least and greatest batch, height and width of the traced graph."""
+    (name,) = program.graph_signature.user_inputs
+    shape: Any = next(node.meta["val"].shape for node in program.graph.nodes if node.name == name)
+    bounds = {str(symbol): bound for symbol, bound in program.range_constraints.items()}
+    ranges: dict[str, tuple[int, int | None]] = {}
+    for axis, label in AXES.items():
+        if isinstance(shape[axis], int):
+            ranges[label] = (shape[axis], shape[axis])
+            continue
+        bound: Any = bounds[str(shape[axis])]
+        least, most = int(bound.lower), int(bound.upper) if bound.upper.is_Integer else None
+        # torch.export says 2 where it has not looked: it takes 0 and 1 apart only if asked to.
+        ranges[label] = (1 if least <= 2 else least, most)
+    return ranges
+
+
+def _shapes(example: torch.Tensor, ranges: dict[str, tuple[int, int | None]]) -> list[Shape]:
+    """Of inputs to compare on: as large as the example, of another ratio, and of odd sides."""
+    _, channels, height, width = example.shape
+
+    def within(name: str, value: int, odd: bool = False) -> int:
+        least, most = ranges[name]
+        value = max(least, value if most is None else min(value, most))
+        return value - 1 if odd and value % 2 == 0 and value > least else value
+
+    sizes = [
+        (1, height, width),
+        (2, within("height", height * 3 // 4), within("width", width * 5 // 4)),
+        (3, within("height", height + 13, odd=True), within("width", width + 5, odd=True)),
+    ]
+    return [(within("batch", b), channels, h, w) for b, h, w in sizes]
+
+
+def _save(
+    program: ExportedProgram,
+    example: torch.Tensor,
+    axes: dict[int, str],
+    count: int,
+    file: Path,
+    format: str,
+) -> None:
+    names = ["output"] if count == 1 else [f"features_{number}" for number in range(count)]
+    try:
+        with _quiet():
+            if format == "torch":
+                with file.open("wb") as stream:  # a path would have to end in .pt2
+                    torch.export.save(program, stream)
+                return
+            onnx_program: Any = torch.onnx.export(
+                program,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=(axes,) if axes else None,
+                input_names=["images"],
+                output_names=names,
+                opset_version=OPSET,
+                verbose=False,
+            )
+            model = onnx_program.model_proto
+            take_sizes_from_tensors(model)
+            file.write_bytes(model.SerializeToString())
+    except OSError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"the model cannot be written as {format}: {first_line(error)}"
+        ) from error
+
+
+def _bounds(name: str, least: int, most: int | None) -> str:
+    if least == most:
+        return f"{name} {least}"
+    return f"{name} from {least}" + ("" if most is None else f" to {most}")

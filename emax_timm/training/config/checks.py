@@ -1,0 +1,126 @@
+"""What can be refused before the data is touched: options out of range, unknown models."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.optim import list_optimizers
+from torch import nn
+
+from ...attention import ATTENTIONS
+from .. import checkpoint
+from ..trackers import check_packages
+from . import UsageError, nearest
+from .arguments import mixup_options, model_arguments
+from .train_options import TrainConfig
+
+__all__ = ["check_config", "check_model"]
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse what can be refused without data.
+
+    Raises:
+        UsageError: With what is wrong and what would be right.
+    """
+    check_packages(config.log_to)
+    names = [str(name) for name in list_optimizers()]
+    if config.opt.lower().removeprefix("lookahead_") not in names:
+        raise UsageError(
+            f"unknown optimizer {config.opt}; the nearest is {nearest(config.opt, names)}"
+        )
+    start, end = config.grouping_warmup
+    if not 0 <= start <= end <= 1:
+        raise UsageError(f"grouping_warmup must ascend within [0, 1], not {start} {end}")
+    if not all(0 < value < float("inf") for value in config.grouping_temperature):
+        raise UsageError(
+            f"grouping_temperature must be positive and finite, not {config.grouping_temperature}"
+        )
+    if config.aug_splits == 1 or (config.aug_splits and mixup_options(config)):
+        raise UsageError("aug_splits must be 0, or at least 2 and without mixup and cutmix")
+    if config.jsd_loss and not config.aug_splits:
+        raise UsageError("--jsd-loss needs --aug-splits of at least 2")
+    if mixup_options(config) and config.batch_size % 2:
+        raise UsageError(f"mixup and cutmix need an even --batch-size, not {config.batch_size}")
+    if Path(config.experiment).name != config.experiment or config.experiment == "..":
+        raise UsageError(f"--experiment is the name of one folder, not {config.experiment}")
+    if len(config.experiment.encode()) > 255:
+        raise UsageError(f"--experiment is too long for a folder's name: {config.experiment}")
+    for path in (config.pretrained_path, config.initial_checkpoint):
+        if path:
+            checkpoint.read_weights(Path(path))
+    if config.torchcompile:  # else this would import the compiler, which takes seconds
+        backends = torch.compiler.list_backends()
+        if config.torchcompile not in backends:
+            raise UsageError(
+                f"unknown torch.compile backend {config.torchcompile}; "
+                f"the nearest is {nearest(config.torchcompile, backends)}"
+            )
+    check_model(config.model, model_arguments(config, config.num_classes))
+
+
+# Arguments of timm.create_model that are about weights, not about the model.
+RESERVED = {
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+}
+
+
+def check_model(name: str, arguments: dict[str, Any]) -> None:
+    """Build the model without memory, to refuse a wrong name or argument before all else.
+
+    Raises:
+        UsageError: With the nearest valid name.
+    """
+    try:
+        json.dumps(arguments)
+    except TypeError as error:
+        raise UsageError(f"model_kwargs must be plain values: {error}") from None
+    if reserved := sorted(RESERVED & arguments.keys()):
+        raise UsageError(f"model_kwargs cannot hold {reserved[0]}: there is an option for that")
+    if ":" in name:  # hf-hub: and local-dir: models are known once their config is read
+        return
+    if not timm.is_model(name):
+        raise UsageError(
+            f"unknown model {name}; the nearest is {nearest(name, timm.list_models())}"
+        )
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, **arguments)
+    except TypeError as error:
+        raise UsageError(f"model {name}: {_explain(error, name)}") from None
+    except Exception as error:  # whatever the model makes of its arguments
+        raise UsageError(f"model {name}: {str(error) or type(error).__name__}") from None
+
+
+def _explain(error: TypeError, name: str) -> str:
+    """The message of a TypeError, with the nearest valid keyword for an unknown one."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not found:
+        return str(error)
+    owner, keyword = found.groups()
+    # The class that was asked for may have handed the keyword to a base.
+    model_class: Any = inspect.signature(timm.model_entrypoint(name)).return_annotation
+    named = {base.__name__ for base in getattr(model_class, "__mro__", ())}
+    attentions = {attention.__name__: attention for attention in ATTENTIONS.values()}
+    if owner not in named:
+        model_class = attentions.get(owner) or getattr(timm.models, owner, nn.Module)
+    functions = [cls.__init__ for cls in inspect.getmro(model_class)]
+    if owner not in attentions:
+        functions.append(timm.model_entrypoint(name))
+    keywords = {
+        parameter.name
+        for function in functions
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    } - {"self", "device", "dtype", "channels"}
+    if not keywords:
+        return f"unknown keyword {keyword}"
+    return f"unknown keyword {keyword}; the nearest valid one is {nearest(keyword, keywords)}"

@@ -1,0 +1,294 @@
+"""From a YAML file and flags to a configuration.
+
+A key of the file is a flag's name without its dashes, and flags win over the file. Anything unknown
+or of a wrong type is refused.
+"""
+
+import argparse
+import ast
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, Union
+
+import yaml
+
+from ...errors import UsageError, nearest
+from .options import NOT_HERE
+
+__all__ = [
+    "Parser",
+    "check_bounds",
+    "find_config",
+    "from_mapping",
+    "layered",
+    "parse_settings",
+    "read_yaml",
+    "to_yaml",
+]
+
+ConfigT = TypeVar("ConfigT")
+
+
+def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[str, Any]:
+    """The options that `-c FILE` and the flags give, flags winning; `from_mapping` checks them.
+
+    Args:
+        kind: The options class.
+        argv: The command line, sys.argv's if None.
+        prog: The program's name, for its help.
+
+    Raises:
+        UsageError: For an unknown or malformed flag, or an unreadable file.
+        SystemExit: For `--help`.
+    """
+    parser = _parser(kind, prog)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        if flag in NOT_HERE:
+            raise UsageError(f"timm's {flag} does not exist here: {NOT_HERE[flag]}")
+        flags = [name for name in parser._option_string_actions if name.startswith("--")]
+        raise UsageError(_unknown("flag", flag, flags))
+    values = vars(given)
+    if "config" not in values:
+        return values
+    path = find_config(values.pop("config"))
+    settings = {str(key).replace("-", "_"): value for key, value in read_yaml(path).items()}
+    from_mapping(kind, settings, source=str(path))  # an error in the file is to name the file
+    return layered(settings, values)
+
+
+def layered(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The settings `given` over those of `base`, also where they say the same in other words."""
+    base = dict(base)
+    if {"data", "data_dir"} & given.keys():
+        base.pop("data", None)
+        base.pop("data_dir", None)
+    if "input_size" in given:
+        base.pop("img_size", None)
+        base.pop("in_chans", None)
+    elif (size := base.get("input_size")) and {"img_size", "in_chans"} & given.keys():
+        channels, height, width = size
+        if "img_size" in given:
+            base.pop("input_size")
+            base["in_chans"] = channels
+        else:
+            base["input_size"] = [given["in_chans"], height, width]
+    return {**base, **given}
+
+
+def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> ConfigT:
+    """An instance of the options class `kind` from a mapping, every value checked.
+
+    Raises:
+        UsageError: For an unknown key or a value of a wrong type; `source` names where it stands.
+    """
+    hints = typing.get_type_hints(kind)
+    options = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = {}
+    for key, value in settings.items():
+        name = str(key)
+        if name not in hints:
+            raise UsageError(f"{source}: {_unknown('key', name, hints)}")
+        try:
+            values[name] = _convert(value, hints[name])
+        except ValueError as error:
+            raise UsageError(f"{source}: {name} must be {error}, not {value!r}") from None
+        length = options[name].metadata.get("nargs")
+        if isinstance(length, int) and values[name] is not None and len(values[name]) != length:
+            raise UsageError(f"{source}: {name} takes {length} values, not {value!r}")
+        choices = options[name].metadata.get("choices", ())
+        chosen = values[name] if isinstance(values[name], list) else [values[name]]
+        for item in chosen:
+            if choices and item is not None and item not in choices:
+                raise UsageError(
+                    f"{source}: {name} has no choice {item}; the nearest of "
+                    f"{', '.join(filter(None, choices))} is {nearest(str(item), choices)}"
+                )
+    config = kind(**values)
+    try:
+        check_bounds(config)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from None
+    return config
+
+
+def check_bounds(config: Any) -> None:
+    """Refuse numbers out of the bounds of their option.
+
+    Args:
+        config: An instance of a class of options.
+
+    Raises:
+        UsageError: With the value and the bounds.
+    """
+    for field in dataclasses.fields(config):
+        value, bounds = getattr(config, field.name), field.metadata["bounds"]
+        if bounds is None or value is None:
+            continue
+        least, greatest = bounds
+        if not least <= value <= greatest:
+            right = f"at least {least}" if greatest == math.inf else f"in [{least}, {greatest}]"
+            raise UsageError(f"{field.name} must be {right}, not {value}")
+
+
+def find_config(name: str) -> Path:
+    """A path as it is, or the name of a recipe that comes with the package.
+
+    Raises:
+        UsageError: If there is neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    package = Path(__file__).parents[2]
+    # In the wheel the recipes are inside the package, in a checkout beside it.
+    folder = next(
+        (f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None
+    )
+    if folder is None:
+        raise UsageError(f"there is no config file {name}")
+    recipes = {str(p.relative_to(folder).with_suffix("")): p for p in folder.rglob("*.yaml")}
+    if name not in recipes:
+        raise UsageError(
+            f"there is no config file {name}, and no recipe of that name; "
+            f"the nearest recipe is {nearest(path.stem, recipes)}"
+        )
+    return recipes[name]
+
+
+def to_yaml(config: Any) -> str:
+    """The configuration as YAML that `read_yaml` and `from_mapping` read back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _unknown(what: str, name: str, valid: Iterable[str]) -> str:
+    return f"unknown {what} {name}; the nearest valid one is {nearest(name, valid)}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UsageError: If it holds something else.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold key: value lines, not {type(content).__name__}")
+    return content
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are a `UsageError`, one line without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+class _KeyValues(argparse.Action):
+    """`--flag a=1 b=[2,3]` to a dict; values are Python literals, else strings."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        result = {}
+        for item in values or ():
+            key, separator, value = str(item).partition("=")
+            if not separator:
+                raise UsageError(f"{option_string} takes key=value, not {item}")
+            try:
+                result[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                result[key] = value
+        setattr(namespace, self.dest, result)
+
+
+def _parser(kind: type, prog: str) -> Parser:
+    parser = Parser(
+        prog=prog,
+        description=kind.__doc__,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file or name of a recipe")
+    hints = typing.get_type_hints(kind)
+    # Every class that an options class is made of becomes a group of flags.
+    for part in reversed(kind.__mro__[:-1]):
+        group = parser.add_argument_group(part.__doc__)
+        for name in vars(part).get("__annotations__", {}):
+            field = kind.__dataclass_fields__[name]
+            _add_flag(group, field, hints[name])
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any) -> None:
+    name, kind = field.name, _without_none(hint)
+    meta = dict(field.metadata)
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    text = meta.pop("help").replace("%", "%%")
+    del meta["bounds"]  # from_mapping checks them, like choices and like those in a file
+    if default not in (None, "", [], {}, False):
+        text += f" (default: {default})"
+    if meta.pop("positional", False):
+        several = typing.get_origin(kind) is list
+        metavar = meta.pop("metavar", "DIR")
+        group.add_argument(name, nargs="*" if several else "?", metavar=metavar, help=text)
+        return
+    flags = [*meta.pop("flags", ()), "--" + name.replace("_", "-")]
+    options: dict[str, Any] = {"dest": name, "help": text}
+    if kind is bool:
+        negated = name.startswith("no_")
+        options["action"] = "store_true" if negated else argparse.BooleanOptionalAction
+    elif kind is dict:
+        options |= {"action": _KeyValues, "nargs": "*", "metavar": "KEY=VALUE"}
+    elif typing.get_origin(kind) is list:
+        options |= {"nargs": meta.pop("nargs", "+"), "type": typing.get_args(kind)[0]}
+    else:
+        options |= {"type": kind}
+    if choices := meta.pop("choices", None):
+        options["metavar"] = "{" + ",".join(choices) + "}"
+    elif "action" not in options:
+        options["metavar"] = name.rsplit("_", 1)[-1].upper()
+    group.add_argument(*flags, **(options | meta))
+
+
+def _without_none(hint: Any) -> Any:
+    """`X` for `X | None`; dict for dict[...]."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return dict if typing.get_origin(hint) is dict else hint
+
+
+_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; ValueError names the type that was expected."""
+    kind = _without_none(hint)
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    if kind is dict:
+        if not isinstance(value, dict):
+            raise ValueError("a mapping")
+        return value
+    if typing.get_origin(kind) is list:
+        item = typing.get_args(kind)[0]
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"a list, each {_NAMES[item]}")
+        try:
+            return [_convert(v, item) for v in value]
+        except ValueError:
+            raise ValueError(f"a list, each {_NAMES[item]}") from None
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as a string
+        except (OverflowError, ValueError):
+            raise ValueError(_NAMES[float]) from None
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(_NAMES[kind])
+    return value

@@ -1,0 +1,26 @@
+"""Data: data sets and their images, the batches that they make up, loaders over both."""
+
+from .datasets import SAMPLES, class_names, hold_out, open_split, same_classes
+from .inputs import data_config_of, image_mode
+from .loaders import (
+    broken_images,
+    evaluation_loader,
+    sample_names,
+    start_epoch,
+    training_loader,
+)
+
+__all__ = [
+    "SAMPLES",
+    "broken_images",
+    "class_names",
+    "data_config_of",
+    "evaluation_loader",
+    "hold_out",
+    "image_mode",
+    "open_split",
+    "same_classes",
+    "sample_names",
+    "start_epoch",
+    "training_loader",
+]

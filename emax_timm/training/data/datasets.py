@@ -1,0 +1,210 @@
+"""Data sets by timm's readers, checked before training."""
+
+import gzip
+import os
+import shutil
+from collections.abc import Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import AugMixDataset, ImageDataset, create_dataset
+from timm.data.dataset_factory import _search_split
+from torch.utils.data import Dataset, IterableDataset
+
+from ...errors import UsageError, nearest
+from ..config.options import DataOptions
+from .decoding import ConvertedImages, ImageFiles
+
+__all__ = ["SAMPLES", "Subset", "class_names", "hold_out", "open_split", "same_classes"]
+
+SAMPLES = Path(__file__).parents[2] / "samples"
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+class Subset(Dataset):
+    """Some samples of a map-style data set; timm's loader sets `transform` through it."""
+
+    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
+        self.dataset = dataset
+        self.indices = indices
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.indices[index]]
+
+
+def open_split(
+    options: DataOptions,
+    split: str,
+    input_img_mode: str,
+    training: bool,
+    batch_size: int,
+    must_exist: bool = False,
+    num_samples: int | None = None,
+    seed: int = 0,
+    repeats: float = 0.0,
+) -> Any:
+    """Open a split of the data set that the options name; no image is decoded yet.
+
+    Args:
+        options: Which data set.
+        split: Its split.
+        input_img_mode: PIL mode of the images if the options do not say.
+        training: Whether it is trained on.
+        must_exist: Refuse a folder without one for the split, as for training; else the folder is
+            taken to be the split.
+        batch_size, num_samples, seed, repeats: Of iterable data sets.
+
+    Raises:
+        UsageError: If it is not there or is empty.
+    """
+    kind, name, root = _source(options, split, must_exist or training)
+    arguments: dict[str, Any] = {
+        "root": str(root),
+        "split": split,
+        "is_training": training,
+        "class_map": options.class_map or None,
+        "download": options.dataset_download,
+        "batch_size": batch_size,
+        "num_samples": num_samples,
+        "seed": seed,
+        "repeats": repeats,
+        "input_img_mode": options.input_img_mode or input_img_mode,
+        "input_key": options.input_key,
+        "target_key": options.target_key,
+    }
+    try:
+        dataset: Any = create_dataset(name, **arguments)
+        if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
+            raise RuntimeError("it holds no images")
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"cannot read split {split!r} of {name or root}: {text}") from None
+    if isinstance(dataset, ImageDataset):
+        return ImageFiles(dataset.reader, arguments["input_img_mode"], options.exif_orientation)
+    if kind == "torch":  # decodes images in its own way
+        return ConvertedImages(dataset, arguments["input_img_mode"])
+    return dataset  # a stream, which does so too
+
+
+def _source(options: DataOptions, split: str, must_exist: bool) -> tuple[str, str, str | Path]:
+    """The type of the data set, its name and its root as timm takes them, checked."""
+    name, root = options.dataset, options.data_dir or options.data
+    kind, _, rest = name.partition("/")
+    if kind.lower() not in (kinds := ["", "torch", "hfds", "hfids", "tfds", "wds", "sample"]):
+        raise UsageError(
+            f"unknown type of data set {kind}; the nearest of {', '.join(kinds[1:])} "
+            f"is {nearest(kind, kinds)}"
+        )
+    if kind == "sample":
+        folder = _sample(rest)
+        if root:
+            raise UsageError(f"--dataset {name} has its own images; leave out it or {root}")
+        name, root = "", folder
+    elif kind == "torch" and rest.lower() == "fashion_mnist" and root:
+        _unpack_debian_fashion_mnist(Path(root))
+    if not root:
+        raise UsageError("no data: give --data-dir DIR, or --dataset sample/fashion_mnist")
+    if not name:
+        _check_folder(Path(root), split, must_exist)
+    if options.class_map.endswith(".pkl"):
+        raise UsageError(f"{options.class_map}: a class map is a text file, one class per line")
+    return kind, name, root
+
+
+def _sample(name: str) -> Path:
+    samples = sorted(folder.name for folder in SAMPLES.iterdir() if folder.is_dir())
+    if name not in samples:
+        raise UsageError(f"unknown sample {name}; the nearest is {nearest(name, samples)}")
+    return SAMPLES / name
+
+
+def _check_folder(root: Path, split: str, must_exist: bool) -> None:
+    if not root.exists():
+        raise UsageError(f"the data folder {root} does not exist")
+    if not root.is_dir():
+        return  # a tar file
+    if not any(root.iterdir()):
+        raise UsageError(f"the data folder {root} is empty; it needs a folder {split}/ of classes")
+    # Without the split's own folder timm reads the root as if it were the split: right for
+    # validate.py on a folder of classes, but in training its splits would be taken for classes.
+    if must_exist and _search_split(str(root), split) == str(root):
+        found = ", ".join(sorted(entry.name for entry in root.iterdir())[:5])
+        raise UsageError(f"{root} has no folder {split}/ (it has {found}); name it with the flags")
+
+
+def _unpack_debian_fashion_mnist(root: Path) -> None:
+    # Debian's package dataset-fashion-mnist spares the download: the same images, compressed
+    # anew, so that torchvision's checksums of the archives do not fit them.
+    raw = root / "FashionMNIST" / "raw"
+    for archive in sorted(DEBIAN_FASHION_MNIST.glob("*-ubyte.gz")):
+        target = raw / archive.stem
+        if target.exists():
+            continue
+        raw.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f"{target.name}.{os.getpid()}")  # ranks may do this at once
+        with gzip.open(archive) as source, partial.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+        partial.replace(target)
+
+
+def class_names(dataset: Any) -> list[str] | None:
+    """The classes in label order, None where the data set does not tell."""
+    while isinstance(dataset, (Subset, AugMixDataset, ConvertedImages)):
+        dataset = dataset.dataset
+    reader = getattr(dataset, "reader", dataset)
+    for attribute in ("class_to_idx", "class_name_to_idx"):
+        mapping = getattr(reader, attribute, None)
+        if isinstance(mapping, dict):
+            return sorted(mapping, key=mapping.__getitem__)
+    return None
+
+
+def same_classes(expected: list[str] | None, found: list[str] | None, split: str) -> None:
+    """Refuse a split whose labels would mean other classes than in training.
+
+    Raises:
+        UsageError: If both tell their classes and these differ.
+    """
+    if expected is None or found is None or expected == found:
+        return
+    missing = sorted(set(expected) - set(found))
+    added = sorted(set(found) - set(expected))
+    parts = [
+        f"{label} {', '.join(names[:5])}"
+        for label, names in (("missing", missing), ("only there", added))
+        if names
+    ]
+    raise UsageError(
+        f"the classes of split {split!r} differ from those in training "
+        f"({'; '.join(parts) or 'in their order'}); give both the same folders, or --class-map FILE"
+    )
+
+
+def hold_out(dataset: Any, fraction: float) -> tuple[Subset, Subset]:
+    """Split a data set at random into the larger and the smaller part, always the same way.
+
+    Raises:
+        UsageError: If the data set cannot be split, or a part would be empty.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise UsageError("--val-fraction needs data that can be indexed, not a stream")
+    size = round(len(dataset) * fraction)
+    if not 0 < size < len(dataset):
+        raise UsageError(f"--val-fraction {fraction} leaves a part of {len(dataset)} images empty")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    # A shallow copy each, for the parts have different transforms.
+    held_out, rest = sorted(order[:size]), sorted(order[size:])
+    return Subset(copy(dataset), rest), Subset(copy(dataset), held_out)

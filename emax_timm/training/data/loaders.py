@@ -1,0 +1,161 @@
+"""timm's loaders over a run's data sets, and what they have loaded."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from timm.data import AugMixDataset, FastCollateMixup, create_loader
+from torch.utils.data import DataLoader, IterableDataset
+
+from ...errors import UsageError
+from ..config import DataOptions, TrainConfig, mixup_options
+from ..distributed import World
+from ..signals import ignore_signals
+from .datasets import Subset
+from .decoding import ConvertedImages
+from .sampling import KeyedBatches, KeyedDataset, KeyedErasing
+
+__all__ = [
+    "broken_images",
+    "evaluation_loader",
+    "sample_names",
+    "start_epoch",
+    "training_loader",
+]
+
+
+def training_loader(
+    config: TrainConfig, dataset: Any, data_config: dict[str, Any], num_classes: int, world: World
+) -> Any:
+    """Timm's augmenting loader; mixup happens in it unless the prefetcher is off.
+
+    Its randomness is keyed (`sampling.py`), unless the data are a stream.
+    """
+    stream = isinstance(dataset, IterableDataset)
+    if config.aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=config.aug_splits)
+    collate = None
+    if mixup_options(config) and not config.no_prefetcher:
+        collate = FastCollateMixup(**mixup_options(config), num_classes=num_classes)
+    interpolation = data_config["interpolation"] if config.no_aug else config.train_interpolation
+    arguments: dict[str, Any] = {
+        "input_size": data_config["input_size"],
+        "batch_size": config.batch_size,
+        "is_training": True,
+        "no_aug": config.no_aug,
+        "re_prob": config.reprob,
+        "re_mode": config.remode,
+        "re_count": config.recount,
+        "re_split": config.resplit,
+        "train_crop_mode": config.train_crop_mode,
+        "scale": tuple(config.scale),
+        "ratio": tuple(config.ratio),
+        "hflip": config.hflip,
+        "vflip": config.vflip,
+        "color_jitter": config.color_jitter,
+        "color_jitter_prob": config.color_jitter_prob,
+        "grayscale_prob": config.grayscale_prob or 0.0,
+        "gaussian_blur_prob": config.gaussian_blur_prob or 0.0,
+        "auto_augment": config.aa,
+        "num_aug_splits": config.aug_splits,
+        "interpolation": interpolation,
+        "mean": data_config["mean"],
+        "std": data_config["std"],
+        "num_workers": config.workers,
+        "distributed": stream and world.size > 1,
+        "collate_fn": collate,
+        "pin_memory": config.pin_mem,
+        "device": world.device,
+        "use_prefetcher": not config.no_prefetcher,
+        # Workers that outlive an epoch would go on with its random state: an epoch's augmentation
+        # would depend on where the run was started.
+        "persistent_workers": False,
+    }
+    try:
+        loader = create_loader(dataset, **arguments)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"cannot augment as asked (--aa {config.aa}): {text}") from None
+    return loader if stream else _keyed(loader, config, world)
+
+
+def _keyed(loader: Any, config: TrainConfig, world: World) -> Any:
+    """The loader with its order and its random numbers a function of the place in the run."""
+    inner: Any = loader if config.no_prefetcher else loader.loader
+    repeats = max(1, int(config.aug_repeats))
+    keyed = DataLoader(
+        KeyedDataset(inner.dataset, config.seed),
+        batch_sampler=KeyedBatches(
+            len(inner.dataset), config.batch_size, config.seed, world.rank, world.size, repeats
+        ),
+        collate_fn=inner.collate_fn,
+        num_workers=inner.num_workers,
+        pin_memory=inner.pin_memory,
+        worker_init_fn=ignore_signals,
+    )
+    if config.no_prefetcher:
+        return keyed
+    loader.loader = keyed
+    if loader.random_erasing is not None:
+        loader.random_erasing = KeyedErasing(loader.random_erasing, config.seed, world.rank)
+    return loader
+
+
+def start_epoch(loader: Any, epoch: int, batch: int = 0) -> None:
+    """Let the next iteration over a training loader begin at a batch of an epoch.
+
+    A stream can only begin at the epoch's start.
+    """
+    if isinstance(loader.batch_sampler, KeyedBatches):
+        loader.batch_sampler.start(epoch, batch)
+        if isinstance(erasing := getattr(loader, "random_erasing", None), KeyedErasing):
+            erasing.start(epoch, batch)
+    elif hasattr(loader.dataset, "set_epoch"):
+        loader.dataset.set_epoch(epoch)
+
+
+def sample_names(loader: Any, batch: int) -> list[str]:
+    """Files (or indices, where there are none) of a batch of the epoch that a loader is in."""
+    if not isinstance(loader.batch_sampler, KeyedBatches):
+        return []
+    return [_name(loader.dataset.dataset, key.image) for key in loader.batch_sampler.batch(batch)]
+
+
+def broken_images(loader: Any, batches: Iterable[int]) -> int:
+    """Broken images in batches, already loaded, of the epoch that a training loader is in."""
+    sampler = loader.batch_sampler
+    if not isinstance(sampler, KeyedBatches):
+        return 0
+    return sum(loader.dataset.count_broken(sampler.batch(number)) for number in batches)
+
+
+def _name(dataset: Any, index: int) -> str:
+    while isinstance(dataset, (Subset, AugMixDataset, ConvertedImages)):
+        if isinstance(dataset, Subset):
+            index = dataset.indices[index]
+        dataset = dataset.dataset
+    return dataset.filename(index) if hasattr(dataset, "filename") else f"sample {index}"
+
+
+def evaluation_loader(
+    options: DataOptions, dataset: Any, data_config: dict[str, Any], batch_size: int, world: World
+) -> Any:
+    """Timm's loader over this rank's share of the images, each counted once."""
+    if world.size > 1 and not isinstance(dataset, IterableDataset):
+        # timm's distributed sampler would repeat images to even the shares out.
+        dataset = Subset(dataset, range(world.rank, len(dataset), world.size))
+    return create_loader(
+        dataset,  # type: ignore[arg-type]
+        input_size=data_config["input_size"],
+        batch_size=batch_size,
+        is_training=False,
+        interpolation=data_config["interpolation"],
+        mean=data_config["mean"],
+        std=data_config["std"],
+        crop_pct=data_config["crop_pct"],
+        crop_mode=data_config["crop_mode"],
+        num_workers=options.workers,
+        pin_memory=options.pin_mem,
+        device=world.device,
+        use_prefetcher=not options.no_prefetcher,
+        persistent_workers=False,
+    )

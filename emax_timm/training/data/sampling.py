@@ -1,0 +1,180 @@
+"""Which samples make up a batch, and the randomness of a run as a function of its place in it.
+
+Every draw comes from a generator that is seeded with what the draw is for, never with what was
+drawn before: an augmentation with (seed, epoch, sample), a batch's mixup with its first sample,
+the order of an epoch with (seed, epoch), a step with (seed, step, rank). So a run does not depend
+on the number of workers, and one that goes on in the middle of an epoch needs no generator's state.
+"""
+
+import hashlib
+import random
+import struct
+import sys
+from collections.abc import Iterator
+from multiprocessing.sharedctypes import RawArray
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from .decoding import BrokenImageError
+
+__all__ = ["Key", "KeyedBatches", "KeyedDataset", "KeyedErasing", "seed_step"]
+
+# What a generator is seeded for.
+_ORDER, _SAMPLE, _BATCH, _ERASING, _STEP = range(5)
+
+# Images tried for one place in a batch before the data as a whole are given up.
+ATTEMPTS = 100
+
+
+class Key(NamedTuple):
+    """A sample of a run; `view` counts the repetitions of an image within an epoch."""
+
+    epoch: int
+    image: int
+    view: int = 0
+
+
+class KeyedBatches(Sampler[list[Key]]):
+    """Batches of one rank: a new order every epoch, from any batch on; the remainder is dropped.
+
+    Ranks take turns within a global batch, so that its samples depend on its size alone.
+
+    Args:
+        length: Number of images.
+        batch_size: Images per rank and batch.
+        seed: Of the run.
+        rank, size: This rank and the number of them.
+        repeats: Views of each image that follow each other; an epoch has `length` views all the
+            same (repeated augmentation, https://arxiv.org/abs/1902.05509).
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        size: int = 1,
+        repeats: int = 1,
+    ) -> None:
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.size, self.repeats = rank, size, repeats
+        self.epoch = self.first = 0
+        self._ordered: tuple[int, np.ndarray] | None = None
+
+    def start(self, epoch: int, first: int = 0) -> None:
+        """Let the next iteration begin at batch `first` of `epoch`."""
+        self.epoch, self.first = epoch, first
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        return self.length // (self.batch_size * self.size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order = self._order()
+        for number in range(self.first, len(self)):
+            yield self._batch(order, number)
+
+    def batch(self, number: int) -> list[Key]:
+        """The samples of a batch of the current epoch."""
+        return self._batch(self._order(), number)
+
+    def _order(self) -> np.ndarray:
+        if self._ordered is None or self._ordered[0] != self.epoch:
+            generator = torch.Generator().manual_seed(_state(self.seed, _ORDER, self.epoch))
+            self._ordered = self.epoch, torch.randperm(self.length, generator=generator).numpy()
+        return self._ordered[1]
+
+    def _batch(self, order: np.ndarray, number: int) -> list[Key]:
+        whole = self.batch_size * self.size
+        slots = np.arange(number * whole + self.rank, (number + 1) * whole, self.size)
+        images = order[slots // self.repeats].tolist()
+        views = (slots % self.repeats).tolist()
+        return [Key(self.epoch, *pair) for pair in zip(images, views, strict=True)]
+
+
+class KeyedDataset(Dataset):
+    """A map-style data set by `Key`s: a sample's augmentation depends on its key alone.
+
+    It runs in the loader's workers, or in the main process if there are none, and leaves the
+    generators of Python, numpy and torch's CPU seeded for the batch, which is what collating
+    draws from.
+
+    In the place of an image that cannot be read comes another, drawn for the key. `broken` tells
+    all processes of it: per image, one plus the last epoch in which it could not be read, else 0.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+        # Workers write the same values whichever comes first, so there is nothing to lock.
+        self.broken = RawArray("i", len(dataset))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> Any:
+        _seed_cpu(self.seed, _SAMPLE, *key)
+        index = key.image
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return self.dataset[index]
+            except BrokenImageError as error:
+                if not self.broken[index]:
+                    print(f"skipped {error}", file=sys.stderr, flush=True)
+                self.broken[index] = key.epoch + 1
+            index = random.randrange(len(self))
+        return self.dataset[index]
+
+    def count_broken(self, keys: list[Key]) -> int:
+        """How many samples of a batch that was loaded stand in for a broken image."""
+        return sum(self.broken[key.image] == key.epoch + 1 for key in keys)
+
+    def __getitems__(self, keys: list[Key]) -> list[Any]:
+        samples = [self[key] for key in keys]
+        _seed_cpu(self.seed, _BATCH, *keys[0])
+        return samples
+
+
+class KeyedErasing:
+    """timm's RandomErasing of whole batches, which the prefetcher calls in the main process."""
+
+    def __init__(self, erasing: Any, seed: int, rank: int) -> None:
+        self.erasing, self.seed, self.rank = erasing, seed, rank
+        self.epoch = self.number = 0
+
+    def start(self, epoch: int, first: int = 0) -> None:
+        """Count batches from `first` of `epoch`."""
+        self.epoch, self.number = epoch, first
+
+    def __call__(self, images: Tensor) -> Tensor:
+        _seed_all(self.seed, _ERASING, self.epoch, self.number, self.rank)
+        self.number += 1
+        return self.erasing(images)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed all that a training step draws from, on every device."""
+    _seed_all(seed, _STEP, step, rank)
+
+
+def _state(*key: int) -> int:
+    """64 bits for a key of integers, each of 64 bits at most."""
+    digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _seed_cpu(*key: int) -> int:
+    # Some microseconds, which every sample costs.
+    state = _state(*key)
+    random.seed(state)
+    np.random.seed(state & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(state)
+    return state
+
+
+def _seed_all(*key: int) -> None:
+    torch.manual_seed(_seed_cpu(*key))

@@ -1,0 +1,300 @@
+"""`emax plan`: what a training run will need, worked out on paper.
+
+Neither a GPU nor the data is touched: the figures follow from the options and from the shapes of
+tensors that hold no data.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from torch import nn
+
+from ..models.cost import cost_on_paper
+from ..runner import command
+from .config import (
+    Parser,
+    TrainConfig,
+    UsageError,
+    from_mapping,
+    learning_rate,
+    model_arguments,
+    parse_settings,
+)
+from .config.checks import check_config
+from .data import data_config_of
+
+__all__ = ["Plan", "make_plan", "plan", "report"]
+
+IMAGENET_IMAGES = 1_281_167
+IMAGE_BYTES = 110_000  # an estimate: 141 GB of ImageNet's training images over their number
+FLOAT = 4  # bytes; weights, gradients and states are float32 under --amp too
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run of a configuration will need.
+
+    Args:
+        input_size: Channels, height and width.
+        macs: Multiply-accumulates of one image in evaluation.
+        activation_bytes: What autograd keeps for the backward pass in float32, per image.
+        weight_bytes: Of parameters and buffers.
+        gradient_bytes: With the copy that several ranks send to each other.
+        optimizer_bytes: Of the optimizer's states.
+        average_bytes: Of the averaged weights, 0 without them.
+        gpus: Number of them; there is one rank on each.
+        batch_size: Images per rank and forward pass.
+        global_batch: Images per optimizer step.
+        learning_rate: After warm-up and scaling.
+        epochs: With what the schedule adds to --epochs.
+        images_per_epoch: Training images that all ranks read.
+        hours: Of training, without validation; None where the speed is not known.
+    """
+
+    model: str
+    num_classes: int
+    input_size: tuple[int, ...]
+    parameters: int
+    macs: int
+    activation_bytes: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    average_bytes: int
+    gpus: int
+    batch_size: int
+    grad_accum_steps: int
+    global_batch: int
+    learning_rate: float
+    epochs: int
+    steps_per_epoch: int
+    images_per_epoch: int
+    hours: float | None
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Per GPU, whatever the batch size."""
+        parts = (self.weight_bytes, self.gradient_bytes, self.optimizer_bytes, self.average_bytes)
+        return sum(parts)
+
+    @property
+    def batch_bytes(self) -> int:
+        """Of activations in float32, per GPU."""
+        return self.activation_bytes * self.batch_size
+
+    @property
+    def images(self) -> int:
+        """That the run reads."""
+        return self.images_per_epoch * self.epochs
+
+
+@command("emax plan")
+def plan(argv: Sequence[str], prog: str) -> int:
+    """Print the plan of a configuration as the command line says; returns the exit status."""
+    options, flags = _parser(prog).parse_known_args(argv)
+    settings = parse_settings(TrainConfig, ["-c", options.config, *flags], prog)
+    config = from_mapping(TrainConfig, settings, source="the command line")
+    print(report(make_plan(config, options.gpus, options.train_images, options.images_per_second)))
+    return 0
+
+
+def make_plan(
+    config: TrainConfig,
+    gpus: int,
+    train_images: int = IMAGENET_IMAGES,
+    images_per_second: float | None = None,
+) -> Plan:
+    """Work out what a run will need.
+
+    Args:
+        gpus: Number of them, one rank on each.
+        train_images: In the training split.
+        images_per_second: That all GPUs together train on.
+
+    Raises:
+        UsageError: If the configuration is refused, or the numbers make no run.
+    """
+    for name, value in (("--gpus", gpus), ("--train-images", train_images)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+    if images_per_second is not None and not 0 < images_per_second < math.inf:
+        raise UsageError(f"--images-per-second must be positive, not {images_per_second}")
+    check_config(config)
+    if ":" in config.model:
+        raise UsageError(f"a plan needs the name of a registered model, not {config.model}")
+
+    ranks_batch = config.batch_size * gpus
+    batches = _kept(config, train_images) // ranks_batch  # the remainder is dropped
+    if batches == 0:
+        raise UsageError(
+            f"{train_images} training images make no batch of {config.batch_size} "
+            f"on {gpus} GPUs; lower --batch-size"
+        )
+    config = dataclasses.replace(config, lr=learning_rate(config, gpus))
+    steps = -(-batches // config.grad_accum_steps)
+    states, epochs = _optimizer_and_epochs(config, steps)
+    model, costs = _model_costs(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    weights = FLOAT * (parameters + sum(buffer.numel() for buffer in model.buffers()))
+    images = batches * ranks_batch
+    return Plan(
+        **costs,
+        model=config.model,
+        parameters=parameters,
+        weight_bytes=weights,
+        gradient_bytes=FLOAT * parameters * (2 if gpus > 1 else 1),
+        optimizer_bytes=round(FLOAT * parameters * states),
+        average_bytes=weights if config.model_ema else 0,
+        gpus=gpus,
+        batch_size=config.batch_size,
+        grad_accum_steps=config.grad_accum_steps,
+        global_batch=ranks_batch * config.grad_accum_steps,
+        learning_rate=config.lr or 0.0,
+        epochs=epochs,
+        steps_per_epoch=steps,
+        images_per_epoch=images,
+        hours=None if images_per_second is None else images * epochs / images_per_second / 3600,
+    )
+
+
+def _kept(config: TrainConfig, train_images: int) -> int:
+    """Training images that are left when a part of them validates."""
+    return train_images - round(train_images * config.val_fraction)
+
+
+def _optimizer_and_epochs(config: TrainConfig, steps: int) -> tuple[float, int]:
+    """Numbers that the optimizer keeps per parameter, and epochs of the schedule.
+
+    A real step of one small convolution tells: an optimizer makes its states when it steps.
+    """
+    layer = nn.Conv2d(64, 64, 3, bias=False)
+    # Layers are scaled, or frozen, by their place in the model, and this one has none.
+    alone = dataclasses.replace(config, layer_decay=None)
+    try:
+        optimizer = create_optimizer_v2(layer, **optimizer_kwargs(alone), **config.opt_kwargs)
+        layer.weight.grad = torch.ones_like(layer.weight)
+        optimizer.step()
+    except Exception as error:  # whatever the optimizer makes of its options
+        raise UsageError(f"optimizer {config.opt}: {str(error) or type(error).__name__}") from None
+    kept = sum(
+        value.numel()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.dim() > 0  # without the count of steps
+    )
+    schedule: dict[str, Any] = scheduler_kwargs(
+        config,  # type: ignore[arg-type]
+        decreasing_metric=config.eval_metric == "loss",
+    )
+    _, epochs = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=steps)
+    return kept / layer.weight.numel(), epochs
+
+
+def _model_costs(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
+    """The model without data, and the fields of `Plan` that come from it alone."""
+    # The data, which would tell the number of classes, is not read.
+    classes = config.num_classes or timm.get_pretrained_cfg_value(config.model, "num_classes")
+    arguments = model_arguments(config, classes or 1000)
+    with torch.device("meta"):
+        model: Any = timm.create_model(config.model, **arguments)
+    size = data_config_of(config, model)["input_size"]
+    try:
+        macs, kept = cost_on_paper(model, size)
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
+        shape = " x ".join(map(str, size))
+        raise UsageError(f"model {config.model} on images of {shape}: {reason}") from None
+    costs = {
+        "num_classes": arguments["num_classes"],
+        "input_size": tuple(size),
+        "macs": macs,
+        "activation_bytes": round(kept),
+    }
+    return model, costs
+
+
+def report(made: Plan) -> str:
+    """The plan as aligned lines: what, how much, and what the figure is."""
+    gpus = "1 GPU" if made.gpus == 1 else f"{made.gpus} GPUs"
+    batch = f"{gpus} x {made.batch_size} images x {made.grad_accum_steps}"
+    volume = made.images_per_epoch * IMAGE_BYTES
+    sends = " and the copy that is sent" if made.gpus > 1 else ""
+    hours = "unknown", "time an epoch, then give --images-per-second: see below"
+    if made.hours is not None:
+        hours = f"{made.hours:.1f}", "of training, without validation"
+    rows = [
+        ("model", made.model, f"{made.num_classes} classes"),
+        ("input", " x ".join(map(str, made.input_size)), ""),
+        ("parameters", f"{made.parameters / 1e6:.2f} M", ""),
+        ("MACs", f"{made.macs / 1e9:.3f} G", "of one image in evaluation"),
+        ("", "", ""),
+        ("memory of a GPU:", "", ""),
+        ("  weights", _giga(made.weight_bytes), "float32, with buffers"),
+        ("  gradients", _giga(made.gradient_bytes), f"float32{sends}"),
+        ("  optimizer", _giga(made.optimizer_bytes), "its states"),
+        ("  average", _giga(made.average_bytes), "the averaged weights"),
+        ("  activations", _giga(made.batch_bytes), _activation_note(made)),
+        ("  together", _giga(made.fixed_bytes + made.batch_bytes), "without short-lived memory"),
+        ("", "", ""),
+        ("global batch", f"{made.global_batch:,}", f"{batch} forward passes"),
+        ("learning rate", f"{made.learning_rate:g}", "after warm-up and scaling"),
+        ("epochs", f"{made.epochs:,}", "with those that the schedule adds"),
+        ("steps per epoch", f"{made.steps_per_epoch:,}", "of the optimizer"),
+        ("steps", f"{made.steps_per_epoch * made.epochs:,}", "in all"),
+        ("", "", ""),
+        ("images per epoch", f"{made.images_per_epoch:,}", "a last incomplete batch is dropped"),
+        ("images", f"{made.images:,}", "in all, without validation"),
+        ("data per epoch", _giga(volume), f"an estimate: {IMAGE_BYTES // 1000} kB per image"),
+        ("data", f"{volume * made.epochs / 1e12:.1f} TB", "an estimate, likewise"),
+        ("hours", *hours),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [
+        f"{name:<{widths[0]}}  {value:>{widths[1]}}  {note}".rstrip() for name, value, note in rows
+    ]
+    if made.hours is None:
+        lines += [
+            "",
+            "To measure the speed, train on these GPUs with --epochs 2 --val-split '': it is the",
+            "images per epoch over the seconds of the second epoch in the run's log.csv.",
+        ]
+    return "\n".join(lines)
+
+
+def _activation_note(made: Plan) -> str:
+    return f"float32, {made.activation_bytes / 1e6:.0f} MB per image; --amp about halves it"
+
+
+def _giga(amount: float) -> str:
+    return f"{amount / 1e9:.2f} GB"
+
+
+def _parser(prog: str) -> Parser:
+    parser = Parser(
+        prog,
+        description="Work out what a training run will need, without a GPU or data.",
+        epilog="Further flags are those of train, and win over the file.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file or name of a recipe")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of all hosts")
+    parser.add_argument(
+        "--images-per-second",
+        type=float,
+        metavar="X",
+        help="training speed of all GPUs together, as measured",
+    )
+    parser.add_argument(
+        "--train-images",
+        type=int,
+        default=IMAGENET_IMAGES,
+        metavar="N",
+        help="images of the training split (default: ImageNet's %(default)s)",
+    )
+    return parser

@@ -1,0 +1,128 @@
+"""A run's whole state as a checkpoint, and the run going on from one."""
+
+from dataclasses import asdict
+from typing import Any
+
+import timm
+import torch
+from torch.utils.data import IterableDataset
+
+from ..version import __version__
+from .checkpoint import Checkpoint
+from .config import UsageError
+from .evaluate import Metrics
+from .progress import Timing
+from .run import Run
+
+__all__ = ["restore", "snapshot"]
+
+
+def snapshot(run: Run) -> Checkpoint:
+    """All that `restore` needs for the run to go on at the next step."""
+    averaged = None if run.averaged is None else run.averaged.module.state_dict()
+    plateau = _plateau(run)
+    state = {
+        "epoch": run.epoch,
+        "step": run.step,
+        "steps_per_epoch": run.steps_per_epoch,
+        "losses": run.losses,
+        "recent": list(run.guard.recent),
+        "timing": asdict(run.timing),
+        "broken": run.guard.broken,
+        "best": run.best and tuple(run.best),
+        "best_epoch": run.best_epoch,
+        "seconds": run.seconds,
+        "rows": run.rows,
+        "layers": run.layers,
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "plateau": plateau and plateau.state_dict(),
+        "lr_without_noise": getattr(run.scheduler, "restore_lr", None),  # plateau's too
+        "environment": _environment(run),
+    }
+    return Checkpoint(run.model.state_dict(), averaged, state)
+
+
+def restore(run: Run, saved: Checkpoint) -> None:
+    """Go on where the run that `saved` is of stood.
+
+    Raises:
+        UsageError: If it is of a run with another model or optimizer, or stands in the middle of an
+            epoch of another length.
+    """
+    try:
+        _load(run, saved)
+        steps, environment = saved.state["steps_per_epoch"], saved.state["environment"]
+        changes = [
+            f"{name} was {environment[name]} and is {value}"
+            for name, value in _environment(run).items()
+            if environment[name] != value
+        ]
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"the run was made with other options: {error}") from None
+    if steps != run.steps_per_epoch:
+        if run.step != run.epoch * steps:
+            raise UsageError(
+                f"the run stands in the middle of an epoch of {steps} steps, which now has "
+                f"{run.steps_per_epoch}: give the same data and, with --batch-size and "
+                "--grad-accum-steps, the same global batch"
+            )
+        run.step = run.epoch * run.steps_per_epoch
+    if changes:
+        run.world.warn(f"not to the bit as it would have gone on: {'; '.join(changes)}")
+    if run.step > run.epoch * run.steps_per_epoch:
+        _warn_within_epoch(run)
+    if run.scheduler is not None:
+        if run.epoch and _plateau(run) is None:
+            run.scheduler.step(run.epoch)
+        run.scheduler.step_update(run.step)
+
+
+def _load(run: Run, saved: Checkpoint) -> None:
+    state = saved.state
+    run.model.load_state_dict(saved.model)
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    if run.averaged is not None:
+        if saved.averaged is None:
+            raise ValueError("it has no averaged weights")
+        run.averaged.module.load_state_dict(saved.averaged)
+    if (plateau := _plateau(run)) is not None:
+        plateau.load_state_dict(state["plateau"])
+        run.scheduler.restore_lr = state["lr_without_noise"]  # type: ignore
+    run.epoch, run.step, run.seconds = state["epoch"], state["step"], state["seconds"]
+    run.best = Metrics(*state["best"]) if state["best"] else None
+    run.best_epoch = state["best_epoch"]
+    run.losses, run.rows, run.layers = state["losses"], state["rows"], state["layers"]
+    run.timing = Timing(**state["timing"])
+    run.guard.broken = state["broken"]
+    run.guard.recent.extend(state["recent"])
+
+
+def _warn_within_epoch(run: Run) -> None:
+    if isinstance(run.train_loader.dataset, IterableDataset):
+        run.world.warn("the data are a stream: the epoch goes on with its first images again")
+    if run.world.size > 1 and run.config.no_ddp_bb and not run.config.sync_bn:
+        run.world.warn("--no-ddp-bb: all ranks go on with the batch norm statistics of rank 0")
+
+
+def _plateau(run: Run) -> Any:
+    """The one schedule whose state is not a function of the step."""
+    return getattr(run.scheduler, "lr_scheduler", None)
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    """What the bits of a result depend on, apart from the configuration's numbers."""
+    device, config = run.world.device, run.config
+    cuda = device.type == "cuda"
+    return {
+        "the number of ranks": run.world.size,
+        "the device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "the number of CPU threads": None if cuda else torch.get_num_threads(),
+        "--torchcompile": config.torchcompile,
+        "mixed precision": config.amp_dtype if config.amp else None,
+        "--channels-last": config.channels_last,
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "emax_timm": __version__,
+    }
