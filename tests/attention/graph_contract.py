@@ -161,6 +161,7 @@ class CompileContract(Subject):
             expected = gradients(module, x, seeded(module))
         assert_same(actual, expected, tolerance)
 
+    @pytest.mark.slow
     def test_compile_serves_all_sizes_after_two(self) -> None:
         module = self.make(dtype=torch.float32)
         compiled = torch.compile(module, backend="eager", fullgraph=True)

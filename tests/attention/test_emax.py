@@ -174,6 +174,7 @@ def test_a_traced_layer_can_be_scripted_and_follows_set_grouping() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.slow
 def test_a_compiled_layer_follows_set_grouping_without_compiling_again() -> None:
     module, x = make_emax(24, dtype=torch.float32), randn(2, 24, 7, 5, dtype=torch.float32)
     force(module, 1)

@@ -75,6 +75,7 @@ def draw(name: str, seed: int) -> tuple[nn.Module, nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["resnet10t_emax", "convnext_atto_emax"])
+@pytest.mark.slow
 def test_a_network_in_float32_is_as_precise_as_with_the_naive_formulas(name: str) -> None:
     assert_as_precise([errors(*draw(name, seed)) for seed in range(25)])
 

@@ -86,6 +86,7 @@ def test_scenes_of_the_benchmark_hold_one_item_where_the_mask_is() -> None:
 SMALL = "--seeds 0 1 --attentions emax cbam --steps 1 --train-scenes 64 --test-scenes 8 --curves 4"
 
 
+@pytest.mark.slow
 def test_benchmark_rates_every_map_and_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
