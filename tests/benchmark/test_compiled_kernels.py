@@ -5,6 +5,7 @@ import pytest
 from emax_timm.benchmark.compiled_kernels import compiled_kernels
 
 
+@pytest.mark.slow
 def test_the_loops_of_all_passes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert compiled_kernels(["--shape", "2", "16", "8", "8", "--rounds", "1"]) == 0
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]

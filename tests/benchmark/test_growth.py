@@ -23,6 +23,7 @@ def test_exponents_are_those_of_numpy() -> None:
     assert fitted == pytest.approx((slope, math.sqrt(covariance[0, 0])))
 
 
+@pytest.mark.slow
 def test_every_axis_is_measured_and_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

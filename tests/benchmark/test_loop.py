@@ -32,6 +32,7 @@ def test_both_loops_train_on_as_much(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"images", "speed.json"}
 
 
+@pytest.mark.slow
 def test_the_first_rank_tells_for_all(tmp_path: Path) -> None:
     images = image_folder(tmp_path / "images")
     program = tmp_path / "emax.py"
