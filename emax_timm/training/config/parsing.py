@@ -130,10 +130,7 @@ def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> 
 
 
 def check_bounds(config: Any) -> None:
-    """Check that every number is within the bounds of its option.
-
-    Args:
-        config: An instance of an options class.
+    """Check that every number in an instance of an options class is within its bounds.
 
     Raises:
         UsageError: If a number is out of bounds; the message gives the value and the bounds.
@@ -149,13 +146,10 @@ def check_bounds(config: Any) -> None:
 
 
 def find_config(name: str) -> Path:
-    """Return the path of a configuration file.
-
-    Args:
-        name: The path of a file, or the name of a recipe that comes with the package.
+    """Return the path of a file, or of the recipe of that name that comes with the package.
 
     Raises:
-        UsageError: If there is neither a file nor a recipe of that name.
+        UsageError: If there is neither.
     """
     path = Path(name)
     if path.is_file():
@@ -283,11 +277,7 @@ _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or 
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """Convert a value to the type of an option's hint.
-
-    Raises:
-        ValueError: If the value has another type; the message describes the right one.
-    """
+    """Convert a value to the type of an option; a ValueError describes the expected type."""
     kind = _without_none(hint)
     if value is None and type(None) in typing.get_args(hint):
         return None
