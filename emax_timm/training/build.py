@@ -221,7 +221,7 @@ def _resolve(
         config,
         amp=world.device.type == "cuda" if config.amp is None else config.amp,
         amp_dtype=config.amp_dtype or half_precision(world.device),
-        # Whoever loads the weights reads the model's arguments.
+        # As arguments of the model, where code that loads the weights reads them.
         model_kwargs={**config.model_kwargs, **norm},
         bn_momentum=None,
         bn_eps=None,

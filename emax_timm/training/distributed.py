@@ -69,9 +69,10 @@ GLOO_ERRORS = ("gloo", "Application timeout caused pair closure")
 
 @contextmanager
 def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
-    """Join the run's other processes, if there are any, and leave them at the end.
+    """Join the process group of the run, if it has several ranks; yields the distributed context.
 
-    The environment variables of torchrun or Slurm describe these processes.
+    The environment variables of torchrun or Slurm describe the ranks. The process group is left at
+    the end.
 
     Args:
         device: The device or its type; empty for cuda if there is one, else cpu.

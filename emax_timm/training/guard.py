@@ -23,7 +23,7 @@ class BadStepError(RuntimeError):
 
 
 class Step(NamedTuple):
-    """A training step: its number in the run, its epoch, and the batches of this epoch in it."""
+    """A training step: its number in the run, its epoch, and the epoch's batches that it uses."""
 
     number: int
     epoch: int
@@ -88,7 +88,7 @@ class Guard:
         loader: The training loader, which gives the names of samples.
 
     Attributes:
-        recent: Losses of the last 100 steps, across epochs; a spike is measured by their median.
+        recent: Losses of the last 100 steps, across epochs; a spike is far above their median.
         broken: Number of corrupt images in this epoch's steps so far, over all ranks.
     """
 

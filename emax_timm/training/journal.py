@@ -121,14 +121,16 @@ def _json_line(row: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Return the value with None for every number that is not finite, at any depth."""
+    """Return the value with None for every number that is not finite, also in nested dicts."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_log(run: Run, stack: ExitStack) -> RunLog | None:
-    """Create and lock the run directory, and write its configuration; returns rank 0's log.
+    """Create and lock the run directory, and write its configuration.
+
+    Returns the log on rank 0, and None on the others, which do nothing here.
 
     Args:
         run: The run, whose epochs so far are written to the log anew.

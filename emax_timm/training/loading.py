@@ -45,7 +45,7 @@ def create_model(
         return timm.create_model(
             name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **arguments
         )
-    except (HfHubHTTPError, EntryNotFoundError) as error:  # timm requests the config
+    except (HfHubHTTPError, EntryNotFoundError) as error:  # while timm fetches the config
         reason = hub_problem(error)
     except (AttributeError, KeyError, TypeError) as error:
         if ":" not in name:

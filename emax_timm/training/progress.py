@@ -67,7 +67,7 @@ class Timing:
 
 
 class Progress:
-    """Progress through the steps of an epoch: a bar on a terminal, else a line now and then.
+    """Progress through the steps of an epoch: a bar on a terminal, else lines.
 
     Args:
         title: Text in front of the progress.

@@ -46,7 +46,7 @@ def snapshot(run: Run) -> Checkpoint:
 def restore(run: Run, saved: Checkpoint) -> None:
     """Restore the state of a run from its checkpoint.
 
-    Warns of changes, such as another device, after which the results are not the same to the bit.
+    Warns of changes, such as another device, after which the results are not bit-identical.
 
     Raises:
         UsageError: If the checkpoint is from a run with another model or optimizer, or from the

@@ -31,12 +31,13 @@ from .signals import Stopped, until_signal
 
 __all__ = ["Trainer"]
 
+# Images [b, c, h, w] and labels [b]; labels [b, classes] after mixup.
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass
 class Trainer(Run):
-    """Trains a run; `build.build_trainer` makes one from a configuration."""
+    """The training loop of a run; `build.build_trainer` makes one from a configuration."""
 
     def run(self) -> None:
         """Train from the run's current step to its end, then test the best weights.
@@ -59,7 +60,7 @@ class Trainer(Run):
                 raise
 
     def _run_epoch(self, log: RunLog | None) -> None:
-        start = time.monotonic() - self.timing.seconds  # those of an earlier process count
+        start = time.monotonic() - self.timing.seconds  # the time before a resume counts too
         loss = self.train_epoch()
         due = (self.epoch + 1) % self.config.val_interval == 0 or self.epoch + 1 == self.epochs
         metrics = self.validate() if due and self.val_loader is not None else None

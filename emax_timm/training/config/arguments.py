@@ -25,7 +25,7 @@ def learning_rate(config: TrainConfig, ranks: int) -> float:
 
 
 def mixup_options(config: TrainConfig) -> dict[str, Any]:
-    """Return the arguments of timm's Mixup but `num_classes`; empty if mixup and cutmix are off."""
+    """Return timm's Mixup arguments without `num_classes`; empty if mixup and cutmix are off."""
     if config.mixup <= 0 and config.cutmix <= 0 and config.cutmix_minmax is None:
         return {}
     return {

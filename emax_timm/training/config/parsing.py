@@ -44,7 +44,7 @@ def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[st
         prog: The name of the command, for its help.
 
     Raises:
-        UsageError: If a flag is unknown or malformed, or the file cannot be read or is invalid.
+        UsageError: If a flag is unknown or malformed, or the file is missing or invalid.
         SystemExit: For `--help`.
     """
     parser = _parser(kind, prog)
@@ -67,7 +67,7 @@ def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[st
 def layered(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of `base`, overridden by those `given`.
 
-    This includes two spellings of the same option: `data` and `data_dir`, and `input_size` for
+    Options that mean the same also override each other: `data` and `data_dir`, and `input_size`,
     `img_size` and `in_chans`.
     """
     base = dict(base)

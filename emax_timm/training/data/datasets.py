@@ -24,7 +24,7 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Subset(Dataset):
-    """A subset of a map-style data set, which shares its `transform` (timm's loader sets that)."""
+    """A subset of a map-style data set; timm's loader sets its data set's transform through it."""
 
     def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
         self.dataset = dataset
@@ -154,7 +154,7 @@ def _unpack_debian_fashion_mnist(root: Path) -> None:
         if target.exists():
             continue
         raw.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}")  # ranks may run at once
+        partial = target.with_name(f"{target.name}.{os.getpid()}")  # ranks may do this together
         with gzip.open(archive) as source, partial.open("wb") as sink:
             shutil.copyfileobj(source, sink)
         partial.replace(target)
@@ -199,7 +199,7 @@ def same_classes(expected: list[str] | None, found: list[str] | None, split: str
 
 
 def hold_out(dataset: Any, fraction: float) -> tuple[Subset, Subset]:
-    """Split a data set at random, but in every run alike, into the rest and a held-out part.
+    """Split a data set into the rest and a held-out part, at random but the same in every run.
 
     Args:
         dataset: A map-style data set.
