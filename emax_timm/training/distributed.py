@@ -1,4 +1,4 @@
-"""The distributed context: the processes of a run, one without torchrun, else one per device."""
+"""The distributed context: a run has a process per device with torchrun or Slurm, else one."""
 
 import os
 import sys
