@@ -1,4 +1,4 @@
-"""Training and validation: timm's ImageNet pipeline with EMAX's grouping course."""
+"""Training and validation: timm's ImageNet pipeline, plus a schedule for EMAX's grouping."""
 
 from .config import TrainConfig, UsageError, ValidateConfig
 from .programs import train, validate

@@ -1,6 +1,6 @@
-"""From a configuration to a trainer: data, model, optimizer, schedule, loss.
+"""Build a trainer from a configuration: data, model, optimizer, schedule and loss.
 
-Everything that can be refused is refused before the run's folder is made.
+Everything that can be refused is refused before the run directory is made.
 """
 
 import dataclasses
@@ -48,10 +48,10 @@ __all__ = ["build_trainer"]
 
 
 def build_trainer(config: TrainConfig, world: World) -> Trainer:
-    """Check the configuration and build all that a run consists of; nothing is written.
+    """Check the configuration and build the trainer, resumed if asked; nothing is written.
 
     Raises:
-        UsageError: If the configuration, the data or the weights to start from are refused.
+        UsageError: If the configuration, the data or the weights to start from are invalid.
     """
     check_config(config)
     saved = None
@@ -142,7 +142,7 @@ def _averaged(config: TrainConfig, model: nn.Module) -> ModelEmaV3 | None:
 def _create_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     try:
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(config), **config.opt_kwargs)
-    except Exception as error:  # whatever the optimizer makes of its options
+    except Exception as error:  # optimizers may raise anything
         raise UsageError(f"optimizer {config.opt}: {str(error) or type(error).__name__}") from None
     if getattr(optimizer, "is_second_order", False):
         raise UsageError(f"optimizer {config.opt} needs second derivatives, which are not computed")
@@ -156,7 +156,7 @@ def _open_loaders(
     num_classes: int,
     world: World,
 ) -> dict[str, Any]:
-    """A loader for each of the splits."""
+    """Create a loader for each split."""
     batch_size = config.validation_batch_size or config.batch_size
     loaders = {
         name: evaluation_loader(config, dataset, data_config, batch_size, world)
@@ -174,7 +174,7 @@ def _open_loaders(
 
 
 def _open_splits(config: TrainConfig) -> dict[str, Any]:
-    """Data sets by name: train, and where there are any validation and test."""
+    """Open the data sets by name: train, and validation and test if there are any."""
 
     def split(name: str, training: bool, samples: int | None) -> Any:
         return open_split(
@@ -213,7 +213,7 @@ def _num_classes(config: TrainConfig, classes: list[str] | None) -> int:
 def _resolve(
     config: TrainConfig, data_config: dict[str, Any], num_classes: int, world: World
 ) -> TrainConfig:
-    """The configuration with everything that was derived written down in it."""
+    """Return the configuration with all derived values filled in."""
     root = config.data_dir or config.data
     norm = {"bn_momentum": config.bn_momentum, "bn_eps": config.bn_eps}
     norm = {name: value for name, value in norm.items() if value is not None}
@@ -221,7 +221,7 @@ def _resolve(
         config,
         amp=world.device.type == "cuda" if config.amp is None else config.amp,
         amp_dtype=config.amp_dtype or half_precision(world.device),
-        # Where whoever loads the weights finds them.
+        # As arguments of the model, where code that loads the weights reads them.
         model_kwargs={**config.model_kwargs, **norm},
         bn_momentum=None,
         bn_eps=None,
@@ -241,7 +241,7 @@ def _resolve(
 
 
 def _run_folder(config: TrainConfig, data_config: dict[str, Any], world: World) -> Path:
-    """Where the run's files go; refused if it holds another run's."""
+    """Return the run directory; one that holds another run is refused."""
     if config.resume not in ("", "auto"):
         return Path(config.resume)
     if config.experiment:
@@ -250,7 +250,7 @@ def _run_folder(config: TrainConfig, data_config: dict[str, Any], world: World) 
         name = f"{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(config.model)}"
         name += f"-{data_config['input_size'][-1]}"
     folder = Path(config.output) / name
-    # A run that ended before its first checkpoint is started anew by --resume auto.
+    # --resume auto starts a run again that ended before its first checkpoint.
     auto = config.resume == "auto"
     begun = checkpoint.checkpoints(folder) if auto else (folder / checkpoint.CONFIG).exists()
     if world.is_primary and begun:
@@ -265,7 +265,7 @@ def _run_folder(config: TrainConfig, data_config: dict[str, Any], world: World) 
 
 
 def _wrap(config: TrainConfig, model: nn.Module, world: World) -> nn.Module:
-    """The model as the training step calls it."""
+    """Return the model as the training step calls it: compiled and distributed as configured."""
     if config.torchcompile:
         model = torch.compile(  # type: ignore[assignment]
             model, backend=config.torchcompile, mode=config.torchcompile_mode
@@ -274,7 +274,7 @@ def _wrap(config: TrainConfig, model: nn.Module, world: World) -> nn.Module:
         return model
     devices = None if world.device.type == "cpu" else [world.device]
     network = DistributedDataParallel(model, device_ids=devices)
-    if config.no_ddp_bb:  # not as an argument, whose name changes with torch 2.14
+    if config.no_ddp_bb:  # the argument's name changes with torch 2.14
         network.broadcast_buffers = False
     return network
 

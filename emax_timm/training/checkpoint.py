@@ -2,7 +2,7 @@
 
     config.yaml          the resolved configuration
     model.safetensors    the weights with the best metric (averaged ones if averaging is on)
-    SHA256SUMS           their sha256, as sha256sum writes and checks it
+    SHA256SUMS           their sha256, in the format of the sha256sum command
     config.json          timm's description of that model: the folder is a timm `local-dir:` model
     checkpoints/         the newest few, each a folder epoch-0002-step-00002502 with
         model.safetensors  averaged.safetensors  state.pt  SHA256SUMS
@@ -10,10 +10,10 @@
                          (Windows without its developer mode) a hard link, else a copy
     log.csv log.jsonl    a row per epoch
     layers.jsonl         statistics of the EMAX layers, a row per epoch
-    curves.png           all of these, drawn at the end
+    curves.png           the curves of these logs, drawn at the end
     summary.json         the result
-    run_id               the run's name to --log-to's services
-    tensorboard/ wandb/  what these keep here
+    run_id               the identifier of the run for the trackers of --log-to
+    tensorboard/ wandb/  the local files of these trackers
 
 Weights are safetensors; `state.pt` (optimizer, counters, log rows) holds tensors and plain
 containers and is read with torch's restricted unpickler. Every file and every checkpoint is written
@@ -63,7 +63,7 @@ WEIGHTS, AVERAGED, STATE = "model.safetensors", "averaged.safetensors", "state.p
 
 
 class Checkpoint(NamedTuple):
-    """Where a run stands: state dicts of the model and its average, and all else in `state`."""
+    """The state of a run: state dicts of the model and its average, and all else in `state`."""
 
     model: dict[str, Tensor]
     averaged: dict[str, Tensor] | None
@@ -71,10 +71,10 @@ class Checkpoint(NamedTuple):
 
 
 def save_best(model: nn.Module, folder: Path) -> None:
-    """Write the model's weights as the best of the run in `folder`."""
+    """Write the model's weights, and their sha256, as the best of the run in `folder`."""
     content = serialized(model.state_dict())
     new, old = sha256_of(content), _sums(folder).get(BEST, set())
-    # While the file is replaced, both it and the one before are right.
+    # While the file is replaced, the sums of the old and the new one are both valid.
     _write_sums(folder, {new, *old})
     replace_file(folder / BEST, lambda file: file.write_bytes(content))
     _write_sums(folder, {new})
@@ -98,7 +98,7 @@ def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> None:
     path.parent.mkdir(exist_ok=True)
     if path.exists() and not _is_whole(path):
         remove(path)
-    if not path.exists():  # one of the same step is the same
+    if not path.exists():  # one of the same step has the same content
         write_folder(path, {**files, SUMS: sums.encode()})
     _link_last(folder, path / WEIGHTS)
     for old in checkpoints(folder)[keep:]:
@@ -119,12 +119,16 @@ def _link_last(folder: Path, weights: Path) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The folders of a run's checkpoints, the newest first."""
+    """Return the folders of a run's checkpoints, the newest first."""
     return sorted((folder / CHECKPOINTS).glob("epoch-*"), reverse=True)
 
 
 def load_checkpoint(folder: Path, world: World) -> Checkpoint:
-    """The newest checkpoint of the run in `folder` that is whole; damaged ones are named on stderr.
+    """Load the newest undamaged checkpoint of the run in `folder`; warns of damaged ones.
+
+    Args:
+        folder: The run directory.
+        world: The distributed context, on whose device the tensors of the state are loaded.
 
     Raises:
         UsageError: If there is none.
@@ -161,27 +165,27 @@ def _read_checkpoint(path: Path, device: torch.device) -> Checkpoint:
 
 
 def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read a `state.pt`; nothing but plain data can come out of it."""
+    """Read a `state.pt` file, which can yield plain data only."""
     content = _read(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles of other kinds, which are refused
+            warnings.simplefilter("ignore")  # about other pickles, which are refused
             state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         if not isinstance(state, dict):
             raise TypeError(f"it holds {type(state).__name__}")
         return state
     except Exception as error:
-        # torch's text advises to turn its restricted unpickler off.
+        # torch's message is not shown, as it advises turning the restricted unpickler off.
         reason = "it is damaged, or holds more than plain data"
         reason = reason if isinstance(error, pickle.UnpicklingError) else str(error)
         raise UsageError(f"{path} is not a complete training state: {reason}") from None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, of the sha256 that `SHA256SUMS` beside it may tell.
+    """Read a safetensors file; its sha256 is checked if `SHA256SUMS` beside it has one.
 
     Raises:
-        UsageError: If the file is missing, another, or no complete safetensors file.
+        UsageError: If the file is missing, has another sha256 or is no complete safetensors file.
     """
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: weights are read from .safetensors files only")
@@ -193,7 +197,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> bytes:
-    """A file's content, of the sha256 that `SHA256SUMS` beside it may tell."""
+    """Read a file; its sha256 is checked if `SHA256SUMS` beside it has one."""
     try:
         file = path.resolve(strict=True)  # the sums are beside the file, not beside a link to it
         content = file.read_bytes()
@@ -215,13 +219,13 @@ def _sums(folder: Path) -> dict[str, set[str]]:
 
 
 def serialized(tensors: dict[str, Tensor]) -> bytes:
-    """The content of a safetensors file; the same tensors give the same bytes."""
+    """Return the content of a safetensors file; the same tensors give the same bytes."""
     whole = {name: value.detach().contiguous() for name, value in tensors.items()}
     return safetensors.torch.save(whole, metadata={"format": "pt"})
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors file into the model; every key must fit.
+    """Load a safetensors file into the model; its keys and shapes must be those of the model.
 
     Raises:
         UsageError: If the file cannot be read, is of another architecture, or holds values that are
@@ -263,7 +267,10 @@ def save_model_config(
     data_config: dict[str, Any],
     label_names: list[str] | None,
 ) -> None:
-    """Write timm's config.json, by which `local-dir:` and the Hugging Face Hub know the model."""
+    """Write timm's config.json, from which `local-dir:` and the Hugging Face Hub build the model.
+
+    The model's `pretrained_cfg` is updated with the data config, in place.
+    """
     valid = PretrainedCfg.__dataclass_fields__
     pool_size = pool_size_at(model.pretrained_cfg, data_config["input_size"])
     model.pretrained_cfg["pool_size"] = pool_size
@@ -273,7 +280,7 @@ def save_model_config(
     def write(file: Path) -> None:
         save_config_for_hf(model, str(file), content, model_args=model_args)
         config = json.loads(file.read_text())
-        # It stands beside the arguments as well; transformers would pass it on twice.
+        # The config has it outside model_args as well; transformers would pass it twice.
         config.get("model_args", {}).pop("num_classes", None)
         file.write_text(json.dumps(config, indent=2))
 

@@ -1,4 +1,4 @@
-"""The curves of a run, from its log."""
+"""Draw the curves of a run from its log."""
 
 import sys
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ def draw_curves(folder: Path) -> Path:
     """Draw the losses, accuracies, learning rate and mean |residual gate| over the epochs.
 
     Args:
-        folder: A run's; its log.jsonl is read, and its layers.jsonl if there is one.
+        folder: The run directory; its log.jsonl is read, and its layers.jsonl if there is one.
 
     Returns:
-        The path of curves.png in it.
+        The path of curves.png in the run directory.
 
     Raises:
         ImportError: If matplotlib is missing.
-        OSError: If there is no log, or no room for the picture.
+        OSError: If there is no log, or the figure cannot be written.
     """
-    # Not pyplot, which has a state of its own and may look for a display.
+    # Not pyplot, which has global state and may look for a display.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -63,7 +63,7 @@ def draw_curves(folder: Path) -> Path:
 
 
 def draw_at_end(folder: Path) -> None:
-    """Draw the curves of a run that has ended; what is in the way is told and no error."""
+    """Draw the curves of a run that has ended; a failure is printed but raises nothing."""
     try:
         draw_curves(folder)
     except ImportError:
@@ -88,12 +88,12 @@ def curves(argv: Sequence[str], prog: str) -> int:
 
 
 def _curve(rows: list[dict[str, Any]], column: str) -> list[tuple[int, float]]:
-    """The points (epoch, value), epochs counted from 1; not those without a value."""
+    """Return the points (epoch counted from 1, value) of a column, for rows that have a value."""
     return [(row["epoch"] + 1, row[column]) for row in rows if row[column] is not None]
 
 
 def _residual_gates(rows: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """The curve of each layer."""
+    """Return the curve of the mean |residual gate| for each layer."""
     result: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for name, layer in row.items():

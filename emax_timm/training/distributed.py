@@ -1,4 +1,4 @@
-"""The processes of a run: one without torchrun, else one per device."""
+"""The distributed context: a run has a process per device with torchrun or Slurm, else one."""
 
 import os
 import sys
@@ -21,14 +21,14 @@ __all__ = ["RankError", "World", "open_world", "share_statistics"]
 
 
 class RankError(RuntimeError):
-    """Another rank of the run does not answer."""
+    """Another rank of the run does not respond."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run."""
+    """The distributed context: this process's device and rank, and the number of ranks."""
 
     device: torch.device
     rank: int = 0
@@ -36,22 +36,22 @@ class World:
 
     @property
     def is_primary(self) -> bool:
-        """Whether this process is the one that prints and writes."""
+        """Whether this process is the one that prints and writes files."""
         return self.rank == 0
 
     def warn(self, message: str) -> None:
-        """Say on stderr, once for all ranks, what the user is to know."""
+        """Print a warning on stderr, once for all ranks."""
         if self.is_primary:
             print(f"warning: {message}", file=sys.stderr, flush=True)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over all ranks, in place. A synchronisation point."""
+        """Sum values over all ranks, in place; returns them. A synchronisation point."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def max(self, values: torch.Tensor) -> torch.Tensor:
-        """Greatest over all ranks, in place. A synchronisation point."""
+        """Take the maximum over all ranks, in place; returns it. A synchronisation point."""
         if self.size > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
@@ -63,20 +63,23 @@ class World:
                 dist.broadcast(tensor, src=0)
 
 
-# Gloo raises plain RuntimeErrors: most name its source file, that of a timeout may not.
+# Gloo raises plain RuntimeErrors. Most name its source file, but one for a timeout may not.
 GLOO_ERRORS = ("gloo", "Application timeout caused pair closure")
 
 
 @contextmanager
 def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
-    """Join the other processes (torchrun's or Slurm's variables tell of them) and leave at the end.
+    """Join the process group of the run, if it has several ranks; yields the distributed context.
+
+    The environment variables of torchrun or Slurm describe the ranks. The process group is left at
+    the end.
 
     Args:
-        device: Its type; empty for cuda if there is one, else cpu.
+        device: The device or its type; empty for cuda if there is one, else cpu.
         timeout: Seconds after which a rank that waits for the others gives up.
 
     Raises:
-        UsageError: If the device is not there.
+        UsageError: If the device is unknown or not available.
         RankError: If another rank has ended or hangs. (NCCL ends the process itself instead.)
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,7 +100,7 @@ def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     limit = timedelta(seconds=timeout)
     shared, _, _ = next(rendezvous("env://", rank, size, timeout=limit))
-    # torchrun keeps the store when it restarts the ranks, with the addresses of those that died.
+    # torchrun keeps the store when it restarts the ranks, with the addresses of the dead ones.
     store = dist.PrefixStore(f"emax_timm/{attempt}", shared)
     backend = dist.get_default_backend_for_device(kind)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
@@ -114,22 +117,22 @@ def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
 
 
 def _silent_ranks(store: dist.Store, rank: int, size: int, wait: float = 5.0) -> list[int]:
-    """The ranks that do not say within `wait` seconds that they, too, have waited in vain."""
+    """Return the ranks that do not report within `wait` seconds that they timed out as well."""
     try:
         store.set(f"waited/{rank}", "")
         time.sleep(wait)
         return [number for number in range(size) if not store.check([f"waited/{number}"])]
-    except RuntimeError:  # the store has ended with the process that held it
+    except RuntimeError:  # the process that held the store has ended
         return []
 
 
 def share_statistics(
     world: World, config: TrainConfig, model: nn.Module, averaged: ModelEmaV3 | None
 ) -> None:
-    """Give the ranks the same batch norm statistics, as validation and checkpoints need."""
+    """Give all ranks the same batch norm statistics, as validation and checkpoints need."""
     if world.size == 1 or config.sync_bn or not config.dist_bn:
         return
     distribute_bn(model, world.size, config.dist_bn == "reduce")
     if averaged is not None:
-        # A checkpoint in mid-epoch holds those of rank 0 alone; so theirs are published.
+        # As in a checkpoint within an epoch, the averaged statistics are those of rank 0.
         distribute_bn(averaged, world.size, reduce=False)

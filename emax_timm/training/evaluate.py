@@ -1,4 +1,4 @@
-"""Loss and accuracy of a model, every image counted once whatever the number of ranks."""
+"""Loss and accuracy of a model; every image counts once, whatever the number of ranks."""
 
 import math
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ __all__ = ["Metrics", "autocast", "evaluate", "half_precision", "improves"]
 
 
 class Metrics(NamedTuple):
-    """Means over the images; the accuracies in per cent."""
+    """Means over the images: cross entropy, and top-1 and top-5 accuracy in per cent."""
 
     loss: float
     top1: float
@@ -26,9 +26,10 @@ class Metrics(NamedTuple):
 
 
 def improves(new: Metrics, best: Metrics | None, name: str) -> bool:
-    """Whether new metrics are better than the best, by the one of that name; never if not finite.
+    """Return whether new metrics are better than the best ones by the metric `name`.
 
-    The loss tells of logits that are not finite; an accuracy can be had from them.
+    Metrics with a value or a loss that is not finite are never better: an accuracy can be computed
+    even from logits that are not finite.
     """
     value = getattr(new, name)
     finite = math.isfinite(value) and math.isfinite(new.loss)
@@ -39,14 +40,14 @@ def improves(new: Metrics, best: Metrics | None, name: str) -> bool:
 
 
 def autocast(world: World, amp: bool, amp_dtype: str) -> AbstractContextManager:
-    """torch.autocast where `amp` is on."""
+    """Return torch.autocast if `amp` is on, else a context that does nothing."""
     if not amp:
         return nullcontext()
     return torch.autocast(world.device.type, dtype=getattr(torch, amp_dtype))
 
 
 def half_precision(device: torch.device) -> str:
-    """The dtype of mixed precision on a device: bfloat16, which needs no scaling, if it has it."""
+    """Return the dtype of mixed precision: bfloat16, which needs no scaling, else float16."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "float16"
     return "bfloat16"
@@ -65,16 +66,16 @@ def evaluate(
 
     Args:
         model: Maps [b, c, h, w] images to [b, classes] logits.
-        batches: This rank's share of the images and their labels [b].
-        world: The ranks that share the images.
+        batches: This rank's share of the images, with their labels [b].
+        world: The distributed context, whose ranks share the images.
         amp, amp_dtype, channels_last: As in training.
 
     Returns:
-        The metrics over the shares of all ranks; top5 is top-n where there are n < 5 classes.
+        The metrics over the images of all ranks; with n < 5 classes, top5 is the top-n accuracy.
     """
     training = model.training
     model.eval()
-    # Sums of the loss and of the right answers, and the number of images.
+    # Sums of the loss and of correct top-1 and top-5 predictions, and the number of images.
     totals = torch.zeros(4, dtype=torch.float64, device=world.device)
     for images, labels in batches:
         images, labels = images.to(world.device), labels.to(world.device)

@@ -9,7 +9,13 @@ __all__ = ["grouping_course", "schedule_grouping"]
 
 
 def schedule_grouping(model: nn.Module, progress: float, config: TrainConfig) -> None:
-    """Set the grouping of a model's EMAX layers to what it is at a fraction of the steps."""
+    """Set the warm-up and the temperature of a model's EMAX layers for a point in training.
+
+    Args:
+        model: Any module, also one in DistributedDataParallel or torch.compile.
+        progress: Steps done over steps in all, in [0, 1].
+        config: Its `grouping_warmup` and `grouping_temperature` define the schedule.
+    """
     warmup, temperature = grouping_course(
         progress, config.grouping_warmup, config.grouping_temperature
     )
@@ -19,12 +25,12 @@ def schedule_grouping(model: nn.Module, progress: float, config: TrainConfig) ->
 def grouping_course(
     progress: float, warmup: list[float], temperature: list[float]
 ) -> tuple[float, float]:
-    """EMAX's s and tau at a fraction of the training steps.
+    """Return EMAX's warm-up s and temperature tau at a point in training.
 
     Args:
         progress: Steps done over steps in all, in [0, 1].
-        warmup: Fractions between which s rises linearly from 0 to 1.
-        temperature: tau at 0 and at 1, linear between.
+        warmup: Fractions of the steps between which s rises linearly from 0 to 1.
+        temperature: tau at the first and at the last step; it is linear in between.
     """
     start, end = warmup
     rise = (progress - start) / (end - start) if end > start else float(progress >= end)

@@ -1,4 +1,4 @@
-"""What keeps bad numbers and corrupt images out of a run's weights, on every rank alike."""
+"""Protect a run's weights from non-finite values, loss spikes and corrupt images, on all ranks."""
 
 import sys
 from collections import deque
@@ -17,13 +17,13 @@ __all__ = ["Agreement", "BadStepError", "Guard", "Step", "agree"]
 
 
 class BadStepError(RuntimeError):
-    """A step was not to be made; the weights are those of the last good one."""
+    """A step is refused for its loss or gradients; the weights are those of the last good step."""
 
     exit_code = 1
 
 
 class Step(NamedTuple):
-    """A training step's place in the run, and the batches of its epoch that it takes."""
+    """A training step: its number in the run, its epoch, and the epoch's batches that it uses."""
 
     number: int
     epoch: int
@@ -34,30 +34,30 @@ class Step(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """What every rank knows of a step before it is made."""
+    """What all ranks know about a step before it is made."""
 
     loss: float
-    """The mean over the ranks."""
+    """Mean loss over the ranks."""
     broken: int
-    """Corrupt images in the batches of all ranks."""
+    """Number of corrupt images in the batches of all ranks."""
     bad: list[int]
-    """The ranks whose loss or gradients are not finite."""
+    """Ranks whose loss is not finite; if there are none, those with non-finite gradients."""
     signal: int
-    """The number of a signal that asks the run to stop, else 0."""
+    """Number of a signal that asks the run to stop, else 0."""
 
 
 def agree(world: World, loss: Tensor, norm: Tensor | None, broken: int, signal: int) -> Agreement:
-    """Put the ranks' parts in a step together.
+    """Combine the ranks' results of a step, with one all-reduce.
 
-    The one synchronisation point of a step. (With float16 torch's scaler has its own: it reads
-    whether it has to skip the step.)
+    This is the only synchronisation point of a step. (With float16, torch's gradient scaler adds
+    one: it reads whether it has to skip the step.)
 
     Args:
-        world: The ranks.
-        loss: This rank's, [].
-        norm: That of its gradients, []; None leaves them unchecked.
-        broken: Corrupt images in its batches.
-        signal: The number of a signal that it has had, else 0.
+        world: The distributed context.
+        loss: The loss on this rank, [].
+        norm: The norm of the gradients, []; None leaves them unchecked.
+        broken: Number of corrupt images in this rank's batches.
+        signal: Number of a signal that this rank has received, else 0.
     """
     flag = 2 * ~loss.isfinite()
     if norm is not None:
@@ -71,61 +71,62 @@ def agree(world: World, loss: Tensor, norm: Tensor | None, broken: int, signal: 
     # Here the host waits for the device.
     total, all_broken, *of_ranks = world.sum(values).tolist()
     flags, signals = of_ranks[:size], of_ranks[size:]
-    # A gradient is that of all ranks, so a rank whose loss is not finite spoils it for all.
+    # Gradients are averaged over the ranks, so a loss that is not finite spoils those of all ranks;
+    # only the ranks with such a loss are to blame.
     worst = max(flags)
     bad = [rank for rank, flag in enumerate(flags) if flag == worst > 0]
     return Agreement(total / size, int(all_broken), bad, int(max(signals)))
 
 
 class Guard:
-    """Decides what becomes of each step, and undoes one that is not to be made.
+    """Decides whether a training step is made, and restores the model if it is not.
 
     Args:
         config: Its `nonfinite`, `loss_spike`, `on_spike` and `max_broken_fraction` are the policy.
-        world: The ranks, which all decide the same.
-        model: The bare model.
-        loader: The training loader, which names samples.
+        world: The distributed context; all of its ranks decide the same.
+        model: The model, not compiled and not in DistributedDataParallel.
+        loader: The training loader, which gives the names of samples.
 
     Attributes:
-        recent: Losses of the last steps, across epochs; a spike is one against their median.
-        broken: Corrupt images in the steps of this epoch, over all ranks.
+        recent: Losses of the last 100 steps, across epochs; a spike is far above their median.
+        broken: Number of corrupt images in this epoch's steps so far, over all ranks.
     """
 
     def __init__(self, config: TrainConfig, world: World, model: nn.Module, loader: Any) -> None:
         self.config, self.world, self.model, self.loader = config, world, model, loader
         self.recent: deque[float] = deque(maxlen=100)
         self.broken = 0
-        # What a forward pass changes, and where it is kept until the gradients are known to be
-        # finite; copied by dtype, in a kernel or two instead of one for each buffer.
+        # A forward pass changes the buffers; copies are kept until the gradients are known to be
+        # finite. Grouped by dtype they are copied in a kernel or two, not in one for each buffer.
         groups: dict[torch.dtype, list[Tensor]] = {}
         for buffer in model.buffers():
             groups.setdefault(buffer.dtype, []).append(buffer)
         self._buffers = [(own, [buffer.clone() for buffer in own]) for own in groups.values()]
 
     def keep(self) -> None:
-        """Keep the model's buffers, before the forward passes of a step."""
+        """Save the model's buffers before the forward passes of a step."""
         for own, kept in self._buffers:
             torch._foreach_copy_(kept, own)
 
     def undo(self) -> None:
-        """Put back the buffers that were kept, such as batch norm statistics; drop gradients."""
+        """Restore the saved buffers, such as batch norm statistics, and drop the gradients."""
         for own, kept in self._buffers:
             torch._foreach_copy_(own, kept)
         self.model.zero_grad()
 
     def judge(self, step: Step, loss: Tensor, agreed: Agreement) -> bool:
-        """Whether a step is to be made; a bad one is reported, and undone if it is not.
+        """Return whether the step is to be made; report a bad one, and undo it if it is not made.
 
         Args:
-            step: Its place in the run.
-            loss: This rank's, which tells whether its samples are named.
-            agreed: What all ranks know.
+            step: The step's place in the run.
+            loss: The loss on this rank, [], which decides whether its samples are named.
+            agreed: What all ranks know about the step.
 
         Raises:
-            BadStepError: On every rank, if the loss or a gradient of any is not finite, or if the
+            BadStepError: On every rank, if the loss or a gradient of any rank is not finite or the
                 loss is a spike, and the policy for that is to stop.
-            BrokenImageError: On every rank, if the step makes the corrupt images of the epoch more
-                than may be.
+            BrokenImageError: On every rank, if this step brings the epoch's corrupt images above
+                the allowed fraction.
         """
         policy = self._policy(agreed)
         too_many = self._too_many(step, self.broken + agreed.broken)
@@ -142,7 +143,7 @@ class Guard:
         return True
 
     def _policy(self, agreed: Agreement) -> str:
-        """What becomes of a step: step, warn (and step), skip or stop."""
+        """Return what is done with a step: step, warn (and step), skip or stop."""
         if agreed.bad:
             return self.config.nonfinite
         return self.config.on_spike if self._is_spike(agreed.loss) else "step"
@@ -153,7 +154,7 @@ class Guard:
         return loss > self.config.loss_spike * median(self.recent)
 
     def _too_many(self, step: Step, broken: int) -> str:
-        """What is wrong if the epoch has so many corrupt images, empty if that may be."""
+        """Return an error message if the epoch has too many corrupt images, else an empty one."""
         fraction = self.config.max_broken_fraction
         if not broken or broken <= fraction * len(self.loader.dataset):
             return ""
@@ -163,7 +164,11 @@ class Guard:
         )
 
     def _report(self, step: Step, policy: str, agreed: Agreement, loss: Tensor) -> None:
-        """Say what is wrong with a step, and on the ranks to blame in which samples."""
+        """Report what is wrong with a step; the ranks at fault also name its samples.
+
+        Raises:
+            BadStepError: If the policy is to stop.
+        """
         problem, hint = f"the loss is a spike at {step}", "lower --lr, or choose another --on-spike"
         if agreed.bad:
             problem = f"the loss or a gradient is not finite at {step} on rank {_list(agreed.bad)}"

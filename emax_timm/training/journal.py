@@ -1,9 +1,9 @@
-"""What a run says of itself: a row per epoch in its folder, lines on the terminal, its summary.
+"""The log of a run: a row per epoch in its directory, lines on the terminal, and its summary.
 
-log.csv and log.jsonl hold the same rows. A spreadsheet and pandas open the first, and a release on
-the Hugging Face Hub carries it; the second keeps numbers, nulls and text apart, so that a program
-such as `emax curves` reads back what was written. layers.jsonl has rows of nested values, for which
-CSV has no form.
+log.csv and log.jsonl hold the same rows. Spreadsheets and pandas open the first, and a release on
+the Hugging Face Hub has it; the second distinguishes numbers, nulls and text, so that commands such
+as `emax curves` read back what was written. layers.jsonl has rows of nested values, for which CSV
+has no form.
 """
 
 import csv
@@ -44,13 +44,13 @@ COLUMNS = [
 
 
 class RunLog:
-    """The files log.csv, log.jsonl and layers.jsonl of a run; appended to as epochs end.
+    """The files log.csv, log.jsonl and layers.jsonl of a run, to which every epoch appends.
 
     Args:
-        folder: The run's folder.
+        folder: The run directory.
         columns: The keys of every row.
-        rows, layers: Those of earlier epochs; whatever else the files hold is dropped.
-        track: Is also given the epoch and the numbers of every row that is written.
+        rows, layers: The rows of earlier epochs; anything else in the files is dropped.
+        track: Called with the epoch and the numbers of every row that is written.
     """
 
     def __init__(
@@ -76,17 +76,20 @@ class RunLog:
                 path.unlink(missing_ok=True)
 
     def write(self, row: dict[str, Any], layers: dict[str, Any]) -> None:
-        """Append a row; a key that is not a column is an error.
+        """Append the row of an epoch, and give its numbers to the trackers.
 
         Args:
-            row: The columns of the epoch.
+            row: The values of the columns.
             layers: The epoch and, by its name, the statistics of each EMAX layer; empty for none.
+
+        Raises:
+            ValueError: If a key of `row` is not a column.
         """
         _append(self.csv, self._csv_line(row))
         _append(self.jsonl, _json_line(row))
         if layers:
             _append(self.layers, _json_line(layers))
-        # The epoch is the trackers' step.
+        # Trackers get the epoch as their step.
         numbers = {k: v for k, v in row.items() if v is not None and k not in ("epoch", "step")}
         by_name = {name: values for name, values in layers.items() if name != "epoch"}
         self.track(row["epoch"], numbers | scalars(by_name))
@@ -98,9 +101,9 @@ class RunLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file; none if there is no file.
+    """Read the rows of a .jsonl file; there are none if there is no file.
 
-    A last line without its end was being written when the run was killed, and is left out.
+    An incomplete last line, which a run that was killed leaves, is dropped.
     """
     if not path.exists():
         return []
@@ -118,21 +121,23 @@ def _json_line(row: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The value with None for every number that JSON lacks, at any depth."""
+    """Return the value with None for every number that is not finite, also in nested dicts."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_log(run: Run, stack: ExitStack) -> RunLog | None:
-    """Make the run's folder, lock it and describe the run in it; the log, on the primary rank.
+    """Create and lock the run directory, and write its configuration.
+
+    Returns the log on rank 0, and None on the others, which do nothing here.
 
     Args:
         run: The run, whose epochs so far are written to the log anew.
-        stack: Holds the folder's lock and the trackers.
+        stack: Holds the directory's lock and the trackers.
 
     Raises:
-        UsageError: If the folder cannot be written to, or another process is training in it.
+        UsageError: If the directory cannot be written to, or another process is training in it.
     """
     if not run.world.is_primary:
         return None
@@ -168,15 +173,15 @@ def record_epoch(
     lr: float,
     seconds: float,
 ) -> None:
-    """Add an epoch, which the run has counted already, to its rows, its log and the terminal.
+    """Record a finished epoch in the run's rows, its log and on the terminal.
 
     Args:
-        run: The run.
-        log: The files, on the primary rank.
-        loss: The epoch's mean training loss.
-        metrics: Those of its validation, if there was one.
-        lr: The learning rate that it was trained with.
-        seconds: Of training and validation.
+        run: The run; its `epoch` already counts the finished epoch.
+        log: The log files; None on all ranks but the primary one.
+        loss: Mean training loss of the epoch.
+        metrics: Metrics of the epoch's validation, if there was one.
+        lr: The learning rate at the end of the epoch.
+        seconds: Time of training and validation.
     """
     values = metrics._asdict() if metrics is not None else {}
     row = {
@@ -207,7 +212,7 @@ def record_epoch(
 
 
 def write_summary(run: Run, test: Metrics | None) -> None:
-    """Write summary.json, the result of a run that has ended."""
+    """Write summary.json with the results of a run that has ended."""
     summary = {
         "model": run.config.model,
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
@@ -223,7 +228,7 @@ def write_summary(run: Run, test: Metrics | None) -> None:
 
 
 def closing_line(run: Run, test: Metrics | None) -> str:
-    """What the terminal says last: the best weights' file and their figures."""
+    """Return the last line on the terminal: the file of the best weights and their metrics."""
     parts = [f"{run.folder / checkpoint.BEST}  {run.seconds:.0f} s"]
     if run.best is not None:
         parts.append(f"validation (epoch {run.best_epoch}) {run.best}")

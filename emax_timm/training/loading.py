@@ -1,4 +1,4 @@
-"""Models for the programs: timm's, whose weights come from safetensors files or not at all."""
+"""Create timm models for the commands, with weights from safetensors files only."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from .config.checks import check_model
 
 __all__ = ["DEFAULT_MODEL", "create_model", "load_model"]
 
-# What commands take that are not told of a model: its weights come with the package.
+# The default model of commands; its weights come with the package.
 DEFAULT_MODEL = "test_resnet_emax.fashion_mnist"
 
 
@@ -27,16 +27,16 @@ def create_model(
     pretrained_cfg_overlay: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Any:
-    """timm's `create_model`, from safetensors files alone: timm itself would take a pickle as well.
+    """Call timm's `create_model`, but load weights from safetensors files only, never from pickles.
 
     Args:
-        name: Of a model, a repository (`hf-hub:ORG/NAME`) or a folder (`local-dir:PATH`).
-        pretrained: Whether to load its weights.
-        pretrained_cfg_overlay: Where from, if not from where they are published.
-        arguments: Of the model.
+        name: Name of a model, a repository (`hf-hub:ORG/NAME`) or a folder (`local-dir:PATH`).
+        pretrained: Whether to load the model's weights.
+        pretrained_cfg_overlay: Where to load them from, if not from where they are published.
+        arguments: Keyword arguments of the model.
 
     Raises:
-        UsageError: Whatever stands in the way of the model or its weights.
+        UsageError: If the model or its weights cannot be created, found or read.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     try:
@@ -45,13 +45,13 @@ def create_model(
         return timm.create_model(
             name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **arguments
         )
-    except (HfHubHTTPError, EntryNotFoundError) as error:  # in timm's request for the config
+    except (HfHubHTTPError, EntryNotFoundError) as error:  # while timm fetches the config
         reason = hub_problem(error)
     except (AttributeError, KeyError, TypeError) as error:
         if ":" not in name:
             raise UsageError(f"model {name}: {str(error) or type(error).__name__}") from None
         reason = f"its config.json does not describe a model ({error!r})"
-    except Exception as error:  # whatever the model makes of its arguments and weights
+    except Exception as error:  # models may raise anything
         reason = str(error) or type(error).__name__
     raise UsageError(f"model {name}: {reason}")
 
@@ -63,17 +63,18 @@ def load_model(
     num_classes: int | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The model that a command line names, with the weights that it names.
+    """Create the model that a command line names, with the weights that it names.
 
     Args:
         name: As in `create_model`.
-        pretrained: Whether to load its published weights, without others.
-        weights: A .safetensors file.
-        num_classes: None for the model's.
-        model_kwargs: Further arguments of the model.
+        pretrained: Whether to load the published weights; `weights` take precedence.
+        weights: Path of a .safetensors file.
+        num_classes: Number of classes; None for the model's own.
+        model_kwargs: Further keyword arguments of the model.
 
     Raises:
-        UsageError: Whatever stands in the way; if it can be, before anything is fetched.
+        UsageError: If the model or its weights are invalid; where possible, before anything is
+            downloaded.
     """
     arguments = dict(model_kwargs or {})
     if num_classes is not None:
@@ -89,7 +90,7 @@ def load_model(
 
 
 def _safetensors_of(name: str) -> dict[str, Any]:
-    """What to lay over the config of a model for its weights to be read from safetensors."""
+    """Return the `pretrained_cfg_overlay` that makes timm read a model's safetensors file."""
     scheme, separator, rest = name.partition(":")
     if separator and scheme == "local-dir":
         cfg = PretrainedCfg(source=scheme, file=str(Path(rest)))

@@ -1,7 +1,7 @@
-"""`emax plan`: what a training run will need, worked out on paper.
+"""`emax plan`: estimate the memory, the steps and the time that a training run will need.
 
-Neither a GPU nor the data is touched: the figures follow from the options and from the shapes of
-tensors that hold no data.
+The figures follow from the options and from a model without data (torch's meta device); no GPU
+and no images are used.
 """
 
 import dataclasses
@@ -38,23 +38,23 @@ FLOAT = 4  # bytes; weights, gradients and states are float32 under --amp too
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run of a configuration will need.
+    """What a training run will need.
 
     Args:
-        input_size: Channels, height and width.
-        macs: Multiply-accumulates of one image in evaluation.
-        activation_bytes: What autograd keeps for the backward pass in float32, per image.
-        weight_bytes: Of parameters and buffers.
-        gradient_bytes: With the copy that several ranks send to each other.
-        optimizer_bytes: Of the optimizer's states.
-        average_bytes: Of the averaged weights, 0 without them.
-        gpus: Number of them; there is one rank on each.
+        input_size: Channels, height and width of the input.
+        macs: Multiply-accumulates per image in evaluation.
+        activation_bytes: Bytes per image that autograd keeps for the backward pass in float32.
+        weight_bytes: Bytes of the parameters and buffers.
+        gradient_bytes: Bytes of the gradients, with the copy that several ranks send each other.
+        optimizer_bytes: Bytes of the optimizer's states.
+        average_bytes: Bytes of the averaged weights, 0 without averaging.
+        gpus: Number of GPUs, with one rank on each.
         batch_size: Images per rank and forward pass.
-        global_batch: Images per optimizer step.
-        learning_rate: After warm-up and scaling.
-        epochs: With what the schedule adds to --epochs.
-        images_per_epoch: Training images that all ranks read.
-        hours: Of training, without validation; None where the speed is not known.
+        global_batch: Images per optimizer step, over all ranks.
+        learning_rate: Learning rate after scaling, at the end of warm-up.
+        epochs: Number of epochs, with those that the schedule adds to --epochs.
+        images_per_epoch: Training images read in an epoch, over all ranks.
+        hours: Hours of training, without validation; None if the speed is unknown.
     """
 
     model: str
@@ -79,24 +79,24 @@ class Plan:
 
     @property
     def fixed_bytes(self) -> int:
-        """Per GPU, whatever the batch size."""
+        """Bytes per GPU that do not depend on the batch size."""
         parts = (self.weight_bytes, self.gradient_bytes, self.optimizer_bytes, self.average_bytes)
         return sum(parts)
 
     @property
     def batch_bytes(self) -> int:
-        """Of activations in float32, per GPU."""
+        """Bytes of activations in float32, per GPU."""
         return self.activation_bytes * self.batch_size
 
     @property
     def images(self) -> int:
-        """That the run reads."""
+        """Training images read in all epochs, over all ranks."""
         return self.images_per_epoch * self.epochs
 
 
 @command("emax plan")
 def plan(argv: Sequence[str], prog: str) -> int:
-    """Print the plan of a configuration as the command line says; returns the exit status."""
+    """Print what a configuration will need, as the command line says; returns the exit status."""
     options, flags = _parser(prog).parse_known_args(argv)
     settings = parse_settings(TrainConfig, ["-c", options.config, *flags], prog)
     config = from_mapping(TrainConfig, settings, source="the command line")
@@ -110,15 +110,15 @@ def make_plan(
     train_images: int = IMAGENET_IMAGES,
     images_per_second: float | None = None,
 ) -> Plan:
-    """Work out what a run will need.
+    """Estimate what a training run will need.
 
     Args:
-        gpus: Number of them, one rank on each.
-        train_images: In the training split.
-        images_per_second: That all GPUs together train on.
+        gpus: Number of GPUs, with one rank on each.
+        train_images: Number of images in the training split.
+        images_per_second: Training speed of all GPUs together, as measured.
 
     Raises:
-        UsageError: If the configuration is refused, or the numbers make no run.
+        UsageError: If the configuration is invalid, or the numbers are too small for a run.
     """
     for name, value in (("--gpus", gpus), ("--train-images", train_images)):
         if value < 1:
@@ -164,29 +164,29 @@ def make_plan(
 
 
 def _kept(config: TrainConfig, train_images: int) -> int:
-    """Training images that are left when a part of them validates."""
+    """Return the number of training images without those held out for validation."""
     return train_images - round(train_images * config.val_fraction)
 
 
 def _optimizer_and_epochs(config: TrainConfig, steps: int) -> tuple[float, int]:
-    """Numbers that the optimizer keeps per parameter, and epochs of the schedule.
+    """Return the number of values that the optimizer keeps per parameter, and the epochs.
 
-    A real step of one small convolution tells: an optimizer makes its states when it steps.
+    An optimizer creates its states in its first step, so one small convolution makes a step.
     """
     layer = nn.Conv2d(64, 64, 3, bias=False)
-    # Layers are scaled, or frozen, by their place in the model, and this one has none.
+    # Layer decay depends on a layer's depth in its model, which this layer does not have.
     alone = dataclasses.replace(config, layer_decay=None)
     try:
         optimizer = create_optimizer_v2(layer, **optimizer_kwargs(alone), **config.opt_kwargs)
         layer.weight.grad = torch.ones_like(layer.weight)
         optimizer.step()
-    except Exception as error:  # whatever the optimizer makes of its options
+    except Exception as error:  # optimizers may raise anything
         raise UsageError(f"optimizer {config.opt}: {str(error) or type(error).__name__}") from None
     kept = sum(
         value.numel()
         for state in optimizer.state.values()
         for value in state.values()
-        if isinstance(value, torch.Tensor) and value.dim() > 0  # without the count of steps
+        if isinstance(value, torch.Tensor) and value.dim() > 0  # not the count of steps
     )
     schedule: dict[str, Any] = scheduler_kwargs(
         config,  # type: ignore[arg-type]
@@ -197,8 +197,8 @@ def _optimizer_and_epochs(config: TrainConfig, steps: int) -> tuple[float, int]:
 
 
 def _model_costs(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
-    """The model without data, and the fields of `Plan` that come from it alone."""
-    # The data, which would tell the number of classes, is not read.
+    """Return the model on the meta device, and the fields of `Plan` that depend on it alone."""
+    # The data set would give the number of classes, but it is not read.
     classes = config.num_classes or timm.get_pretrained_cfg_value(config.model, "num_classes")
     arguments = model_arguments(config, classes or 1000)
     with torch.device("meta"):
@@ -220,7 +220,7 @@ def _model_costs(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def report(made: Plan) -> str:
-    """The plan as aligned lines: what, how much, and what the figure is."""
+    """Format the plan as aligned lines: a name, a value and what the value means."""
     gpus = "1 GPU" if made.gpus == 1 else f"{made.gpus} GPUs"
     batch = f"{gpus} x {made.batch_size} images x {made.grad_accum_steps}"
     volume = made.images_per_epoch * IMAGE_BYTES

@@ -1,4 +1,4 @@
-"""The programs behind train.py, validate.py and the `emax` command."""
+"""The commands behind train.py, validate.py and `emax`."""
 
 import json
 import sys
@@ -40,7 +40,11 @@ __all__ = ["read_run", "train", "validate", "validate_with"]
 
 @command("train.py")
 def train(argv: Sequence[str], prog: str) -> int:
-    """Train as the command line says; returns the exit status."""
+    """Train a model as the command line says.
+
+    Returns:
+        The exit status: 0, or 128 plus the number of the signal that stopped the run.
+    """
     settings = parse_settings(TrainConfig, argv, prog)
     if settings.get("resume"):
         settings = _resumed(settings)
@@ -50,7 +54,7 @@ def train(argv: Sequence[str], prog: str) -> int:
             trainer = build_trainer(config, world)
             with catch_signals() as trainer.stop:
                 trainer.run()
-    except Stopped as stopped:  # as it was asked to, which is no error
+    except Stopped as stopped:  # a signal asked for it, which is no error
         print(f"{prog}: {stopped}; go on with --resume", file=sys.stderr)
         return 128 + stopped.number
     return 0
@@ -58,7 +62,7 @@ def train(argv: Sequence[str], prog: str) -> int:
 
 @command("validate.py")
 def validate(argv: Sequence[str], prog: str) -> int:
-    """Validate as the command line says; returns the exit status."""
+    """Validate a model as the command line says; returns the exit status."""
     settings = parse_settings(ValidateConfig, argv, prog)
     given = from_mapping(ValidateConfig, settings, "the command line")
     with open_world(given.device, given.dist_timeout) as world:
@@ -69,16 +73,16 @@ def validate(argv: Sequence[str], prog: str) -> int:
 
 
 def validate_with(settings: dict[str, Any], world: World, tested: bool = True) -> Metrics:
-    """Metrics of a model or of a run's checkpoint.
+    """Return the metrics of a model or of a run's checkpoint.
 
     Args:
         settings: Options of `ValidateConfig` that were given; a run's configuration beside the
             checkpoint fills in the others.
-        world: The ranks that share the images.
-        tested: Take the run's test split, if it has one, and not what it was validated on.
+        world: The distributed context, whose ranks share the images.
+        tested: Use the run's test split if it has one; False uses its validation split.
 
     Raises:
-        UsageError: If the settings, the data or the checkpoint are refused.
+        UsageError: If the settings, the data or the checkpoint are invalid.
     """
     run = None
     if checkpoint_file := settings.get("checkpoint"):
@@ -111,7 +115,7 @@ def validate_with(settings: dict[str, Any], world: World, tested: bool = True) -
     dataset = _open_data(config, run)
     if config.num_classes is not None:
         _check_classes(config, dataset, config.num_classes)
-    # Without a checkpoint, the published weights: random ones are nothing to validate.
+    # Without a checkpoint, validate the published weights, for random ones are of no interest.
     model = create_model(config.model, config.pretrained or not config.checkpoint, **arguments)
     if config.checkpoint:
         checkpoint.load_weights(model, Path(config.checkpoint))
@@ -126,25 +130,25 @@ def validate_with(settings: dict[str, Any], world: World, tested: bool = True) -
 
 
 def _resumed(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the run to go on with, under those given."""
+    """Return the settings of the run to resume, overridden by those given."""
     if settings["resume"] == "auto":
         if not settings.get("experiment"):
             raise UsageError("--resume auto needs the name of the run: --experiment NAME")
         output = from_mapping(TrainConfig, settings, "the configuration").output
         path = Path(output, settings["experiment"])
         if not checkpoint.checkpoints(path):
-            return settings  # it starts
+            return settings  # there is nothing to resume: a new run starts
     else:
         path = Path(settings["resume"])
-    folder = path.parent if path.is_file() else path  # timm takes a file
+    folder = path.parent if path.is_file() else path  # timm's --resume takes a file
     return layered(_run_settings(folder), {**settings, "resume": str(folder)})
 
 
 def read_run(folder: Path) -> TrainConfig:
-    """The resolved configuration of the run in a folder.
+    """Return the resolved configuration of the run in a folder.
 
     Raises:
-        UsageError: If it is no such folder.
+        UsageError: If the folder has no configuration of a run, or an invalid one.
     """
     return from_mapping(TrainConfig, _run_settings(folder), str(folder / checkpoint.CONFIG))
 
@@ -157,7 +161,7 @@ def _run_settings(folder: Path) -> dict[str, Any]:
 
 
 def _settings_of(run: TrainConfig) -> dict[str, Any]:
-    """What a validation takes from its run."""
+    """Return the settings that a validation takes over from its run."""
     shared = {field.name for field in fields(ValidateConfig)} & {
         f.name for f in fields(TrainConfig)
     }

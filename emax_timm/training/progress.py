@@ -1,4 +1,4 @@
-"""How a run gets on: where an epoch's time goes, and its progress on the terminal."""
+"""The time that an epoch spends on data and on computation, and its progress on the terminal."""
 
 import math
 import sys
@@ -17,13 +17,14 @@ T = TypeVar("T")
 
 @dataclass
 class Timing:
-    """Where an epoch's training time goes, on this rank.
+    """The time spent training in an epoch, on this rank.
 
     Attributes:
-        images: Trained on, over all ranks.
-        wait: Seconds until batches were there.
-        compute: Seconds of the steps. A step ends with work still under way on a GPU, but it waits
-            for that of the step before when the ranks agree, so that over many steps none is lost.
+        images: Number of images trained on, over all ranks.
+        wait: Seconds spent waiting for batches.
+        compute: Seconds spent in training steps. On a GPU a step may return before its last kernels
+            have run, but the next step waits for them where the ranks synchronise, so that over
+            many steps no time is lost.
     """
 
     images: int = 0
@@ -32,21 +33,21 @@ class Timing:
 
     @property
     def seconds(self) -> float:
-        """Of training, without validation and checkpoints."""
+        """Seconds spent training, without validation and checkpoints."""
         return self.wait + self.compute
 
     @property
     def images_per_second(self) -> float:
-        """Over all ranks."""
+        """Images per second over all ranks; 0 before the first step."""
         return self.images / (self.seconds or math.inf)
 
     @property
     def data_wait(self) -> float:
-        """The fraction of the seconds that was spent waiting."""
+        """Fraction of the training time that was spent waiting for batches, in [0, 1]."""
         return self.wait / (self.seconds or math.inf)
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches, each of them waited for."""
+        """Yield the batches, and measure how long each of them is waited for."""
         iterator, end = iter(batches), object()
         while True:
             start = time.monotonic()
@@ -58,7 +59,7 @@ class Timing:
 
     @contextmanager
     def computing(self, images: int) -> Iterator[None]:
-        """A step on so many images of all ranks."""
+        """Measure the time of a step that trains on `images` images over all ranks."""
         start = time.monotonic()
         yield
         self.compute += time.monotonic() - start
@@ -66,14 +67,14 @@ class Timing:
 
 
 class Progress:
-    """Progress through the steps of an epoch: a bar on a terminal, else a line now and then.
+    """Progress through the steps of an epoch: a bar on a terminal, else lines.
 
     Args:
-        title: What the steps belong to.
-        steps: Number of steps.
-        interval: Steps between lines.
-        enabled: False keeps silent, as all but one rank do.
-        done: Steps that an earlier process has done.
+        title: Text in front of the progress.
+        steps: Number of steps in the epoch.
+        interval: Number of steps between lines.
+        enabled: False prints nothing, as on all ranks but one.
+        done: Number of steps that an earlier process of a resumed run has done.
     """
 
     def __init__(self, title: str, steps: int, interval: int, enabled: bool, done: int = 0) -> None:
@@ -85,7 +86,7 @@ class Progress:
             self.bar = tqdm(total=steps, initial=done, desc=title, unit="step", leave=False)
 
     def step(self, **values: float) -> None:
-        """One step is done; `values` are shown."""
+        """Count one step as done and show `values`."""
         self.done += 1
         if self.bar is not None:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
@@ -97,7 +98,7 @@ class Progress:
             print(f"{self.title}  {'  '.join(shown)}", file=sys.stderr, flush=True)
 
     def track(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, each of them a step."""
+        """Yield the items and count each as a step; the progress is closed at the end."""
         try:
             for item in items:
                 yield item
@@ -106,6 +107,6 @@ class Progress:
             self.close()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar from the terminal."""
         if self.bar is not None:
             self.bar.close()

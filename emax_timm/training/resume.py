@@ -1,4 +1,4 @@
-"""A run's whole state as a checkpoint, and the run going on from one."""
+"""Save the whole state of a run as a checkpoint, and restore it."""
 
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +18,7 @@ __all__ = ["restore", "snapshot"]
 
 
 def snapshot(run: Run) -> Checkpoint:
-    """All that `restore` needs for the run to go on at the next step."""
+    """Return all state that `restore` needs to resume the run at its next step."""
     averaged = None if run.averaged is None else run.averaged.module.state_dict()
     plateau = _plateau(run)
     state = {
@@ -37,18 +37,20 @@ def snapshot(run: Run) -> Checkpoint:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "plateau": plateau and plateau.state_dict(),
-        "lr_without_noise": getattr(run.scheduler, "restore_lr", None),  # plateau's too
+        "lr_without_noise": getattr(run.scheduler, "restore_lr", None),  # plateau needs it too
         "environment": _environment(run),
     }
     return Checkpoint(run.model.state_dict(), averaged, state)
 
 
 def restore(run: Run, saved: Checkpoint) -> None:
-    """Go on where the run that `saved` is of stood.
+    """Restore the state of a run from its checkpoint.
+
+    Warns of changes, such as another device, after which the results are not bit-identical.
 
     Raises:
-        UsageError: If it is of a run with another model or optimizer, or stands in the middle of an
-            epoch of another length.
+        UsageError: If the checkpoint is from a run with another model or optimizer, or from the
+            middle of an epoch with another number of steps.
     """
     try:
         _load(run, saved)
@@ -107,12 +109,12 @@ def _warn_within_epoch(run: Run) -> None:
 
 
 def _plateau(run: Run) -> Any:
-    """The one schedule whose state is not a function of the step."""
+    """Return torch's scheduler inside timm's plateau, the only one with state; else None."""
     return getattr(run.scheduler, "lr_scheduler", None)
 
 
 def _environment(run: Run) -> dict[str, Any]:
-    """What the bits of a result depend on, apart from the configuration's numbers."""
+    """Return what the bits of a result depend on, besides the numbers in the configuration."""
     device, config = run.world.device, run.config
     cuda = device.type == "cuda"
     return {

@@ -1,4 +1,4 @@
-"""The state of a run."""
+"""The state of a training run."""
 
 import time
 from dataclasses import dataclass, field
@@ -24,10 +24,10 @@ __all__ = ["Run"]
 
 @dataclass
 class Run:
-    """What a run consists of, and how far it has come.
+    """The parts of a training run, and its progress.
 
-    `model` is the bare model, `network` the same in what the training step calls (compiled,
-    distributed), `averaged` its moving average.
+    `model` is the model itself, `network` the same model as the training step calls it (compiled,
+    distributed), `averaged` the moving average of its weights.
     """
 
     config: TrainConfig
@@ -53,14 +53,14 @@ class Run:
     best: Metrics | None = None
     best_epoch: int | None = None
     seconds: float = 0.0
-    # Of the steps of this epoch, the mean over ranks.
+    # Losses of this epoch's steps, each the mean over ranks.
     losses: list[float] = field(default_factory=list)
-    # Of the log, an epoch each.
+    # Rows of the log and of the layers' statistics, one for each epoch.
     rows: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     timing: Timing = field(default_factory=Timing)
     stop: Stop = field(default_factory=Stop)
-    # The signal that the ranks have agreed on; another may have come to one of them since.
+    # The signal that the ranks have agreed on; a rank may have received another one since.
     stopping: int = 0
     scaler: torch.amp.GradScaler = field(init=False)
     guard: Guard = field(init=False)

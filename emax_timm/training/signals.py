@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to stop at the end of its step."""
+"""Handle SIGTERM and SIGINT as a request to stop a run at the end of its current step."""
 
 import atexit
 import ctypes
@@ -21,8 +21,8 @@ __all__ = ["Stop", "Stopped", "catch_signals", "ignore_signals", "until_signal"]
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):  # noqa: N818  (a wish, not an error)
-    """The run has stopped as a signal asked it to, and can go on; `number` is the signal's."""
+class Stopped(Exception):  # noqa: N818  (a request, not an error)
+    """The run has stopped on the signal `number` and can be resumed."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -30,19 +30,22 @@ class Stopped(Exception):  # noqa: N818  (a wish, not an error)
 
 
 class Stop:
-    """Whether a signal has come: its number, else 0. Later ones change nothing."""
+    """A signal handler that stores the number of the first signal, and 0 until there is one."""
 
     def __init__(self) -> None:
         self.number = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
+        """Store the number of a signal, unless there was one before."""
         self.number = self.number or number
 
 
 @contextmanager
 def catch_signals() -> Iterator[Stop]:
-    """Note signals instead of dying of them; only the main thread can, elsewhere none are noted."""
+    """Record SIGTERM and SIGINT instead of ending the process.
+
+    Only the main thread can install handlers; elsewhere no signal is recorded.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -54,14 +57,14 @@ def catch_signals() -> Iterator[Stop]:
         yield stop
     finally:
         for number, handler in before.items():
-            # A further one is not to spoil the exit status of a process that ends as it was asked.
+            # After a signal, a further one must not change the exit status of the ending process.
             signal.signal(number, signal.SIG_IGN if stop.number else handler)
 
 
 def _die_with_torchrun() -> None:
-    """Have the system send SIGTERM when torchrun ends, which may not have had the time to.
+    """Have Linux send SIGTERM to this process when torchrun ends.
 
-    It does not, for one, after a second SIGTERM of its own.
+    torchrun may end without stopping its processes, for example after a second SIGTERM of its own.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
@@ -69,9 +72,10 @@ def _die_with_torchrun() -> None:
 
 
 def _end_workers() -> None:
-    """Kill workers that are left when the interpreter ends, as an error's traceback leaves them.
+    """Kill the loader's workers that are still alive when the interpreter ends.
 
-    multiprocessing would send them SIGTERM, which they ignore, and wait for them for ever.
+    The traceback of an error can keep them alive. multiprocessing would send them SIGTERM, which
+    they ignore, and wait for them forever.
     """
     if hasattr(signal, "SIGCHLD"):  # not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for dead workers
@@ -81,12 +85,13 @@ def _end_workers() -> None:
 
 
 def until_signal(loader: Any, world: World, stop: Stop) -> Iterator[Any]:
-    """The batches of a loader, until a signal; ranks agree on it before each (one all-reduce).
+    """Yield the batches of a loader until any rank receives a signal.
 
-    Their numbers of batches may differ by one.
+    The ranks agree on this before each batch, with one all-reduce. Their numbers of batches may
+    differ.
 
     Raises:
-        Stopped: On every rank, if any has had a signal.
+        Stopped: On every rank, if any rank has received a signal.
     """
     rounds = int(world.max(torch.tensor(len(loader), device=world.device)))
     batches = iter(loader)
@@ -98,9 +103,10 @@ def until_signal(loader: Any, world: World, stop: Stop) -> Iterator[Any]:
 
 
 def ignore_signals(worker: int) -> None:
-    """For the loader's workers: Slurm and terminals signal them too, but the run still needs them.
+    """Ignore SIGTERM and SIGINT in a worker of the loader.
 
-    They end with the process that they load for.
+    Slurm and terminals signal the workers too, but the run needs them until it stops. They end with
+    the process that they load for.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,7 @@
-"""What the EMAX layers of a model do with a batch of images.
+"""Statistics of a model's EMAX layers on a batch of images.
 
-Measured by looking on: the input of each layer is caught on its way through the model and the
-layer's maps are computed again from it. No layer stores anything for this.
+Hooks catch the input of each layer, and the layer's attention maps are computed again from it.
+The layers store nothing for this.
 """
 
 from typing import Any
@@ -16,17 +16,17 @@ from .evaluate import autocast
 
 __all__ = ["LayerProbe", "first_images", "layer_statistics", "scalars"]
 
-# A gate is saturated below the first and above the second value.
+# A gate's value is saturated if it is below the first or above the second of these.
 SATURATION = (0.05, 0.95)
 
 
 class LayerProbe:
-    """Measures a run's EMAX layers on the same images in every epoch, those that come first.
+    """Measures the EMAX layers of a run on the same validation images after every epoch.
 
     Args:
-        config: Of the run.
-        world: Where it is.
-        loader: That of its validation images; None measures nothing.
+        config: The configuration of the run.
+        world: The distributed context of the run.
+        loader: The loader of validation images, whose first ones are used; None measures nothing.
     """
 
     def __init__(self, config: TrainConfig, world: World, loader: Any) -> None:
@@ -34,7 +34,7 @@ class LayerProbe:
         self._images: Tensor | None = None
 
     def measure(self, model: nn.Module) -> dict[str, dict[str, Any]]:
-        """`layer_statistics` of the model; empty without images or EMAX layers."""
+        """Return `layer_statistics` of the model; empty without images or EMAX layers."""
         if self.loader is None or not any(isinstance(m, EMAX) for m in model.modules()):
             return {}
         if self._images is None:
@@ -47,8 +47,8 @@ class LayerProbe:
 
 
 def first_images(loader: Any, count: int = 32) -> Tensor:
-    """At most `count` images [b, c, h, w] of the loader's first batch."""
-    with torch.random.fork_rng(devices=[]):  # the loader draws a seed
+    """Return the first images [b, c, h, w] of the loader's first batch, at most `count`."""
+    with torch.random.fork_rng(devices=[]):  # iterating over a loader draws a seed
         images, _ = next(iter(loader))
     return images[:count].clone()
 
@@ -57,24 +57,25 @@ def first_images(loader: Any, count: int = 32) -> Tensor:
 def layer_statistics(model: nn.Module, images: Tensor) -> dict[str, dict[str, Any]]:
     """Measure every EMAX layer of the model on a batch.
 
-    The model runs once, in eval mode; modes, buffers and the random state are left as they were.
+    The model runs once, in eval mode; its mode, buffers and the random state are left as they were.
 
     Args:
-        model: Not scripted; EMAX layers are found wherever they are.
+        model: A model that is not scripted; EMAX layers are found at any depth.
         images: [b, c, h, w].
 
     Returns:
-        By the qualified name of the layer (of its last run, if it has several):
+        A dict of statistics for each layer, by its qualified name (of the last call, if the model
+        calls a layer several times):
 
-        group_counts: The K candidates, ascending.
-        histogram: The number of images whose most probable candidate each one is, [K]; neither
-            the warm-up nor a batch vote changes it.
+        group_counts: The K candidate group counts, ascending.
+        histogram: The number of images for which each candidate is the most probable, [K];
+            it depends neither on the warm-up nor on a batch vote.
         gamma: The weight of the channel attention.
         residual_gate: Mean of |alpha| over the channels.
         spatial_saturation, channel_saturation, global_saturation: Fraction of the values of S
             [b, F, h, w], w_c [b, c] and w_g [b, c] that are below 0.05 or above 0.95.
 
-        A layer without a channel gate or a global gate has no value for what it lacks.
+        A layer without a channel gate or a global gate has no entries for that gate.
     """
     found: dict[str, dict[str, Any]] = {}
     hooks = []
@@ -122,7 +123,7 @@ def _saturation(gate: Tensor) -> float:
 
 
 def scalars(layers: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The statistics as numbers by `layer/name`; the histogram as a share per candidate."""
+    """Flatten the statistics to `layer/name: number`; histograms become shares of the images."""
     result = {}
     for layer, values in layers.items():
         images = sum(values["histogram"])

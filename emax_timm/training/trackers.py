@@ -1,4 +1,4 @@
-"""The trackers that a run may also be logged to; each is a package of its own."""
+"""Experiment trackers that a run may log to as well; each needs a package of its own."""
 
 import contextlib
 import importlib.util
@@ -17,7 +17,7 @@ __all__ = ["TRACKERS", "check_packages", "open_trackers"]
 
 PROJECT = "emax-timm"
 
-# Takes an epoch and the numbers that belong to it.
+# Logs an epoch's numbers, by their names.
 Log = Callable[[int, dict[str, float]], object]
 
 
@@ -39,7 +39,7 @@ def _tensorboard(folder: Path, config: dict[str, Any], epoch: int) -> Iterator[L
 def _trackio(folder: Path, config: dict[str, Any], epoch: int) -> Iterator[Log]:
     import trackio
 
-    # It knows runs by their names only.
+    # trackio identifies runs by their names only.
     name = f"{folder.name}-{_run_id(folder)}"
     trackio.init(PROJECT, name=name, config=config, resume="allow", embed=False)
     try:
@@ -73,10 +73,10 @@ TRACKERS: dict[str, Callable[[Path, dict[str, Any], int], AbstractContextManager
 
 
 def check_packages(names: Iterable[str]) -> None:
-    """Refuse trackers whose package is not there.
+    """Check that the packages of the trackers are installed.
 
     Raises:
-        UsageError: With the extra to install.
+        UsageError: If one is missing; the message says what to install.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -90,26 +90,26 @@ def check_packages(names: Iterable[str]) -> None:
 def open_trackers(
     names: Iterable[str], folder: Path, config: dict[str, Any], epoch: int = 0
 ) -> Iterator[Log]:
-    """Open trackers for a run; gives the function that logs to all of them.
+    """Open the trackers of a run, and yield a function that logs to all of them.
 
-    No failure of a tracker, at its start or later, ends the run: it is told once.
+    A tracker that fails, at once or later, does not end the run: a warning is printed once.
 
     Args:
         names: Keys of `TRACKERS`.
-        folder: The run's; its name is that of the run.
-        config: Plain values.
-        epoch: The first one that will be logged. tensorboard drops what it has from there on; the
-            others keep it, for a resumed run repeats an epoch with the same numbers.
+        folder: The run directory, which also gives the run its name.
+        config: The configuration, as plain values.
+        epoch: The first epoch that will be logged. tensorboard drops what it has from there on; the
+            others keep it, because a resumed run repeats an epoch with the same numbers.
     """
     failed = set()
 
     def attempt(name: str, action: Callable[..., Any], *args: Any) -> Any:
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # stdout is the run's
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for the run
                 return action(*args)
         except Exception as error:
             if name not in failed:
-                # Not its text, which may hold a key.
+                # Not the error's text, which may hold an API key.
                 kind = type(error).__name__
                 message = f"warning: {name} failed ({kind}); the run goes on"
                 print(message, file=sys.stderr, flush=True)
@@ -127,15 +127,15 @@ def open_trackers(
         yield log_to_all
     finally:
         for name in logs:
-            # A tracker may show that the run was cut short. A name for the error would be a cycle
-            # that holds its traceback and so the loader and its workers.
+            # The error lets a tracker show that the run was cut short. Bound to a name, it would be
+            # in a reference cycle that keeps its traceback alive, and so the loader's workers.
             attempt(name, managers[name].__exit__, *sys.exc_info())
 
 
 def _run_id(folder: Path) -> str:
-    """The run's name to the services, the same after it was resumed and unlike that of any other.
+    """Return the run's identifier for the trackers, which stays the same when the run is resumed.
 
-    The folder's name alone may have been that of a run whose folder was deleted.
+    The folder's name alone could be that of an earlier run whose folder was deleted.
     """
     path = folder / "run_id"
     if not path.exists():

@@ -31,22 +31,23 @@ from .signals import Stopped, until_signal
 
 __all__ = ["Trainer"]
 
+# Images [b, c, h, w] and labels [b]; labels [b, classes] after mixup.
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass
 class Trainer(Run):
-    """Trains a run; `build.build_trainer` makes one from a configuration."""
+    """The training loop of a run; `build.build_trainer` makes one from a configuration."""
 
     def run(self) -> None:
-        """Train from where the run stands to its end, then test the best weights.
+        """Train from the run's current step to its end, then test the best weights.
 
         Raises:
-            BadStepError: If the loss or a gradient is not finite; a checkpoint of the last good
-                step has been written.
-            BrokenImageError: If an image for validation cannot be read, or too many for training;
-                a checkpoint of the last step has been written, if it was the first rank's image.
-            Stopped: If a signal has asked for it; a checkpoint has been written.
+            BadStepError: If the loss or a gradient is not finite, or the loss is a spike, and the
+                policy is to stop; a checkpoint of the last good step has been written.
+            BrokenImageError: If a validation image or too many training images are corrupt; a
+                checkpoint has been written, unless only another rank than 0 found such an image.
+            Stopped: If a signal asked for it; a checkpoint has been written.
         """
         with ExitStack() as stack:
             log = open_log(self, stack)
@@ -59,7 +60,7 @@ class Trainer(Run):
                 raise
 
     def _run_epoch(self, log: RunLog | None) -> None:
-        start = time.monotonic() - self.timing.seconds  # of an earlier process
+        start = time.monotonic() - self.timing.seconds  # the time before a resume counts too
         loss = self.train_epoch()
         due = (self.epoch + 1) % self.config.val_interval == 0 or self.epoch + 1 == self.epochs
         metrics = self.validate() if due and self.val_loader is not None else None
@@ -77,23 +78,23 @@ class Trainer(Run):
         """Train to the end of the epoch, from its start or its middle; returns the mean loss.
 
         Raises:
-            BadStepError: On every rank, if the loss or a gradient of any is not finite.
-            BrokenImageError: On every rank, if more images are broken than may be.
-            Stopped: On every rank, if any has had a signal.
+            BadStepError: On every rank, as `train_step` raises it.
+            BrokenImageError: On every rank, if too many images are corrupt.
+            Stopped: On every rank, if any rank has received a signal.
         """
         first = self.step - self.epoch * self.steps_per_epoch
         if first < self.steps_per_epoch:
-            # A stream's workers draw their seeds from the generator that this seeds.
+            # A stream's workers draw their seeds from the generators that this seeds.
             seed_step(self.config.seed, self.step, self.world.rank)
             start_epoch(self.train_loader, self.epoch, first * self.config.grad_accum_steps)
             self._train_steps(first)
-            self.step = (self.epoch + 1) * self.steps_per_epoch  # a stream may have had fewer
+            self.step = (self.epoch + 1) * self.steps_per_epoch  # a stream may have fewer
             share_statistics(self.world, self.config, self.model, self.averaged)
         self._stop_if_asked()
         return sum(self.losses) / max(1, len(self.losses))
 
     def _train_steps(self, first: int) -> None:
-        """The steps of the epoch from its step `first` on."""
+        """Make the steps of the epoch from its step `first` on."""
         if 0 < self.config.mixup_off_epoch <= self.epoch:
             self.train_loader.mixup_enabled = False
             if self.mixup is not None:
@@ -108,7 +109,7 @@ class Trainer(Run):
             done=first,
         )
         try:
-            # A stream begins anew when it goes on, and would have too many.
+            # A resumed stream starts again at its first batch, and would yield too many.
             groups = _groups(self.train_loader, self.config.grad_accum_steps)
             groups = islice(groups, self.steps_per_epoch - first)
             for batches in self.timing.waiting(groups):
@@ -121,20 +122,20 @@ class Trainer(Run):
                 }
                 progress.step(loss=loss, lr=self.optimizer.param_groups[0]["lr"], **speed)
                 if self.step < (self.epoch + 1) * self.steps_per_epoch:
-                    # The last step's checkpoint is that of the epoch.
+                    # After the last step, the checkpoint is written at the end of the epoch.
                     self._stop_if_asked()
                     self._save_if_due()
         finally:
             progress.close()
 
     def train_step(self, batches: list[Batch]) -> float:
-        """One optimizer step on the mean loss of `batches`, which is returned.
+        """Make one optimizer step on the mean loss of `batches`; returns this loss over all ranks.
 
         Raises:
-            BadStepError: On every rank, before the step, if the loss or a gradient of any is not
-                finite, or if the loss is a spike, and the policy for that is to stop.
-            BrokenImageError: On every rank, before the step, if it makes the broken images of the
-                epoch more than may be.
+            BadStepError: On every rank, before the step, if the loss or a gradient of any rank is
+                not finite or the loss is a spike, and the policy for that is to stop.
+            BrokenImageError: On every rank, before the step, if it brings the epoch's corrupt
+                images above the allowed fraction.
         """
         self.guard.keep()
         self._make_buckets(*batches[0])
@@ -153,18 +154,18 @@ class Trainer(Run):
         self.step += 1
         if self.averaged is not None and good:
             self.averaged.update(self.model, step=self.step)
-            self._set_grouping(self.averaged.module)  # a schedule is not to be averaged
+            self._set_grouping(self.averaged.module)  # the schedule must not be averaged
         if self.scheduler is not None:
             self.scheduler.step_update(self.step)
         return agreed.loss
 
     def _backward(self, batches: list[Batch]) -> Tensor:
-        """Add up the gradients of the batches' mean loss, which is returned."""
+        """Accumulate the gradients of the mean loss of `batches`; returns this loss, []."""
         loss = torch.zeros((), device=self.world.device)
         for index, (images, labels) in enumerate(batches):
             more = index + 1 < len(batches)
             distributed = isinstance(self.network, DistributedDataParallel)
-            # Gradients are summed over the ranks in the last backward pass only.
+            # Gradients are reduced over the ranks in the last backward pass only.
             with self.network.no_sync() if more and distributed else nullcontext():  # type: ignore
                 part = self._loss(images, labels) / len(batches)
                 self.scaler.scale(part).backward()
@@ -172,7 +173,7 @@ class Trainer(Run):
         return loss
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        # Without the prefetcher they are still on the host.
+        # Without the prefetcher the batches are still on the host.
         images = images.to(self.world.device, non_blocking=True)
         labels = labels.to(self.world.device, non_blocking=True)
         if self.mixup is not None:
@@ -183,10 +184,10 @@ class Trainer(Run):
             return self.criterion(self.network(images), labels)
 
     def _make_buckets(self, images: Tensor, labels: Tensor) -> None:
-        """Run a step in vain, for the first one of a process sums gradients in another order.
+        """Run one backward pass and discard it, so that all steps sum gradients in the same order.
 
-        DistributedDataParallel sorts its buckets by what the first backward pass does. The place in
-        a bucket decides the order of the sum over more than two ranks, and so its last bits.
+        DistributedDataParallel sorts its buckets after the first backward pass of a process. Over
+        more than two ranks, the place in a bucket decides the order of a sum and so its last bits.
         """
         if not self.has_buckets:
             self._loss(images.clone(), labels).backward()  # mixup works in place
@@ -194,8 +195,9 @@ class Trainer(Run):
             self.has_buckets = True
 
     def _gradient_norm(self) -> Tensor | None:
-        """The norm of all gradients; None of scaled ones, as their scaler looks for infinite ones
-        itself, and skips them.
+        """Return the norm of all gradients, []; None with a gradient scaler.
+
+        The scaler itself looks for infinite gradients and skips their step.
         """
         if self.scaler.is_enabled():
             return None
@@ -203,7 +205,7 @@ class Trainer(Run):
         return torch.nn.utils.get_total_norm(gradients)
 
     def _agree(self, loss: Tensor, norm: Tensor | None) -> Agreement:
-        """What the ranks' parts in the step come to; here the host waits for the device."""
+        """Combine the ranks' results of the step; here the host waits for the device."""
         broken = broken_images(self.train_loader, self._place().batches)
         agreed = agree(self.world, loss, norm, broken, self.stop.number)
         self.stopping = agreed.signal
@@ -231,7 +233,7 @@ class Trainer(Run):
         schedule_grouping(model, self.step / (self.epochs * self.steps_per_epoch), self.config)
 
     def validate(self) -> Metrics:
-        """Metrics of the averaged weights, if there are any, else of the model's."""
+        """Return validation metrics, of the averaged weights if there are any."""
         try:
             return self._evaluate(self.published, self.val_loader)
         except Stopped:
@@ -241,13 +243,13 @@ class Trainer(Run):
     def _evaluate(self, model: nn.Module, loader: Any) -> Metrics:
         config = self.config
         progress = Progress("validation", len(loader), config.log_interval, self.world.is_primary)
-        stream = isinstance(loader.dataset, IterableDataset)  # of unknown length
+        stream = isinstance(loader.dataset, IterableDataset)  # its length is unknown
         batches = progress.track(loader if stream else until_signal(loader, self.world, self.stop))
         amp = bool(config.amp)
         return evaluate(model, batches, self.world, amp, config.amp_dtype, config.channels_last)
 
     def save(self, metrics: Metrics | None) -> None:
-        """Write the run's last checkpoint, and the best if `metrics` are or there are none."""
+        """Write a checkpoint, and the best weights if `metrics` improve or nothing is validated."""
         better = metrics is None and self.val_loader is None
         if metrics is not None and improves(metrics, self.best, self.config.eval_metric):
             better, self.best, self.best_epoch = True, metrics, self.epoch
@@ -275,7 +277,7 @@ class Trainer(Run):
             raise Stopped(self.stopping)
 
     def finish(self) -> None:
-        """Test the best weights if there is a test split, and print and write the result."""
+        """Test the best weights if there is a test split; write and print the run's result."""
         test = None
         if self.test_loader is not None:
             best = self.folder / checkpoint.BEST
@@ -290,7 +292,7 @@ class Trainer(Run):
 
 
 def _groups(batches: Any, size: int) -> Iterator[list[Batch]]:
-    """Lists of `size` batches, the last one of what is left."""
+    """Yield lists of `size` batches; the last list has those that are left."""
     iterator = iter(batches)
     while group := list(islice(iterator, size)):
         yield group

@@ -1,4 +1,4 @@
-"""Configurations: which options there are, how they are read, and what is refused."""
+"""Configuration of training and validation: the options, their parsing and their checks."""
 
 from ...errors import UsageError, nearest
 from .arguments import learning_rate, mixup_options, model_arguments

@@ -1,4 +1,4 @@
-"""What the options of a configuration come to: arguments for timm, and the learning rate."""
+"""Values that follow from a configuration: keyword arguments for timm, and the learning rate."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ __all__ = ["learning_rate", "mixup_options", "model_arguments"]
 
 
 def learning_rate(config: TrainConfig, ranks: int) -> float:
-    """The learning rate: --lr, or else --lr-base scaled with the global batch size, as in timm.
+    """Return `--lr`, or else `--lr-base` scaled with the global batch size, as in timm.
 
     Args:
-        config: Its `lr_base_scale` chooses linear or square-root scaling; where that is empty,
-            adaptive optimizers take the square root.
+        config: Its `lr_base_scale` selects linear or square-root scaling; where that is empty,
+            adaptive optimizers ("ada" or "lamb" in their name) take the square root.
         ranks: The number of processes, each with a batch of its own.
     """
     if config.lr is not None:
@@ -25,7 +25,7 @@ def learning_rate(config: TrainConfig, ranks: int) -> float:
 
 
 def mixup_options(config: TrainConfig) -> dict[str, Any]:
-    """Arguments of timm's Mixup, but for the number of classes; empty where it is off."""
+    """Return timm's Mixup arguments without `num_classes`; empty if mixup and cutmix are off."""
     if config.mixup <= 0 and config.cutmix <= 0 and config.cutmix_minmax is None:
         return {}
     return {
@@ -40,7 +40,10 @@ def mixup_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def model_arguments(config: TrainConfig, num_classes: int | None) -> dict[str, Any]:
-    """Keyword arguments of timm.create_model for the model alone, weights apart."""
+    """Return the arguments of timm.create_model that define the model, not those about its weights.
+
+    Options that are not set are left out.
+    """
     arguments = {
         "num_classes": num_classes,
         "in_chans": config.input_size[0] if config.input_size else config.in_chans,

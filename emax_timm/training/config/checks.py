@@ -1,4 +1,4 @@
-"""What can be refused before the data is touched: options out of range, unknown models."""
+"""Checks of a configuration that need no data: options out of range, unknown names of models."""
 
 import inspect
 import json
@@ -22,10 +22,10 @@ __all__ = ["check_config", "check_model"]
 
 
 def check_config(config: TrainConfig) -> None:
-    """Refuse what can be refused without data.
+    """Check all that can be checked without opening the data.
 
     Raises:
-        UsageError: With what is wrong and what would be right.
+        UsageError: If something is invalid; the message says what is wrong and what would be right.
     """
     check_packages(config.log_to)
     names = [str(name) for name in list_optimizers()]
@@ -53,7 +53,7 @@ def check_config(config: TrainConfig) -> None:
     for path in (config.pretrained_path, config.initial_checkpoint):
         if path:
             checkpoint.read_weights(Path(path))
-    if config.torchcompile:  # else this would import the compiler, which takes seconds
+    if config.torchcompile:  # list_backends imports the compiler, which takes seconds
         backends = torch.compiler.list_backends()
         if config.torchcompile not in backends:
             raise UsageError(
@@ -63,7 +63,7 @@ def check_config(config: TrainConfig) -> None:
     check_model(config.model, model_arguments(config, config.num_classes))
 
 
-# Arguments of timm.create_model that are about weights, not about the model.
+# Arguments of timm.create_model that choose the weights and do not define the model.
 RESERVED = {
     "cache_dir",
     "checkpoint_path",
@@ -74,10 +74,14 @@ RESERVED = {
 
 
 def check_model(name: str, arguments: dict[str, Any]) -> None:
-    """Build the model without memory, to refuse a wrong name or argument before all else.
+    """Build the model on the meta device, so that a wrong name or argument is refused early.
+
+    Args:
+        name: The name of a timm model; names such as `hf-hub:ORG/NAME` are not looked up.
+        arguments: Keyword arguments of timm.create_model.
 
     Raises:
-        UsageError: With the nearest valid name.
+        UsageError: If the name or an argument is invalid; the message gives the nearest valid name.
     """
     try:
         json.dumps(arguments)
@@ -85,7 +89,7 @@ def check_model(name: str, arguments: dict[str, Any]) -> None:
         raise UsageError(f"model_kwargs must be plain values: {error}") from None
     if reserved := sorted(RESERVED & arguments.keys()):
         raise UsageError(f"model_kwargs cannot hold {reserved[0]}: there is an option for that")
-    if ":" in name:  # hf-hub: and local-dir: models are known once their config is read
+    if ":" in name:  # hf-hub: and local-dir: models are defined by a config
         return
     if not timm.is_model(name):
         raise UsageError(
@@ -96,17 +100,17 @@ def check_model(name: str, arguments: dict[str, Any]) -> None:
             timm.create_model(name, **arguments)
     except TypeError as error:
         raise UsageError(f"model {name}: {_explain(error, name)}") from None
-    except Exception as error:  # whatever the model makes of its arguments
+    except Exception as error:  # a model may raise anything for wrong arguments
         raise UsageError(f"model {name}: {str(error) or type(error).__name__}") from None
 
 
 def _explain(error: TypeError, name: str) -> str:
-    """The message of a TypeError, with the nearest valid keyword for an unknown one."""
+    """Return the message of a TypeError; for an unknown keyword, it gives the nearest valid one."""
     found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if not found:
         return str(error)
     owner, keyword = found.groups()
-    # The class that was asked for may have handed the keyword to a base.
+    # The class of the model may have passed the keyword on to a base class.
     model_class: Any = inspect.signature(timm.model_entrypoint(name)).return_annotation
     named = {base.__name__ for base in getattr(model_class, "__mro__", ())}
     attentions = {attention.__name__: attention for attention in ATTENTIONS.values()}

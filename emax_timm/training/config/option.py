@@ -1,4 +1,4 @@
-"""How an option is declared: a dataclass field that is also a flag and a key of a YAML file.
+"""Declaration of an option: a dataclass field that is also a flag and a key of a YAML file.
 
 `parsing.py` turns a class of such fields into flags, and checks values against the types, the
 choices and the bounds.
@@ -12,7 +12,7 @@ __all__ = ["AT_LEAST_0", "AT_LEAST_1", "FILTERS", "FRACTION", "option"]
 
 FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
-# The least and the greatest value that an option takes.
+# Bounds: the least and the greatest value that an option allows.
 AT_LEAST_0, AT_LEAST_1, FRACTION = (0, inf), (1, inf), (0, 1)
 
 
@@ -23,14 +23,14 @@ def option(
     bounds: tuple[float, float] | None = None,
     **argparse: Any,
 ) -> Any:
-    """A dataclass field that is also a flag.
+    """Declare a dataclass field that is also a command-line flag.
 
     Args:
-        default: The value where none is given.
-        help: What `--help` says of it.
+        default: The value if the option is not given.
+        help: The text that `--help` shows.
         flags: Further spellings, such as -b.
-        bounds: The least and the greatest number that `check_bounds` lets pass.
-        argparse: Further arguments of `add_argument`; `choices` are checked in files too.
+        bounds: The least and the greatest number allowed; `check_bounds` checks them.
+        argparse: Further arguments of `add_argument`; `choices` apply to YAML files too.
     """
     metadata = {"help": help, "flags": flags, "bounds": bounds, **argparse}
     if isinstance(default, (list, dict)):

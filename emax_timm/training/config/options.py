@@ -1,7 +1,7 @@
 """The options that training and validation share, and those of validate.py.
 
 Names and defaults are those of timm's scripts. Where the default differs from timm's, or timm has
-no such option, the help says so. A class is a group of flags.
+no such option, the help says so. Each class is a group of flags in `--help`.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .option import AT_LEAST_0, AT_LEAST_1, FILTERS, option
 
 __all__ = ["NOT_HERE", "DataOptions", "DeviceOptions", "InputOptions", "ValidateConfig"]
 
-# Flags of timm's scripts that these programs lack, and what to do instead.
+# Flags of timm's scripts that these commands do not have, and what to use instead.
 NOT_HERE = {
     "--aot-autograd": "use --torchcompile",
     "--drop-connect": "use --drop-path",

@@ -1,7 +1,7 @@
-"""From a YAML file and flags to a configuration.
+"""Build a configuration from a YAML file and command-line flags.
 
-A key of the file is a flag's name without its dashes, and flags win over the file. Anything unknown
-or of a wrong type is refused.
+A key of the file is the name of a flag without its leading dashes. Flags override the file. Unknown
+names and values of a wrong type are refused.
 """
 
 import argparse
@@ -34,15 +34,17 @@ ConfigT = TypeVar("ConfigT")
 
 
 def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[str, Any]:
-    """The options that `-c FILE` and the flags give, flags winning; `from_mapping` checks them.
+    """Return the options given by `-c FILE` and by flags; the flags override the file.
+
+    The values of flags are still to be checked, with `from_mapping`.
 
     Args:
-        kind: The options class.
-        argv: The command line, sys.argv's if None.
-        prog: The program's name, for its help.
+        kind: The options class, such as `TrainConfig`.
+        argv: The command-line arguments; those of sys.argv if None.
+        prog: The name of the command, for its help.
 
     Raises:
-        UsageError: For an unknown or malformed flag, or an unreadable file.
+        UsageError: If a flag is unknown or malformed, or the file is missing or invalid.
         SystemExit: For `--help`.
     """
     parser = _parser(kind, prog)
@@ -58,12 +60,16 @@ def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[st
         return values
     path = find_config(values.pop("config"))
     settings = {str(key).replace("-", "_"): value for key, value in read_yaml(path).items()}
-    from_mapping(kind, settings, source=str(path))  # an error in the file is to name the file
+    from_mapping(kind, settings, source=str(path))  # so that errors in the file name it
     return layered(settings, values)
 
 
 def layered(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The settings `given` over those of `base`, also where they say the same in other words."""
+    """Return the settings of `base`, overridden by those `given`.
+
+    Options that mean the same also override each other: `data` and `data_dir`, and `input_size`,
+    `img_size` and `in_chans`.
+    """
     base = dict(base)
     if {"data", "data_dir"} & given.keys():
         base.pop("data", None)
@@ -82,10 +88,16 @@ def layered(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> ConfigT:
-    """An instance of the options class `kind` from a mapping, every value checked.
+    """Create an instance of the options class `kind` from a mapping, and check every value.
+
+    Args:
+        kind: The options class.
+        settings: Values by the names of their options; the others take their defaults.
+        source: Where the settings come from; error messages begin with it.
 
     Raises:
-        UsageError: For an unknown key or a value of a wrong type; `source` names where it stands.
+        UsageError: If a key is unknown, or a value has a wrong type or length, is none of the
+            choices, or is out of bounds.
     """
     hints = typing.get_type_hints(kind)
     options = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
@@ -118,13 +130,10 @@ def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> 
 
 
 def check_bounds(config: Any) -> None:
-    """Refuse numbers out of the bounds of their option.
-
-    Args:
-        config: An instance of a class of options.
+    """Check that every number in an instance of an options class is within its bounds.
 
     Raises:
-        UsageError: With the value and the bounds.
+        UsageError: If a number is out of bounds; the message gives the value and the bounds.
     """
     for field in dataclasses.fields(config):
         value, bounds = getattr(config, field.name), field.metadata["bounds"]
@@ -137,7 +146,7 @@ def check_bounds(config: Any) -> None:
 
 
 def find_config(name: str) -> Path:
-    """A path as it is, or the name of a recipe that comes with the package.
+    """Return the path of a file, or of the recipe of that name that comes with the package.
 
     Raises:
         UsageError: If there is neither.
@@ -146,7 +155,7 @@ def find_config(name: str) -> Path:
     if path.is_file():
         return path
     package = Path(__file__).parents[2]
-    # In the wheel the recipes are inside the package, in a checkout beside it.
+    # The wheel has the recipes inside the package, a checkout has them beside it.
     folder = next(
         (f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None
     )
@@ -162,7 +171,7 @@ def find_config(name: str) -> Path:
 
 
 def to_yaml(config: Any) -> str:
-    """The configuration as YAML that `read_yaml` and `from_mapping` read back."""
+    """Return the configuration as YAML that `read_yaml` and `from_mapping` read back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
@@ -171,10 +180,10 @@ def _unknown(what: str, name: str, valid: Iterable[str]) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read a mapping from a YAML file.
 
     Raises:
-        UsageError: If it holds something else.
+        UsageError: If the file is not valid YAML or holds something else.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -186,14 +195,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are a `UsageError`, one line without the usage."""
+    """An argument parser that raises `UsageError` with one line, instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
 class _KeyValues(argparse.Action):
-    """`--flag a=1 b=[2,3]` to a dict; values are Python literals, else strings."""
+    """Parse `--flag a=1 b=[2,3]` into a dict; values are Python literals, else strings."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         result = {}
@@ -217,7 +226,7 @@ def _parser(kind: type, prog: str) -> Parser:
     )
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file or name of a recipe")
     hints = typing.get_type_hints(kind)
-    # Every class that an options class is made of becomes a group of flags.
+    # An options class and each of its bases become a group of flags.
     for part in reversed(kind.__mro__[:-1]):
         group = parser.add_argument_group(part.__doc__)
         for name in vars(part).get("__annotations__", {}):
@@ -231,7 +240,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
     meta = dict(field.metadata)
     default = field.default_factory() if callable(field.default_factory) else field.default
     text = meta.pop("help").replace("%", "%%")
-    del meta["bounds"]  # from_mapping checks them, like choices and like those in a file
+    del meta["bounds"]  # from_mapping checks them, so that they hold for a file too
     if default not in (None, "", [], {}, False):
         text += f" (default: {default})"
     if meta.pop("positional", False):
@@ -258,7 +267,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: An
 
 
 def _without_none(hint: Any) -> Any:
-    """`X` for `X | None`; dict for dict[...]."""
+    """Return `X` for the hint `X | None`, and `dict` for `dict[...]`."""
     if typing.get_origin(hint) in (Union, types.UnionType):
         hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
     return dict if typing.get_origin(hint) is dict else hint
@@ -268,7 +277,7 @@ _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or 
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`; ValueError names the type that was expected."""
+    """Convert a value to the type of an option; a ValueError describes the expected type."""
     kind = _without_none(hint)
     if value is None and type(None) in typing.get_args(hint):
         return None

@@ -1,4 +1,4 @@
-"""The options of train.py: names are timm's, and defaults too unless the help says otherwise."""
+"""The options of train.py, with timm's names and defaults unless the help says otherwise."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,4 +1,4 @@
-"""Data: data sets and their images, the batches that they make up, loaders over both."""
+"""Data sets, the decoding of their images, the sampling of batches, and loaders."""
 
 from .datasets import SAMPLES, class_names, hold_out, open_split, same_classes
 from .inputs import data_config_of, image_mode

@@ -1,4 +1,4 @@
-"""Data sets by timm's readers, checked before training."""
+"""Open data sets with timm's readers, and check them before training."""
 
 import gzip
 import os
@@ -24,7 +24,7 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class Subset(Dataset):
-    """Some samples of a map-style data set; timm's loader sets `transform` through it."""
+    """A subset of a map-style data set; timm's loader sets its data set's transform through it."""
 
     def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
         self.dataset = dataset
@@ -59,16 +59,16 @@ def open_split(
     """Open a split of the data set that the options name; no image is decoded yet.
 
     Args:
-        options: Which data set.
-        split: Its split.
-        input_img_mode: PIL mode of the images if the options do not say.
-        training: Whether it is trained on.
-        must_exist: Refuse a folder without one for the split, as for training; else the folder is
-            taken to be the split.
-        batch_size, num_samples, seed, repeats: Of iterable data sets.
+        options: The options that name the data set.
+        split: The name of the split.
+        input_img_mode: PIL mode of the images if the options do not set it.
+        training: Whether the split is trained on.
+        must_exist: Refuse a data folder without a folder for the split, as for training; otherwise
+            such a folder is taken to be the split.
+        batch_size, num_samples, seed, repeats: Arguments of timm's iterable data sets.
 
     Raises:
-        UsageError: If it is not there or is empty.
+        UsageError: If the split does not exist, cannot be read or is empty.
     """
     kind, name, root = _source(options, split, must_exist or training)
     arguments: dict[str, Any] = {
@@ -94,13 +94,13 @@ def open_split(
         raise UsageError(f"cannot read split {split!r} of {name or root}: {text}") from None
     if isinstance(dataset, ImageDataset):
         return ImageFiles(dataset.reader, arguments["input_img_mode"], options.exif_orientation)
-    if kind == "torch":  # decodes images in its own way
+    if kind == "torch":  # torchvision decodes images itself
         return ConvertedImages(dataset, arguments["input_img_mode"])
-    return dataset  # a stream, which does so too
+    return dataset  # a stream, which also decodes images itself
 
 
 def _source(options: DataOptions, split: str, must_exist: bool) -> tuple[str, str, str | Path]:
-    """The type of the data set, its name and its root as timm takes them, checked."""
+    """Return the type, the name and the root of the data set as timm takes them, after checks."""
     name, root = options.dataset, options.data_dir or options.data
     kind, _, rest = name.partition("/")
     if kind.lower() not in (kinds := ["", "torch", "hfds", "hfids", "tfds", "wds", "sample"]):
@@ -138,30 +138,30 @@ def _check_folder(root: Path, split: str, must_exist: bool) -> None:
         return  # a tar file
     if not any(root.iterdir()):
         raise UsageError(f"the data folder {root} is empty; it needs a folder {split}/ of classes")
-    # Without the split's own folder timm reads the root as if it were the split: right for
-    # validate.py on a folder of classes, but in training its splits would be taken for classes.
+    # If the split has no folder, timm reads the root as the split. This is right for validate.py
+    # on a folder of classes, but in training the folders of splits would be taken for classes.
     if must_exist and _search_split(str(root), split) == str(root):
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:5])
         raise UsageError(f"{root} has no folder {split}/ (it has {found}); name it with the flags")
 
 
 def _unpack_debian_fashion_mnist(root: Path) -> None:
-    # Debian's package dataset-fashion-mnist spares the download: the same images, compressed
-    # anew, so that torchvision's checksums of the archives do not fit them.
+    # Debian's package dataset-fashion-mnist saves the download. It has the same images in archives
+    # of its own, which do not match torchvision's checksums.
     raw = root / "FashionMNIST" / "raw"
     for archive in sorted(DEBIAN_FASHION_MNIST.glob("*-ubyte.gz")):
         target = raw / archive.stem
         if target.exists():
             continue
         raw.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.{os.getpid()}")  # ranks may do this at once
+        partial = target.with_name(f"{target.name}.{os.getpid()}")  # ranks may do this together
         with gzip.open(archive) as source, partial.open("wb") as sink:
             shutil.copyfileobj(source, sink)
         partial.replace(target)
 
 
 def class_names(dataset: Any) -> list[str] | None:
-    """The classes in label order, None where the data set does not tell."""
+    """Return the names of the classes in label order; None if the data set does not have them."""
     while isinstance(dataset, (Subset, AugMixDataset, ConvertedImages)):
         dataset = dataset.dataset
     reader = getattr(dataset, "reader", dataset)
@@ -173,10 +173,15 @@ def class_names(dataset: Any) -> list[str] | None:
 
 
 def same_classes(expected: list[str] | None, found: list[str] | None, split: str) -> None:
-    """Refuse a split whose labels would mean other classes than in training.
+    """Check that a split's labels mean the same classes as in training.
+
+    Args:
+        expected: Class names in training, in label order; None if unknown.
+        found: Those of the split.
+        split: The name of the split, for the message.
 
     Raises:
-        UsageError: If both tell their classes and these differ.
+        UsageError: If both are known and differ.
     """
     if expected is None or found is None or expected == found:
         return
@@ -194,10 +199,14 @@ def same_classes(expected: list[str] | None, found: list[str] | None, split: str
 
 
 def hold_out(dataset: Any, fraction: float) -> tuple[Subset, Subset]:
-    """Split a data set at random into the larger and the smaller part, always the same way.
+    """Split a data set into the rest and a held-out part, at random but the same in every run.
+
+    Args:
+        dataset: A map-style data set.
+        fraction: The fraction of its images to hold out.
 
     Raises:
-        UsageError: If the data set cannot be split, or a part would be empty.
+        UsageError: If the data set is a stream, or a part would be empty.
     """
     if isinstance(dataset, IterableDataset):
         raise UsageError("--val-fraction needs data that can be indexed, not a stream")
@@ -205,6 +214,6 @@ def hold_out(dataset: Any, fraction: float) -> tuple[Subset, Subset]:
     if not 0 < size < len(dataset):
         raise UsageError(f"--val-fraction {fraction} leaves a part of {len(dataset)} images empty")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
-    # A shallow copy each, for the parts have different transforms.
+    # Each part has a shallow copy, because their transforms differ.
     held_out, rest = sorted(order[:size]), sorted(order[size:])
     return Subset(copy(dataset), rest), Subset(copy(dataset), held_out)

@@ -1,7 +1,7 @@
-"""Images as files: the pixels that timm would train on, and a clear error where there are none.
+"""Decode images to the pixels that timm would train on, with a clear error for corrupt images.
 
-An image that cannot be read is never replaced in silence, as timm's data set would do: evaluation
-ends with the error, training counts it (`sampling.KeyedDataset`).
+A corrupt image is never replaced silently, as timm's data set would do: evaluation raises the
+error, and training reports, counts and replaces the image (`sampling.KeyedDataset`).
 """
 
 import warnings
@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 
 __all__ = ["BrokenImageError", "ConvertedImages", "ImageFiles", "open_image"]
 
-# Twice Pillow's own limit for a warning, where Pillow refuses too unless it was told otherwise.
+# Twice the size at which Pillow warns; beyond it Pillow raises an error too, by default.
 MAX_PIXELS = 2 * (1024**3 // 4 // 3)
 
-# What undoes the EXIF orientations that are not upright.
+# The operation that turns an image upright, by EXIF orientation; 1 is upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,35 +33,36 @@ _UPRIGHT = {
 
 
 class BrokenImageError(Exception):
-    """An image cannot be read, or too many cannot; the message is one line."""
+    """An image is corrupt, or too many images are; the message is one line."""
 
     exit_code = 1
 
     def __init__(self, text: str) -> None:
-        # A loader raises a worker's error again with the traceback, which ends with it, as text.
+        # A loader re-raises a worker's error with its traceback as text; the message is at its end.
         last = text.rstrip().rpartition("\n")[2]
         super().__init__(last.removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
 def open_image(source: bytes | str | Path | BinaryIO, mode: str, exif: bool = False) -> Image.Image:
-    """Decode an image wholly, and convert it as timm does, 16 bits apart.
+    """Decode an image completely, and convert it as timm does, except for 16-bit images.
 
-    Transparency is dropped, not composited. 16-bit grey is scaled to 8 bits, value / 257 rounded,
-    where Pillow would clip it; 32-bit integers count as 16 bits, for so Pillow reads some formats.
-    16-bit colour comes from Pillow with the high bytes alone, at most one level off.
+    Transparency is dropped, not composited. 16-bit grey is scaled to 8 bits as round(value / 257),
+    where Pillow would clip it; 32-bit integers are treated as 16-bit values, because Pillow reads
+    some 16-bit formats as such. Of 16-bit colour Pillow keeps the high bytes, which is at most one
+    level off.
 
     Args:
         source: The file's bytes, its path, or the open file, which is closed.
-        mode: PIL mode of the result; I and F keep the values of wide images.
-        exif: Turn the image upright as its EXIF orientation says.
+        mode: PIL mode of the result; I and F keep the values of 16-bit and 32-bit images.
+        exif: Rotate and flip the image as its EXIF orientation says.
 
     Raises:
-        BrokenImageError: With the reason, whatever stands in the way: a file that cannot be read,
-            is truncated or no image, or more than `MAX_PIXELS` pixels.
+        BrokenImageError: If the file cannot be read, is truncated or no image, or has more than
+            `MAX_PIXELS` pixels; the message gives the reason.
     """
     try:
         return _decode(_read(source), mode, exif)
-    except Exception as error:  # Pillow's decoders raise anything
+    except Exception as error:  # Pillow's decoders may raise anything
         raise BrokenImageError(_reason(error)) from error
 
 
@@ -89,9 +90,10 @@ def _decode(data: bytes, mode: str, exif: bool) -> Image.Image:
 
 @contextmanager
 def _strictly() -> Iterator[None]:
-    """No warnings, for what is wrong is an error, and no truncated images, whoever allowed them.
+    """Silence Pillow's warnings, and refuse truncated images even where the process allows them.
 
-    Both are of the process, so this is for one thread at a time, as loaders' workers are.
+    Both settings are global to the process, so only one thread at a time may use this, as in the
+    workers of a loader.
     """
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
@@ -103,10 +105,10 @@ def _strictly() -> Iterator[None]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose: it also writes the tags anew, which fails for odd ones.
+    # Not ImageOps.exif_transpose: it also rewrites the tags, which fails for malformed ones.
     try:
         method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # tags that cannot be read say nothing about the pixels
+    except Exception:  # malformed tags do not make the image corrupt
         return image
     return image if method is None else image.transpose(method)
 
@@ -117,7 +119,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # its text has an address, not the name
+    if isinstance(error, UnidentifiedImageError):  # its text has a memory address, no name
         return "not an image of a known format"
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
     known = isinstance(error, (OSError, BrokenImageError)) and text
@@ -125,12 +127,12 @@ def _reason(error: Exception) -> str:
 
 
 class ImageFiles(Dataset):
-    """The images of a reader of timm's, like timm's `ImageDataset`, but strict.
+    """The images of a timm reader, like timm's `ImageDataset`, but with an error for corrupt ones.
 
     Args:
-        reader: Gives (open file, target) by index, and file names.
+        reader: A timm reader, which gives (open file, target) by index, and file names.
         mode: PIL mode of the images.
-        exif: Whether EXIF orientations are heeded.
+        exif: Whether to apply EXIF orientations.
     """
 
     def __init__(self, reader: Any, mode: str, exif: bool = False) -> None:
@@ -142,18 +144,18 @@ class ImageFiles(Dataset):
         return len(self.reader)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """The image, transformed, and its label, -1 where there is none.
+        """Return the transformed image and its label, which is -1 if there is none.
 
         Raises:
-            BrokenImageError: With the name of the file and the reason.
-            IndexError: Beyond the last image.
+            BrokenImageError: If the image is corrupt; the message gives its file and the reason.
+            IndexError: If there is no image of that index.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
         try:
             source, target = self.reader[index]
             image: Any = open_image(source, self.mode, self.exif)
-        except Exception as error:  # also the reader's own, such as a file that has vanished
+        except Exception as error:  # also the reader's own, such as for a deleted file
             text = f"broken image {self._name(index)}: {_reason(error)}"
             raise BrokenImageError(text) from error
         if self.transform is not None:
@@ -165,26 +167,26 @@ class ImageFiles(Dataset):
         return image, target
 
     def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        """The file of an image, relative to the split's folder unless `absolute`."""
+        """Return the file of an image, relative to the split's folder unless `absolute`."""
         return self.reader.filename(index, basename, absolute)
 
     def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
-        """The files of all images."""
+        """Return the files of all images."""
         return self.reader.filenames(basename, absolute)
 
     def _name(self, index: int) -> str:
         try:
             name = self.filename(index, absolute=True)
-        except Exception:  # a reader that keeps the name with the image
+        except Exception:  # some readers keep the name with the image
             name = None
         return name.replace("\n", " ") if name else f"sample {index}"
 
 
 class ConvertedImages(Dataset):
-    """A data set of torchvision's with its images in the mode that the model takes.
+    """A torchvision data set with its images converted to the mode that the model takes.
 
     Args:
-        dataset: Gives (PIL image, label); its own transform is left unset.
+        dataset: Gives (PIL image, label); its own transform must not be set.
         mode: PIL mode of the images.
     """
 

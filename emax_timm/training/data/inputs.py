@@ -1,4 +1,4 @@
-"""The input of a model: channels, size, normalisation, and how images are resized to it."""
+"""The input of a model: its channels, size and normalisation, and how images are resized to it."""
 
 from typing import Any
 
@@ -11,20 +11,20 @@ __all__ = ["data_config_of", "image_mode", "input_channels"]
 
 
 def input_channels(options: InputOptions) -> int:
-    """Channels of the model's input."""
+    """Return the number of channels of the model's input."""
     return options.input_size[0] if options.input_size else options.in_chans or 3
 
 
 def image_mode(options: InputOptions) -> str:
-    """PIL mode of images for the model."""
+    """Return the PIL mode of images for the model: RGB for three channels, else L (grey)."""
     return "RGB" if input_channels(options) == 3 else "L"
 
 
 def data_config_of(options: InputOptions, model: Any) -> dict[str, Any]:
-    """Size and normalisation of the model's input, and how images are resized to it.
+    """Return timm's data config: the input's size and normalisation, and how images are resized.
 
     Raises:
-        UsageError: If mean or std do not fit the number of channels.
+        UsageError: If mean or std has neither one value nor one for each channel.
     """
     channels = input_channels(options)
     for name in ("mean", "std"):

@@ -1,4 +1,4 @@
-"""timm's loaders over a run's data sets, and what they have loaded."""
+"""timm's loaders for training and evaluation, and what is known of the batches they have loaded."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -26,9 +26,13 @@ __all__ = [
 def training_loader(
     config: TrainConfig, dataset: Any, data_config: dict[str, Any], num_classes: int, world: World
 ) -> Any:
-    """Timm's augmenting loader; mixup happens in it unless the prefetcher is off.
+    """Create timm's augmenting loader; it also applies mixup unless the prefetcher is off.
 
-    Its randomness is keyed (`sampling.py`), unless the data are a stream.
+    Its order and its random numbers depend on the place in the run alone (`sampling.py`), unless
+    the data set is a stream.
+
+    Raises:
+        UsageError: If timm refuses the augmentation options.
     """
     stream = isinstance(dataset, IterableDataset)
     if config.aug_splits > 1:
@@ -66,8 +70,8 @@ def training_loader(
         "pin_memory": config.pin_mem,
         "device": world.device,
         "use_prefetcher": not config.no_prefetcher,
-        # Workers that outlive an epoch would go on with its random state: an epoch's augmentation
-        # would depend on where the run was started.
+        # Persistent workers would keep their random state from epoch to epoch, so that the
+        # augmentation of an epoch would depend on the epoch in which the process started.
         "persistent_workers": False,
     }
     try:
@@ -79,7 +83,7 @@ def training_loader(
 
 
 def _keyed(loader: Any, config: TrainConfig, world: World) -> Any:
-    """The loader with its order and its random numbers a function of the place in the run."""
+    """Make the loader's order and its random numbers depend on the place in the run alone."""
     inner: Any = loader if config.no_prefetcher else loader.loader
     repeats = max(1, int(config.aug_repeats))
     keyed = DataLoader(
@@ -101,9 +105,9 @@ def _keyed(loader: Any, config: TrainConfig, world: World) -> Any:
 
 
 def start_epoch(loader: Any, epoch: int, batch: int = 0) -> None:
-    """Let the next iteration over a training loader begin at a batch of an epoch.
+    """Make the next iteration over a training loader begin at batch `batch` of epoch `epoch`.
 
-    A stream can only begin at the epoch's start.
+    A stream always begins at the start of the epoch.
     """
     if isinstance(loader.batch_sampler, KeyedBatches):
         loader.batch_sampler.start(epoch, batch)
@@ -114,14 +118,20 @@ def start_epoch(loader: Any, epoch: int, batch: int = 0) -> None:
 
 
 def sample_names(loader: Any, batch: int) -> list[str]:
-    """Files (or indices, where there are none) of a batch of the epoch that a loader is in."""
+    """Return the files of a batch of the loader's current epoch; indices if there are no files.
+
+    The samples of a stream are unknown: the list is then empty.
+    """
     if not isinstance(loader.batch_sampler, KeyedBatches):
         return []
     return [_name(loader.dataset.dataset, key.image) for key in loader.batch_sampler.batch(batch)]
 
 
 def broken_images(loader: Any, batches: Iterable[int]) -> int:
-    """Broken images in batches, already loaded, of the epoch that a training loader is in."""
+    """Count the corrupt images in batches of the current epoch that have been loaded.
+
+    The corrupt images of a stream are not counted.
+    """
     sampler = loader.batch_sampler
     if not isinstance(sampler, KeyedBatches):
         return 0
@@ -139,9 +149,9 @@ def _name(dataset: Any, index: int) -> str:
 def evaluation_loader(
     options: DataOptions, dataset: Any, data_config: dict[str, Any], batch_size: int, world: World
 ) -> Any:
-    """Timm's loader over this rank's share of the images, each counted once."""
+    """Create timm's loader over this rank's share of the images; no image is repeated."""
     if world.size > 1 and not isinstance(dataset, IterableDataset):
-        # timm's distributed sampler would repeat images to even the shares out.
+        # timm's distributed sampler would repeat images to make the shares equal.
         dataset = Subset(dataset, range(world.rank, len(dataset), world.size))
     return create_loader(
         dataset,  # type: ignore[arg-type]

@@ -1,9 +1,10 @@
-"""Which samples make up a batch, and the randomness of a run as a function of its place in it.
+"""The samples of each batch, and the randomness of a run as a function of the place in it.
 
-Every draw comes from a generator that is seeded with what the draw is for, never with what was
-drawn before: an augmentation with (seed, epoch, sample), a batch's mixup with its first sample,
-the order of an epoch with (seed, epoch), a step with (seed, step, rank). So a run does not depend
-on the number of workers, and one that goes on in the middle of an epoch needs no generator's state.
+Every random draw comes from a generator that is seeded with the purpose of the draw, and never
+depends on earlier draws. The seed of an augmentation is (seed, epoch, sample), that of a batch's
+mixup its first sample, that of the order of an epoch (seed, epoch), that of a step (seed, step,
+rank). So a run does not depend on the number of workers, and one that is resumed in the middle of
+an epoch needs no state of a generator.
 """
 
 import hashlib
@@ -23,15 +24,15 @@ from .decoding import BrokenImageError
 
 __all__ = ["Key", "KeyedBatches", "KeyedDataset", "KeyedErasing", "seed_step"]
 
-# What a generator is seeded for.
+# The purposes that generators are seeded for.
 _ORDER, _SAMPLE, _BATCH, _ERASING, _STEP = range(5)
 
-# Images tried for one place in a batch before the data as a whole are given up.
+# Number of images tried for one place in a batch before the error is raised.
 ATTEMPTS = 100
 
 
 class Key(NamedTuple):
-    """A sample of a run; `view` counts the repetitions of an image within an epoch."""
+    """Identifies a sample of a run; `view` counts the repetitions of an image within an epoch."""
 
     epoch: int
     image: int
@@ -39,17 +40,17 @@ class Key(NamedTuple):
 
 
 class KeyedBatches(Sampler[list[Key]]):
-    """Batches of one rank: a new order every epoch, from any batch on; the remainder is dropped.
+    """Batches of one rank, in a new order every epoch; an incomplete last one is dropped.
 
     Ranks take turns within a global batch, so that its samples depend on its size alone.
 
     Args:
         length: Number of images.
         batch_size: Images per rank and batch.
-        seed: Of the run.
-        rank, size: This rank and the number of them.
-        repeats: Views of each image that follow each other; an epoch has `length` views all the
-            same (repeated augmentation, https://arxiv.org/abs/1902.05509).
+        seed: Seed of the run.
+        rank, size: This rank and the number of ranks.
+        repeats: Number of views of each image that follow each other; an epoch still has `length`
+            views (repeated augmentation, https://arxiv.org/abs/1902.05509).
     """
 
     def __init__(
@@ -67,11 +68,11 @@ class KeyedBatches(Sampler[list[Key]]):
         self._ordered: tuple[int, np.ndarray] | None = None
 
     def start(self, epoch: int, first: int = 0) -> None:
-        """Let the next iteration begin at batch `first` of `epoch`."""
+        """Make the next iteration begin at batch `first` of epoch `epoch`."""
         self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
-        """Batches of a whole epoch."""
+        """Return the number of batches in a whole epoch."""
         return self.length // (self.batch_size * self.size)
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -80,7 +81,7 @@ class KeyedBatches(Sampler[list[Key]]):
             yield self._batch(order, number)
 
     def batch(self, number: int) -> list[Key]:
-        """The samples of a batch of the current epoch."""
+        """Return the samples of a batch of the current epoch."""
         return self._batch(self._order(), number)
 
     def _order(self) -> np.ndarray:
@@ -98,19 +99,20 @@ class KeyedBatches(Sampler[list[Key]]):
 
 
 class KeyedDataset(Dataset):
-    """A map-style data set by `Key`s: a sample's augmentation depends on its key alone.
+    """A map-style data set indexed by `Key`s, whose augmentation depends on the key alone.
 
-    It runs in the loader's workers, or in the main process if there are none, and leaves the
-    generators of Python, numpy and torch's CPU seeded for the batch, which is what collating
-    draws from.
+    It runs in the loader's workers, or in the main process if there are none. After a batch it
+    leaves the generators of Python, numpy and torch's CPU seeded for collation, which may draw from
+    them.
 
-    In the place of an image that cannot be read comes another, drawn for the key. `broken` tells
-    all processes of it: per image, one plus the last epoch in which it could not be read, else 0.
+    A corrupt image is replaced by another one, drawn at random for the key. `broken` is shared by
+    all processes: for each image it is one plus the last epoch in which the image could not be
+    read, or 0.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
-        # Workers write the same values whichever comes first, so there is nothing to lock.
+        # No lock is needed, because all workers write the same value for an image and epoch.
         self.broken = RawArray("i", len(dataset))
 
     def __len__(self) -> int:
@@ -130,7 +132,7 @@ class KeyedDataset(Dataset):
         return self.dataset[index]
 
     def count_broken(self, keys: list[Key]) -> int:
-        """How many samples of a batch that was loaded stand in for a broken image."""
+        """Count the samples of a loaded batch that replace a corrupt image."""
         return sum(self.broken[key.image] == key.epoch + 1 for key in keys)
 
     def __getitems__(self, keys: list[Key]) -> list[Any]:
@@ -140,14 +142,17 @@ class KeyedDataset(Dataset):
 
 
 class KeyedErasing:
-    """timm's RandomErasing of whole batches, which the prefetcher calls in the main process."""
+    """timm's RandomErasing with random numbers that depend on the place in the run alone.
+
+    The prefetcher calls it on whole batches, in the main process.
+    """
 
     def __init__(self, erasing: Any, seed: int, rank: int) -> None:
         self.erasing, self.seed, self.rank = erasing, seed, rank
         self.epoch = self.number = 0
 
     def start(self, epoch: int, first: int = 0) -> None:
-        """Count batches from `first` of `epoch`."""
+        """Start counting batches at `first` of epoch `epoch`."""
         self.epoch, self.number = epoch, first
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -157,18 +162,18 @@ class KeyedErasing:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed all that a training step draws from, on every device."""
+    """Seed all generators that a training step draws from, on every device."""
     _seed_all(seed, _STEP, step, rank)
 
 
 def _state(*key: int) -> int:
-    """64 bits for a key of integers, each of 64 bits at most."""
+    """Hash a key of integers of at most 64 bits to a seed of 64 bits."""
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def _seed_cpu(*key: int) -> int:
-    # Some microseconds, which every sample costs.
+    # This costs every sample a few microseconds.
     state = _state(*key)
     random.seed(state)
     np.random.seed(state & 0xFFFFFFFF)
