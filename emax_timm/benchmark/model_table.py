@@ -116,7 +116,8 @@ def measure(name: str) -> ModelRow:
         model = timm.create_model(name)
         size = resolve_model_data_config(model)["input_size"]
         macs = count_macs(model, torch.zeros(1, *size))
-        kept = activation_bytes(model, torch.zeros(2, *size)) / 2  # a batch of one is too small for some norms
+        # A batch of one is too small for some norms.
+        kept = activation_bytes(model, torch.zeros(2, *size)) / 2
     weights = timm.list_models(name, pretrained=True)
     cfgs = map(timm.get_pretrained_cfg, weights)
     return ModelRow(

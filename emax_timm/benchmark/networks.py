@@ -51,7 +51,7 @@ class Setting(NamedTuple):
     memory_format: torch.memory_format
 
 
-# Every network has to keep each of them.
+# Each bound must hold for every network.
 BOUNDS = [
     Bound(INFERENCE, "EMAX, C++", "plain", 1.1),
     Bound(INFERENCE, "EMAX, compiled", "plain, compiled", 1.2),

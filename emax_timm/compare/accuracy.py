@@ -25,7 +25,7 @@ def accuracy(argv: Sequence[str] | None = None) -> int:
     """Train the models, print the table, and return the exit status."""
     arguments = _parser().parse_args(argv)
     results = {}
-    for seed in arguments.seeds:  # outermost, so that a stop leaves all models the same seeds
+    for seed in arguments.seeds:  # outermost, so that a stop treats all models alike
         for model in arguments.models:
             folder = Path(arguments.output) / f"{model}-seed{seed}"
             if not (folder / "summary.json").exists():

@@ -243,7 +243,7 @@ def faithfulness(argv: Sequence[str] | None = None) -> int:
 def _results(options: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any]]:
     results = {}
     test = make_scenes(load_items("test"), options.test_scenes, TEST_SEED)
-    for seed in options.seeds:  # outermost, so that a stop leaves all networks the same seeds
+    for seed in options.seeds:  # outermost, so that a stop treats all networks alike
         for attention in options.attentions:
             model = trained(attention, seed, options.steps, options.train_scenes, options.output)
             name = run_name(attention, seed, options.steps, options.train_scenes)
