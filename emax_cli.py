@@ -33,7 +33,7 @@ COMMANDS = {
     "weights": ("emax_timm.hub.weights_command:weights", "verify published weights, or pin them"),
 }
 
-# The environment variables, one per OpenMP implementation, that say how long idle threads spin.
+# The variables of OpenMP and its implementations that say how long waiting threads spin.
 WAITING = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 
 

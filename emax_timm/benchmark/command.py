@@ -30,7 +30,7 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
     options = benchmark_parser(prog).parse_args(argv)
     try:
         if options.write is not None:
-            text_around(options.write, options.mark)  # refused before anything is measured
+            text_around(options.write, options.mark)  # refuses a bad file before measuring
         start = time.monotonic()
         result = options.run(options)
         if result is None:

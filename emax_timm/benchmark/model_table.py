@@ -73,7 +73,7 @@ def list_models(argv: Sequence[str], prog: str) -> int:
     """Print the table of models, and return the exit status."""
     options = _parser(prog).parse_args(argv)
     if options.write is not None:
-        text_around(options.write, MARK)  # refused before the models are measured
+        text_around(options.write, MARK)  # refuses a bad file before anything is measured
     names = model_names(options.filter)
     # disable=None shows the progress bar on a terminal only.
     rows = [measure(name) for name in tqdm(names, leave=False, disable=None)]

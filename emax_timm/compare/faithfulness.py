@@ -226,7 +226,7 @@ def faithfulness(argv: Sequence[str] | None = None) -> int:
     options = faithfulness_parser().parse_args(argv)
     try:
         if options.write is not None:
-            text_around(options.write, MARK)  # refused before anything is trained
+            text_around(options.write, MARK)  # refuses a bad file before anything is trained
         options.output.mkdir(parents=True, exist_ok=True)
         results = _results(options)
         tables = report(results)

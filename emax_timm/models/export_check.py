@@ -20,7 +20,7 @@ __all__ = [
     "verify",
 ]
 
-# Largest absolute difference, relative to max(1, the largest output).
+# The largest absolute difference that is allowed, relative to max(1, the largest output).
 TOLERANCE = 1e-4
 
 Shape = tuple[int, int, int, int]
@@ -84,7 +84,7 @@ def verify(
             ((a - e).abs().max() / e.abs().max().clamp(min=1)).item()
             for a, e in zip(actual, expected, strict=True)
         )
-        if not difference <= tolerance:  # nor is NaN
+        if not difference <= tolerance:  # true for NaN too
             raise ExportError(
                 f"the exported file is {difference:.1e} away from the model on {name} "
                 f"(at most {tolerance:.0e} is allowed)"
