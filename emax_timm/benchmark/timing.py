@@ -69,7 +69,7 @@ def interleaved(
             warm_up.add(name)
     found: dict[Name, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
-        # The order rotates, so that no function is always the first or the last one.
+        # The order rotates, so that each function is the first and the last one in some rounds.
         order = list(calls)[number % len(calls) :] + list(calls)[: number % len(calls)]
         for name in order:
             if name in warm_up:

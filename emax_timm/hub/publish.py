@@ -141,7 +141,7 @@ def _figures(release: Release) -> str:
 
 
 def put_in_index(entry: WeightsEntry, path: Path) -> None:
-    """Put an entry into an index file, in place of the entry with the same model and tag.
+    """Add an entry to an index file, or replace the entry with the same model and tag.
 
     Raises:
         ValueError: If the file is not a weights index.

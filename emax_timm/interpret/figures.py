@@ -214,7 +214,7 @@ def spatial_figure(
 
 
 def contrasting_groups(spatial: Tensor, count: int, limit: int) -> list[int]:
-    """Return the indices of the coarse groups' maps with the greatest contrast.
+    """Return the ascending indices of the coarse groups' maps with the greatest contrast.
 
     Args:
         spatial: The spatial attention, [F, h, w].

@@ -18,9 +18,9 @@ __all__ = ["GateMaps", "Maps", "attention_of", "capture_attention", "heatmap"]
 
 
 class GateMaps(NamedTuple):
-    """What EMA, CBAM, SE or ECA attends to, in float32 (float64 for float64 inputs).
+    """The attention maps of EMA, CBAM, SE or ECA, in float32 (float64 for float64 inputs).
 
-    The fields mean what they mean in `EMAXMaps`; what a layer does not have is None.
+    The fields have the same meaning as in `EMAXMaps`; those that a layer lacks are None.
     """
 
     spatial: Tensor | None = None
@@ -34,28 +34,28 @@ Maps = EMAXMaps | GateMaps
 
 @contextlib.contextmanager
 def capture_attention(model: nn.Module) -> Iterator[dict[str, Maps]]:
-    """Catch the attention maps of every forward pass inside the context.
+    """Capture the attention maps of every forward pass inside the context.
 
         with emax_timm.capture_attention(model) as maps:
             model(images)
         maps["layer4.0.se"].spatial  # [b, F, h, w]
 
-    The dictionary is filled as the model runs, by the names that `named_modules` gives the layers.
-    It holds the maps of the last pass (of a layer that runs several times in it, of the last time),
-    without gradients and on the CPU, and keeps them after the context. The outputs of the model,
-    its state and the random state stay as they are without it, and nothing is left on the model
-    afterwards. In training mode the maps are those of the choice of groups that the pass makes.
+    The dictionary is filled as the model runs, under the names of the layers in `named_modules`.
+    It holds the maps of the last pass (for a layer that runs several times in it, of the last run),
+    without gradients and on the CPU, and keeps them after the context. The context changes neither
+    the model's outputs and state nor the random state, and leaves nothing on the model. In training
+    mode the maps are those of the group counts that the pass chooses.
 
     Args:
-        model: With EMAX, EMA, CBAM, SE or ECA layers anywhere in it: `features_only` or not, also
-            wrapped by torch.compile or DistributedDataParallel. Names are then those in the model
-            inside the wrapper, and compiled code does not run in the context: its plain modules do.
+        model: A model with EMAX, EMA, CBAM, SE or ECA layers anywhere in it, `features_only` or
+            not, and also one that torch.compile or DistributedDataParallel wraps. Names are then
+            those in the wrapped model, which runs uncompiled in the context.
 
     Yields:
-        By the name of the layer `EMAXMaps` for EMAX, `GateMaps` for the others.
+        The maps by the name of the layer: `EMAXMaps` for EMAX, `GateMaps` for the others.
 
     Raises:
-        ValueError: If the model has no such layer; those of a scripted or exported one are none.
+        ValueError: If the model has no such layer, as scripted and exported models have none.
     """
     inner: nn.Module = unwrap_model(model)
     maps: dict[str, Maps] = {}
