@@ -1,8 +1,8 @@
 """The `emax` command: a table of commands, each imported when it runs.
 
 This module is not in the package `emax_timm`, because importing anything of that package registers
-its models with timm and so loads torch, which takes seconds. Here that happens once a command is
-known: `emax --help` and a misspelt command answer at once.
+its models with timm and so loads torch, which takes seconds. Here that happens only once a command
+is known, so that `emax --help` and a misspelt command answer at once.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 __all__ = ["COMMANDS", "main", "run"]
 
-# Of each command the function that runs it, as module:function, and a line of help.
+# For each command the function that runs it, as module:function, and a line of help.
 COMMANDS = {
     "train": ("emax_timm.training:train", "train an image classifier"),
     "validate": ("emax_timm.training:validate", "validate one"),
@@ -33,12 +33,12 @@ COMMANDS = {
     "weights": ("emax_timm.hub.weights_command:weights", "verify published weights, or pin them"),
 }
 
-# How long OpenMP's threads wait awake, in the variables of its implementations.
+# The variables of OpenMP and its implementations that say how long waiting threads spin.
 WAITING = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `emax COMMAND ...`; returns the exit status."""
+    """Run `emax COMMAND ...`, and return the exit status."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in COMMANDS:
         return run(name, rest, f"emax {name}")
@@ -53,14 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, argv: Sequence[str] | None, prog: str) -> int:
-    """Run a command, which prints its own errors; returns the exit status.
+    """Run a command, which prints its own errors, and return the exit status.
 
     Args:
-        name: Of the command.
-        argv: Its arguments; sys.argv's if None.
-        prog: The name in its help and its errors.
+        name: The name of the command, a key of `COMMANDS`.
+        argv: The arguments of the command; None for those of sys.argv.
+        prog: The name of the command in its help and its errors.
     """
-    # OpenMP reads this when torch is loaded. Benchmarks show torch as other programs have it.
+    # OpenMP reads this when torch is loaded. Benchmarks measure torch with its own default.
     if name != "benchmark" and not any(variable in os.environ for variable in WAITING):
         os.environ["OMP_WAIT_POLICY"] = "passive"  # docs/training.md, "Threads", says why
     module, _, function = COMMANDS[name][0].partition(":")

@@ -1,4 +1,4 @@
-"""`emax backends` and `emax kernels`: what computes the attention on this machine."""
+"""`emax backends` and `emax kernels`: the backends that compute the attention on this machine."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ __all__ = ["backends", "kernels"]
 
 @command("emax backends")
 def backends(argv: Sequence[str], prog: str) -> int:
-    """Print for each backend whether it serves here, or why not; returns the exit status."""
+    """Print for each backend whether it serves here, or why not, and return the exit status."""
     parser = Parser(
         prog,
         description="What computes the attention on this machine, the first that serves preferred. "
@@ -37,7 +37,7 @@ def backends(argv: Sequence[str], prog: str) -> int:
 
 @command("emax kernels")
 def kernels(argv: Sequence[str], prog: str) -> int:
-    """Build the C++ backend as the command line says; returns the exit status."""
+    """Build the C++ backend for this machine, and return the exit status."""
     parser = Parser(prog, description="EMAX in C++ for CPUs.", allow_abbrev=False)
     parser.add_argument("action", choices=["build"], help="build: compile it for this machine")
     parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The error that every command prints as one line, and the nearest name for one that is wrong."""
+"""The error that every command prints as one line, and suggestions for misspelt names."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,11 +7,11 @@ __all__ = ["UsageError", "nearest"]
 
 
 class UsageError(Exception):
-    """A mistake in what the user asked for; its message is one line that says what to do."""
+    """A mistake in what the user asked for; the message is one line that says what to do."""
 
     exit_code = 2
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The valid name that is spelt most like `name`."""
+    """Return the valid name whose spelling is closest to `name`."""
     return difflib.get_close_matches(name, list(valid), n=1, cutoff=0.0)[0]

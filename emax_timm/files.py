@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and their sha256 sums."""
+"""Atomic writes of files and folders, locks of folders, and sha256 sums."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ class WriteError(RuntimeError):
 
 @contextlib.contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Turn the system's errors into a `WriteError`."""
+    """Turn the operating system's errors into a `WriteError` about `path`."""
     try:
         yield
     except OSError as error:
@@ -45,7 +45,7 @@ def writing_to(path: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary path)` make a file, then put it in the place of `path` in one step."""
+    """Replace `path` in one step by the file that `write(temporary_path)` makes."""
     temporary = path.with_name(path.name + ".partial")
     try:
         write(temporary)
@@ -62,7 +62,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_folder(path: Path, files: dict[str, bytes]) -> None:
-    """Make a folder of files that appears, complete, in one step; `path` must not exist."""
+    """Write a folder of files, which appears complete in one step; `path` must not exist."""
     temporary = _hidden(path)
     _delete(temporary)
     try:
@@ -79,7 +79,7 @@ def write_folder(path: Path, files: dict[str, bytes]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder so that it is gone at once, whatever happens in between."""
+    """Remove a file or folder in one step: it is renamed first, so no half of it is ever seen."""
     hidden = _hidden(path)
     _delete(hidden)
     path.rename(hidden)
@@ -87,7 +87,7 @@ def remove(path: Path) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a process that was killed has left of these functions' work in a folder."""
+    """Remove the temporary files that a killed process has left in a folder."""
     for path in folder.glob("*.partial"):
         _delete(path)
 
@@ -104,9 +104,9 @@ def _hidden(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Have the system write a file, or a folder's list of names, to the disk."""
-    # Windows flushes only what is open for writing, and opens no folders: there, and on the network
-    # file systems that answer EINVAL, the file system alone decides when it writes the names.
+    """Flush a file, or a folder's list of names, to the disk."""
+    # Windows flushes only files that are open for writing, and cannot open folders. There, and on
+    # network file systems that answer EINVAL, the file system decides when it writes the names.
     folder = path.is_dir()
     try:
         descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
@@ -125,10 +125,10 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock against other processes; gives False if one of them has it.
+    """Hold a folder's lock against other processes; yield False if another process holds it.
 
-    The system takes the lock back when the process dies, whatever it dies of, and does not pass it
-    on to its children.
+    The operating system releases the lock when the process ends, however it ends, and child
+    processes do not inherit it.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -143,7 +143,7 @@ def lock_folder(folder: Path) -> Iterator[bool]:
 
 
 def sha256_of(content: bytes | Path) -> str:
-    """The sha256 of bytes or of a file, in hex."""
+    """Compute the sha256 of bytes or of a file, in hex."""
     digest = hashlib.sha256()
     if isinstance(content, bytes):
         digest.update(content)
@@ -155,7 +155,11 @@ def sha256_of(content: bytes | Path) -> str:
 
 
 def read_sums(folder: Path) -> dict[str, set[str]]:
-    """The sha256 values of each file that a folder's `SHA256SUMS` names; none if it has none.
+    """Read the sha256 values of each file that a folder's `SHA256SUMS` names.
+
+    Returns:
+        The values by file name, of which a file may have several; empty if the folder has no
+        `SHA256SUMS`.
 
     Raises:
         ValueError: If it cannot be read.

@@ -1,8 +1,8 @@
-"""What every command does with an error: one line on stderr, and an exit status.
+"""The error handling of all commands: one line on stderr, and an exit status.
 
-An exception class with an `exit_code`, as click's have it, is meant for whoever typed the command:
-2 for what the command line, the files or the machine must offer and do not, 1 for a run that
-failed. All others are defects of this package, and keep their traceback.
+An exception class with an `exit_code`, as in click, is meant for whoever typed the command: 2 for
+an error in the command line, the files or the machine, 1 for a run that failed. All other
+exceptions are defects of this package, and keep their traceback.
 """
 
 import functools
@@ -15,22 +15,22 @@ __all__ = ["FailedRunError", "command"]
 
 
 class FailedRunError(RuntimeError):
-    """What the command line asked for was tried and failed; the message is one line."""
+    """The requested work was attempted and failed; the message is one line."""
 
     exit_code = 1
 
 
 class Command(Protocol):
-    """A command as a function: from its arguments, sys.argv's if None, to an exit status."""
+    """A command as a function from its arguments (None for sys.argv's) to an exit status."""
 
     def __call__(self, argv: Sequence[str] | None = None, prog: str = ...) -> int: ...
 
 
 def command(prog: str) -> Callable[[Callable[[Sequence[str], str], int]], Command]:
-    """Make a command of a function of arguments and a name, which raises its errors.
+    """Turn a function of arguments and a command name, which raises its errors, into a command.
 
     Args:
-        prog: The name in its help and its errors, unless the caller gives another.
+        prog: The default name of the command in its help and its errors.
     """
 
     def decorate(function: Callable[[Sequence[str], str], int]) -> Command:
@@ -44,7 +44,7 @@ def command(prog: str) -> Callable[[Callable[[Sequence[str], str], int]], Comman
                     raise
                 rank = os.environ.get("RANK", "0")
                 who = prog if rank == "0" else f"{prog} (rank {rank})"
-                # One line, also where the error of a library has several.
+                # Messages of libraries may have several lines; they are joined.
                 print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
                 return exit_code
 

@@ -1,4 +1,4 @@
-"""Markdown tables, and documents that hold the output of a command."""
+"""Markdown tables, and documents in which a command maintains its output."""
 
 import os
 import shutil
@@ -12,29 +12,29 @@ __all__ = ["heading", "marks", "row", "text_around", "write_between"]
 
 
 def row(cells: Sequence[str]) -> str:
-    """A row of a table."""
+    """Format a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def heading(cells: Sequence[str]) -> list[str]:
-    """The first two rows of a table of which all but the first column are figures."""
+    """Format the two rows of a table's header; all columns but the first are right-aligned."""
     return [row(cells), row(["---", *["---:"] * (len(cells) - 1)])]
 
 
 def marks(name: str) -> tuple[str, str]:
-    """The lines of a document between which is the output of a command."""
+    """Return the two lines of a document between which a command's output stands."""
     return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
 def write_between(path: Path, name: str, text: str) -> None:
-    """Replace what is between the marks in a file, in one step or not at all.
+    """Replace the text between the marks in a file, in one step or not at all.
 
     Raises:
         UsageError: If the file lacks the marks, or cannot be written.
     """
     before, after = text_around(path, name)
     text = text.replace("\n", "\r\n" if before.endswith("\r\n") else "\n")
-    target = path.resolve()  # a link stays one
+    target = path.resolve()  # a symbolic link stays one
     try:
         with tempfile.TemporaryDirectory(prefix=".emax-", dir=target.parent) as folder:
             temporary = Path(folder, target.name)
@@ -46,14 +46,14 @@ def write_between(path: Path, name: str, text: str) -> None:
 
 
 def text_around(path: Path, name: str) -> tuple[str, str]:
-    """The text of a file up to the first mark's line, and from the second one's on.
+    """Read a file's text up to the line of the first mark, and from that of the second on.
 
     Raises:
-        UsageError: If the file lacks them, or cannot be changed.
+        UsageError: If the file lacks the marks, or cannot be changed.
     """
     begin, end = marks(name)
     try:
-        # For writing too, so that a file that must not change is refused.
+        # It is opened for writing too, so that a read-only file is refused here.
         with path.open("r+", encoding="utf-8", newline="") as file:
             lines = file.read().split("\n")
     except (OSError, UnicodeDecodeError) as error:

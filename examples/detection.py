@@ -30,10 +30,10 @@ SIZE = 96
 
 
 class PyramidBackbone(nn.Module):
-    """Features of a timm model, and a pyramid of them all with the same channels.
+    """The feature maps of a timm model, and a feature pyramid with the same channels at each level.
 
-    What torchvision's `BackboneWithFPN` is for its own models: timm's `features_only` gives the
-    maps as a list, the pyramid and the detector want them by name.
+    This is for timm models what torchvision's `BackboneWithFPN` is for its own. timm's
+    `features_only` returns the maps as a list; the pyramid and the detector take them by name.
     """
 
     def __init__(self, name: str, out_channels: int) -> None:
@@ -49,7 +49,7 @@ class PyramidBackbone(nn.Module):
 
 
 def build_detector() -> FasterRCNN:
-    """A small detector for images of 96 pixels: one anchor size for each level of the pyramid."""
+    """Build a small detector for images of 96 x 96, with one anchor size per pyramid level."""
     return FasterRCNN(
         PyramidBackbone("resnet18_emax", out_channels=64),
         num_classes=1 + len(GROUPS),  # with the background
@@ -72,7 +72,7 @@ def build_detector() -> FasterRCNN:
 
 
 def train(model: FasterRCNN, steps: int, batch_size: int = 8) -> None:
-    """Train on scenes that are composed as it goes."""
+    """Train on random scenes, which are composed during training."""
     items, random = load_items("train"), np.random.default_rng(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps)
@@ -93,7 +93,7 @@ def train(model: FasterRCNN, steps: int, batch_size: int = 8) -> None:
 
 @torch.inference_mode()
 def detect(model: FasterRCNN, scenes: list[Scene]) -> list[dict[str, Tensor]]:
-    """Boxes, labels and scores (best first) for each scene."""
+    """Return the detections in each scene: `boxes`, `labels` and `scores`, the best first."""
     model.eval()
     return [detection for scene in scenes for detection in model([scene.image])]
 
@@ -101,9 +101,9 @@ def detect(model: FasterRCNN, scenes: list[Scene]) -> list[dict[str, Tensor]]:
 def average_precision(
     detections: list[dict[str, Tensor]], scenes: list[Scene], label: int, threshold: float = 0.5
 ) -> float:
-    """The area under the precision-recall curve of one class.
+    """Compute the average precision of one class: the area under its precision-recall curve.
 
-    A detection is right if it overlaps an item of its class by an IoU of `threshold`, and no
+    A detection is correct if its IoU with an item of its class is at least `threshold`, and no
     detection with a higher score has found that item before.
     """
     scored: list[tuple[float, bool]] = []
@@ -123,13 +123,13 @@ def average_precision(
     scored.sort(key=lambda entry: -entry[0])
     hits = np.cumsum([right for _, right in scored])
     precision = hits / np.arange(1, len(scored) + 1)
-    # The precision at a recall is the best that is had at that recall or a higher one.
+    # The precision at a recall is the greatest one at that recall or a higher one.
     precision = np.maximum.accumulate(precision[::-1])[::-1]
     return float(sum(precision[right] for right in np.flatnonzero([r for _, r in scored])) / total)
 
 
 def evaluate(model: FasterRCNN, scenes: list[Scene]) -> dict[str, float]:
-    """AP at an IoU of 0.5 for each class."""
+    """Compute the average precision (AP) at an IoU of 0.5 for each class."""
     detections = detect(model, scenes)
     return {
         name: average_precision(detections, scenes, label)
@@ -138,7 +138,7 @@ def evaluate(model: FasterRCNN, scenes: list[Scene]) -> dict[str, float]:
 
 
 def picture(model: FasterRCNN, scenes: list[Scene]) -> Tensor:
-    """Scenes, at twice their size, with what is detected in them at a score of 0.5 or more."""
+    """Draw scenes at twice their size, with the detections that score 0.5 or more."""
     drawn, names = [], ["", *GROUPS]
     for scene, detection in zip(scenes, detect(model, scenes), strict=True):
         image = nn.functional.interpolate(scene.image[None], scale_factor=2)[0]

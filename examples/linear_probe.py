@@ -3,11 +3,11 @@
     python examples/linear_probe.py
     python examples/linear_probe.py --checkpoint runs/quickstart/model.safetensors
 
-How good are the features of a model that is not trained further? A classifier that is as simple
-as possible is fitted to those of the training images in the package's sample of Fashion-MNIST,
-and tested on the test images: the majority of the nearest neighbours, and logistic regression.
-Raw pixels and a backbone with random weights are what a checkpoint has to beat. The settings of
-both classifiers are fixed, so no image is used to choose them.
+How good are the features of a model that is not trained further? Two simple classifiers are fitted
+to the features of the training images in the package's sample of Fashion-MNIST, and tested on the
+test images: a vote of the nearest neighbours, and logistic regression. The baselines are raw pixels
+and a backbone with random weights. The settings of both classifiers are fixed, so no image is used
+to choose them.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import emax_timm  # noqa: F401  (registers the models with timm)
 from emax_timm.samples.scenes import SAMPLE
 
-# Without a checkpoint: the quickstart's architecture and input. `resolve_data_config` takes the
-# rest from the model, as it takes everything from a checkpoint's folder.
+# The quickstart's architecture and input, for use without a checkpoint. `resolve_data_config` takes
+# the rest from the model's config; with a checkpoint it takes everything from there.
 MODEL: dict[str, Any] = {"model_name": "resnet10t_emax", "channels": (32, 64, 128, 256)}
 INPUT = {"input_size": (1, 32, 32), "mean": (0.286,), "std": (0.353,), "crop_pct": 1.0}
 
@@ -33,11 +33,11 @@ Data = tuple[Tensor, Tensor]
 
 
 def load_images(split: str, data_config: dict[str, Any], limit: int | None) -> Data:
-    """The images as the model wants them, [n, c, h, w]."""
+    """Load images preprocessed for the model, [n, c, h, w], and their labels [n]."""
     mode = "L" if data_config["input_size"][0] == 1 else "RGB"
     transform: Any = create_transform(**data_config, is_training=False)
     dataset: Any = create_dataset("", root=str(SAMPLE), split=f"{split}.tar", input_img_mode=mode)
-    # The files are sorted by class: a stride takes as many of each.
+    # The files are sorted by class, so a stride takes equally many of each.
     chosen = range(0, len(dataset), max(1, len(dataset) // limit) if limit else 1)
     images, labels = zip(*(dataset[index] for index in chosen), strict=True)
     return torch.stack([transform(image) for image in images]), torch.tensor(labels)
@@ -45,13 +45,13 @@ def load_images(split: str, data_config: dict[str, Any], limit: int | None) -> D
 
 @torch.inference_mode()
 def extract(model: nn.Module, images: Tensor) -> Tensor:
-    """The pooled features of a model without classifier, [n, c]."""
+    """Extract the pooled features [n, c] of a model without a classifier."""
     model.eval()
     return torch.cat([model(part) for part in images.split(100)]).clone()
 
 
 def nearest_neighbours(train: Data, test: Data, neighbours: int = 10) -> float:
-    """Accuracy of a vote among the training images with the greatest cosine similarity."""
+    """Measure the accuracy of a vote of the training images of greatest cosine similarity."""
     (known, labels), (asked, expected) = train, test
     center = known.mean(dim=0)
     known, asked = (nn.functional.normalize(x - center, dim=1) for x in (known, asked))
@@ -60,7 +60,7 @@ def nearest_neighbours(train: Data, test: Data, neighbours: int = 10) -> float:
 
 
 def linear_probe(train: Data, test: Data, weight_decay: float = 1e-4) -> float:
-    """Accuracy of logistic regression on standardised features, fitted to the end."""
+    """Measure the accuracy of logistic regression on standardised features, fitted by L-BFGS."""
     (known, labels), (asked, expected) = train, test
     mean, std = known.mean(dim=0), known.std(dim=0).clamp(min=1e-6)
     known, asked = (known - mean) / std, (asked - mean) / std

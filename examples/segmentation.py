@@ -34,7 +34,7 @@ COLORS = torch.tensor([[0, 0, 0], [230, 80, 60], [70, 130, 230], [90, 190, 90], 
 
 
 def build_model() -> nn.Module:
-    """The prefix `tu-` makes smp ask timm for the encoder."""
+    """Build a small U-Net; the prefix `tu-` makes smp create the encoder with timm."""
     return smp.Unet(
         encoder_name="tu-resnet18_emax",
         encoder_weights=None,
@@ -45,14 +45,14 @@ def build_model() -> nn.Module:
 
 
 def batch(items: Items, random: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-    """Normalised images [count, 1, s, s] and masks [count, s, s] of random scenes."""
+    """Compose random scenes: normalised images [count, 1, s, s] and masks [count, s, s]."""
     scenes = [compose(items, random, SIZE, count=(1, 3), side=(20, 32)) for _ in range(count)]
     images = torch.stack([scene.image for scene in scenes])
     return (images - MEAN) / STD, torch.stack([scene.mask for scene in scenes])
 
 
 def train(model: nn.Module, steps: int, batch_size: int = 8) -> None:
-    """Train on scenes that are composed as it goes."""
+    """Train on random scenes, which are composed during training."""
     items, random = load_items("train"), np.random.default_rng(0)
     dice = smp.losses.DiceLoss(mode="multiclass")
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
@@ -72,13 +72,13 @@ def train(model: nn.Module, steps: int, batch_size: int = 8) -> None:
 
 @torch.inference_mode()
 def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """The class of every pixel, [n, s, s]."""
+    """Predict the class of every pixel, [n, s, s]."""
     model.eval()
     return torch.cat([model(part).argmax(dim=1) for part in images.split(16)])
 
 
 def intersection_over_union(predicted: Tensor, masks: Tensor) -> Tensor:
-    """IoU of each class over all pixels of all scenes."""
+    """Compute the IoU of each class over all pixels of all scenes."""
     statistics = smp.metrics.get_stats(
         predicted,  # pyright: ignore[reportArgumentType]
         masks,  # pyright: ignore[reportArgumentType]
@@ -103,8 +103,8 @@ def main() -> None:
     train(model, arguments.steps)
     predicted = predict(model, images)
     trained = intersection_over_union(predicted, masks)
-    # Every item outlined exactly and called by the same, most frequent name: what telling items
-    # from canvas would give without telling them apart.
+    # A baseline that outlines every item exactly, but gives all of them the most frequent class: it
+    # tells items from the canvas, and not from each other.
     commonest = int(masks[masks > 0].mode().values)
     outlined = intersection_over_union((masks > 0) * commonest, masks)
     print(f"IoU on {len(masks)} test scenes  untrained  outlines only  trained")

@@ -4,12 +4,12 @@
     python examples/transformers_timm.py [--output FOLDER]
 
 transformers wraps timm's models: it reads the `config.json` and `model.safetensors` that timm
-writes, and makes the model with `timm.create_model`. So `import emax_timm` has to come before
-`from_pretrained`, in every program that loads the folder.
+writes, and creates the model with `timm.create_model`. So every script that loads the folder has to
+`import emax_timm` before it calls `from_pretrained`.
 
 Here a resnet18_emax with attention in its last two stages only is trained for a few seconds on
-the sample of Fashion-MNIST in the package, saved, loaded by three of transformers' classes, and
-compared with timm's own.
+the sample of Fashion-MNIST in the package, saved, and loaded by three of transformers' classes,
+whose outputs are compared with timm's.
 """
 
 import argparse
@@ -42,9 +42,9 @@ STAGES = (1, 2, 3, 4)
 def load_images(
     split: str, limit: int | None = None
 ) -> tuple[list[Image.Image], Tensor, list[str]]:
-    """PIL images, their labels [n], and the names of the classes."""
+    """Load PIL images, their labels [n], and the names of the classes."""
     dataset: Any = create_dataset("", root=str(SAMPLE), split=f"{split}.tar", input_img_mode="L")
-    # The files are sorted by class: a stride takes as many of each.
+    # The files are sorted by class, so a stride takes equally many of each.
     chosen = range(0, len(dataset), max(1, len(dataset) // limit) if limit else 1)
     images, labels = zip(*(dataset[index] for index in chosen), strict=True)
     return list(images), torch.tensor(labels), list(dataset.reader.class_name_to_idx)
@@ -74,8 +74,8 @@ def save(model: nn.Module, folder: Path, data_config: dict[str, Any], classes: l
         data_config=data_config,
         safe_serialization=True,
     )
-    # timm records all arguments of the model as `model_args`, `num_classes` among them, which
-    # stands beside them as well; transformers 5 would hand it to create_model twice.
+    # timm records all arguments of the model as `model_args`, `num_classes` among them, and records
+    # `num_classes` beside them too; transformers 5 would pass it to create_model twice.
     path = folder / "config.json"
     config = json.loads(path.read_text())
     config["model_args"].pop("num_classes", None)
@@ -83,18 +83,18 @@ def save(model: nn.Module, folder: Path, data_config: dict[str, Any], classes: l
 
 
 def load_backbone(folder: Path) -> Any:
-    """A `TimmBackbone`, which is how transformers' detectors take their features."""
+    """Load a `TimmBackbone`, the class from which transformers' detectors get their features."""
     name = f"local-dir:{folder}"
     backbone = transformers.TimmBackbone.from_pretrained(name, out_indices=STAGES, num_channels=1)
     # transformers 5 resets the running statistics of every BatchNorm after timm has loaded the
-    # weights; loading them once more puts that right.
+    # weights, so they are loaded once more.
     features = timm.create_model(name, pretrained=True, features_only=True, out_indices=STAGES)
     backbone._backbone.load_state_dict(features.state_dict())
     return backbone.eval()
 
 
 def difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """The greatest difference of tensors of the same shapes; nan is an infinite one."""
+    """Return the greatest absolute difference of tensors; NaN counts as infinity."""
     return max(
         torch.nan_to_num((a - b).abs(), nan=float("inf")).max().item()
         for a, b in zip(first, second, strict=True)
@@ -106,7 +106,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def run(folder: Path, steps: int, limit: int) -> int:
-    """Train, save to `folder`, load, compare; returns the exit status."""
+    """Train a model, save it to `folder`, load it and compare; return the exit status."""
     torch.manual_seed(0)
     model: Any = timm.create_model("resnet18_emax", num_classes=10, in_chans=1, attn_stages=(2, 3))
     data_config = resolve_data_config(INPUT, model=model)

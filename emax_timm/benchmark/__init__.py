@@ -1,4 +1,4 @@
-"""What the models cost: the comparisons behind the tables of the documentation."""
+"""Benchmarks of time, memory and size: the commands behind the tables of the documentation."""
 
 from .model_table import ModelRow, list_models, markdown, measure, model_names
 

@@ -1,4 +1,4 @@
-"""Promises about ratios of measurements, and whether they hold."""
+"""Upper bounds on ratios of measurements, and whether they hold."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ __all__ = ["Bound", "verdict"]
 
 
 class Bound(NamedTuple):
-    """A promise: of what is measured, a system takes at most `ratio` times what another takes."""
+    """An upper bound: in the measurement `what`, `system` is at most `ratio` times `over`."""
 
     what: str
     system: str
@@ -21,6 +21,6 @@ class Bound(NamedTuple):
 
 
 def verdict(name: str, most: float, values: Sequence[float], holds: bool) -> str:
-    """A row of a table: the promise, its bound, what was measured, and whether that holds."""
+    """Format a table row: the name of a bound, its limit, the measured values, and the verdict."""
     figures = [f"{value:.2f}" for value in (most, *values)]
     return row([name, *figures, "holds" if holds else "missed"])

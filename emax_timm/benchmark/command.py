@@ -1,4 +1,4 @@
-"""`emax benchmark`: the measurements of this package, from the command line."""
+"""`emax benchmark`: the command line of the benchmarks."""
 
 import argparse
 import json
@@ -21,16 +21,16 @@ from . import growth, layers, loop, networks, onnx, settings, startup, threads
 __all__ = ["benchmark", "benchmark_parser"]
 
 Result = tuple[dict[str, Any], str]
-"""Figures, and the report of them."""
+"""The measurements, as they are written to JSON, and the report on them in Markdown."""
 
 
 @command("emax benchmark")
 def benchmark(argv: Sequence[str], prog: str) -> int:
-    """Run the benchmark that the command line asks for; returns the exit status."""
+    """Run the benchmark that the command line asks for, and return the exit status."""
     options = benchmark_parser(prog).parse_args(argv)
     try:
         if options.write is not None:
-            text_around(options.write, options.mark)  # refused before anything is measured
+            text_around(options.write, options.mark)  # refuses a bad file before measuring
         start = time.monotonic()
         result = options.run(options)
         if result is None:
@@ -44,12 +44,12 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
         if options.json is not None:
             text = json.dumps(found, indent=2) + "\n"
             replace_file(options.json, lambda temporary: temporary.write_text(text))
-    except AssertionError as error:  # two backends, or files, do not compute the same
+    except AssertionError as error:  # two backends, or a file and its model, disagree
         raise FailedRunError(str(error)) from error
     except (OSError, RuntimeError) as error:
         if hasattr(error, "exit_code"):
             raise
-        # Whatever torch makes of a device or a shape.
+        # Errors that torch raises for a device or a shape.
         raise UsageError(str(error)) from error
     return 0
 
@@ -77,7 +77,7 @@ def _onnx(options: argparse.Namespace) -> Result:
 
 
 def _train(options: argparse.Namespace) -> Result | None:
-    """None on all ranks but the first, which tells for all."""
+    """Benchmark the training loop; the result is None on all ranks but the first."""
     data: dict[str, Any] = {"dataset": "sample/fashion_mnist", "train_split": "train.tar"}
     if options.data_dir is not None:
         data = {"data_dir": str(options.data_dir)}
@@ -131,7 +131,7 @@ def _threads(options: argparse.Namespace) -> Result:
 
 
 def _device(options: argparse.Namespace) -> torch.device:
-    return torch.empty(1, device=options.device).device  # an error if it is not there
+    return torch.empty(1, device=options.device).device  # raises if there is no such device
 
 
 def _tensors(options: argparse.Namespace) -> tuple[torch.device, torch.dtype, torch.memory_format]:
@@ -140,7 +140,7 @@ def _tensors(options: argparse.Namespace) -> tuple[torch.device, torch.dtype, to
 
 
 def benchmark_parser(prog: str) -> argparse.ArgumentParser:
-    """Of the command line of `emax benchmark`."""
+    """Make the parser of `emax benchmark`."""
     parser = Parser(
         prog,
         allow_abbrev=False,
@@ -204,7 +204,7 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
 def _command(
     commands: Any, run: Callable[[argparse.Namespace], Result | None], text: str, rounds: int
 ) -> argparse.ArgumentParser:
-    """With what all of them have; named as the function that runs it."""
+    """Add the command that `run` is named after, with the options that all commands share."""
     name = run.__name__.removeprefix("_")
     parser: argparse.ArgumentParser = commands.add_parser(
         name,

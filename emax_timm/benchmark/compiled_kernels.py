@@ -21,22 +21,30 @@ from .layers import SHAPES, differ_in_groups
 __all__ = ["Loop", "compiled_kernels", "kernel_times", "scheduled_loops"]
 
 LEAST = 0.2
-"""Loops that move less than this part of x are summed up."""
+"""The report sums up the loops that move fewer bytes than this fraction of those of x."""
 
 
 class Loop(NamedTuple):
     """A loop that Inductor has scheduled, or a library call."""
 
     computes: str
-    """The operations that it is made from."""
+    """The names of the operations it performs."""
     reads: float
-    """Bytes over those of x; a buffer counts once however often the loop reads it."""
+    """Bytes read, relative to those of x; a buffer counts once, however often it is read."""
     writes: float
+    """Bytes written, relative to those of x."""
 
 
 def scheduled_loops(layer: nn.Module, x: Tensor) -> dict[str, list[Loop]]:
-    """Compile a layer anew and list its loops: of the forward pass in evaluation, and of the
-    forward and the backward pass in training.
+    """Compile a layer anew and list the loops that Inductor schedules.
+
+    Args:
+        layer: The layer to compile.
+        x: Its input, [b, c, h, w].
+
+    Returns:
+        The loops of the `forward` pass in evaluation, and of the passes `forward, training` and
+        `backward`.
     """
     from torch._inductor import config
     from torch._inductor.virtualized import V
@@ -77,8 +85,16 @@ def _loops(node: Any, size: int) -> Iterator[Loop]:
 
 
 def kernel_times(layer: nn.Module, x: Tensor, rounds: int) -> dict[str, list[tuple[str, float]]]:
-    """Seconds per kernel and library call of a compiled layer, longest first, by torch's profiler:
-    of the forward pass in evaluation, and of both passes in training.
+    """Time the kernels and library calls of a compiled layer with torch's profiler.
+
+    Args:
+        layer: The layer to compile.
+        x: Its input, [b, c, h, w].
+        rounds: How many calls are averaged.
+
+    Returns:
+        Names and seconds per call of the layer, longest first, for `forward` in evaluation and
+        `forward + backward` in training.
     """
     from torch._inductor import config
 
@@ -119,7 +135,7 @@ def _is_kernel(key: str) -> bool:
 
 
 def compiled_kernels(argv: Sequence[str] | None = None) -> int:
-    """Print the lists for one shape; returns the exit status."""
+    """Print the loops and the kernel times of EMAX for one shape, and return the exit status."""
     parser = argparse.ArgumentParser(
         "python -m emax_timm.benchmark.compiled_kernels", description=__doc__, allow_abbrev=False
     )

@@ -1,7 +1,7 @@
 """`emax benchmark growth`: how a layer's time and memory grow with its input.
 
-Channels, side, batch or factor, one of them at a time, are halved and doubled from a base point.
-The slopes of the logarithms are the exponents of growth, fitted by least squares.
+Channels, side, batch and factor are halved and doubled from a base point, one of them at a time.
+The exponents of growth are slopes on logarithmic axes, fitted by least squares.
 """
 
 import math
@@ -21,7 +21,7 @@ from .timing import conditions, described
 
 __all__ = ["Exponent", "Point", "check_drawing", "draw_growth", "exponent", "measure_growth"]
 
-# By the dimensions of a point that grow together.
+# The axes, with the fields of a point that grow together along them.
 AXES = {
     "channels": ("channels",),
     "side": ("height", "width"),
@@ -32,7 +32,7 @@ SYSTEMS = ("naive EMAX", "EMAX", "EMAX, C++", "SE")
 
 
 class Point(NamedTuple):
-    """An input, and the factor of the layers that have one."""
+    """The size of an input, and the factor of the layers that have one."""
 
     batch: int
     channels: int
@@ -42,7 +42,7 @@ class Point(NamedTuple):
 
 
 class Exponent(NamedTuple):
-    """p of a cost that grows as size ** p."""
+    """The exponent p of a cost that grows as size ** p."""
 
     value: float
     error: float
@@ -58,21 +58,26 @@ def measure_growth(
     memory_format: torch.memory_format,
     systems: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Measure systems along each axis.
+    """Measure methods along each axis.
 
     Args:
-        base: In the middle of every axis.
-        steps: How often it is halved, and doubled.
+        base: The point in the middle of every axis.
+        steps: How often the base is halved, and how often it is doubled.
         rounds: How often each time is measured.
-        systems: Of `modules.SYSTEMS`; None for those of `SYSTEMS` that can be had.
+        device: The device of the inputs and the layers.
+        dtype: Their dtype.
+        memory_format: The memory format of the inputs.
+        systems: The methods, of `layers.SYSTEMS`; None for those of `SYSTEMS` that are available.
 
     Returns:
-        `axes[axis]` with its `sizes` and `costs[what][system]` at each: medians in seconds of both
-        passes, and bytes kept for the backward pass. Systems without a factor are not on its axis.
+        `axes[axis]` with its `sizes`, and `costs[what][system]` at each size: the median seconds
+        per call for each of `PASSES`, and the bytes kept for the backward pass. Methods without a
+        factor are not on its axis.
 
     Raises:
-        BackendError: If C++ is asked for, but is not built.
-        UsageError: If the base cannot be halved so often.
+        BackendError: If the C++ backend is requested, but is not built.
+        UsageError: If the base cannot be halved so often, or if `factor` does not divide the
+            channels at every point.
     """
     if systems is None:
         systems = available(SYSTEMS, device, dtype)
@@ -121,8 +126,8 @@ def _series(axis: str, base: Point, steps: int) -> list[Point]:
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> Exponent:
-    """The slope of log(cost) over log(size), at three sizes or more, by least squares."""
-    if min(costs) <= 0:  # some layers keep nothing
+    """Fit the slope of log(cost) over log(size) by least squares, at three sizes or more."""
+    if min(costs) <= 0:  # some layers keep no bytes
         return Exponent(math.nan, math.nan)
     x, y = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
     mean_x, mean_y = fmean(x), fmean(y)
@@ -133,7 +138,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> Exponent:
 
 
 def report_growth(found: dict[str, Any]) -> str:
-    """The exponents of what `measure_growth` has found, as Markdown."""
+    """Format the exponents in the result of `measure_growth` as Markdown."""
     lines: list[str] = []
     for what in (*PASSES, SAVED):
         lines += heading([f"exponent of {what}", *found["axes"]])
@@ -173,13 +178,13 @@ def check_drawing() -> None:
 
 
 def draw_growth(found: dict[str, Any], path: Path) -> None:
-    """Plot what `measure_growth` has found, a column for each axis, as an SVG."""
+    """Plot the result of `measure_growth` as an SVG file, with a column for each axis."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator
 
     units = dict.fromkeys(PASSES, ("ms", 1e3)) | {SAVED: ("MB", 1e-6)}
-    # A figure of the same numbers is the same file, with its text as text.
+    # The same numbers give the same file, and text stays text.
     with matplotlib.rc_context({"svg.hashsalt": "emax", "svg.fonttype": "none"}):
         figure = Figure(figsize=(13, 8), layout="constrained")
         panels = figure.subplots(len(units), len(found["axes"]), sharey="row", sharex="col")
@@ -189,7 +194,8 @@ def draw_growth(found: dict[str, Any], path: Path) -> None:
                 for number, (system, costs) in enumerate(series["costs"][what].items()):
                     label = f"{system}: {_cell(exponent(sizes, costs))}"
                     values = [scale * cost for cost in costs]
-                    style = "--" if "C++" in system else "-"  # it saves what EMAX saves
+                    # Dashes leave EMAX's curve visible where C++ saves the same bytes.
+                    style = "--" if "C++" in system else "-"
                     panel.plot(sizes, values, f"{style}.", label=label, color=f"C{number}")
                 panel.set_xscale("log", base=2)
                 panel.set_yscale("log")

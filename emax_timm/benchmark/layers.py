@@ -1,4 +1,4 @@
-"""`emax benchmark modules`: time and memory of attention layers, in one run against each other."""
+"""`emax benchmark modules`: time and memory of attention layers, compared in the same run."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -42,13 +42,13 @@ __all__ = [
 
 
 class NaiveEMAX(EMAX):
-    """EMAX by its formulas: what each layer of it would cost if it were called."""
+    """EMAX by its reference formulas, the baseline for the backends."""
 
     def forward(self, x: Tensor) -> Tensor:
         return reference.emax(x, self.parts())[0]
 
 
-# Batch, channels, height and width: ResNet-50's four stages at 224 x 224.
+# Batch, channels, height and width of ResNet-50's four stages at 224 x 224.
 SHAPES = [(8, 256, 56, 56), (8, 512, 28, 28), (8, 1024, 14, 14), (8, 2048, 7, 7)]
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "copy": lambda channels: Copy(),
@@ -62,7 +62,7 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
 }
 COMPILED = ("EMAX", "SE", "CBAM", "CoordAttn")
 IN_CPP = ("EMAX", "EMA")
-# What is measured of a layer: in PyTorch, compiled, and in C++.
+# The methods to measure: every layer in PyTorch, and some of them compiled or in C++ too.
 SYSTEMS = [
     f"{name}{way}"
     for name in LAYERS
@@ -74,13 +74,13 @@ SAVED = "saved activations"
 
 
 class Copy(nn.Module):
-    """A read and a write of x: what no layer can undercut."""
+    """One read and one write of x: a lower bound for the time of every layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * 2
 
 
-# For `SAVED`, what a layer keeps for the backward pass over x.
+# A bound on `SAVED` is one on the bytes kept for the backward pass, relative to those of x.
 BOUNDS = [
     Bound("forward", "EMAX, C++", "naive EMAX", 1 / 8),
     Bound("forward", "EMAX, C++", "SE", 1.5),
@@ -99,7 +99,7 @@ BOUNDS = [
     Bound(SAVED, "EMAX, compiled", "x", 1.2),
     Bound("forward", "EMAX", "naive EMAX", 1 / 2),
 ]
-# How much worse than its bound, which holds for the mean of the shapes, a single shape may be.
+# A bound holds for the geometric mean over the shapes; one shape may exceed it by this factor.
 WORST_SHAPE = 1.5
 
 
@@ -111,17 +111,22 @@ def measure_modules(
     memory_format: torch.memory_format,
     systems: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Time every system on every shape, forward in eval mode and both passes in training mode.
+    """Time every method on every shape: forward in eval mode, and both passes in training mode.
 
     Args:
-        systems: Of `SYSTEMS`; None for all that can be had.
+        shapes: Sizes [b, c, h, w] of the inputs.
+        rounds: How often each time is measured.
+        device: The device of the inputs and the layers.
+        dtype: Their dtype.
+        memory_format: The memory format of the inputs.
+        systems: The methods, of `SYSTEMS`; None for all that are available.
 
     Returns:
         `times[passes][system][shape]`, seconds as in `Measured`, and `saved[system][shape]`, bytes
-        kept for the backward pass over those of x.
+        kept for the backward pass relative to those of x.
 
     Raises:
-        BackendError: If C++ is asked for, but is not built.
+        BackendError: If the C++ backend is requested, but is not built.
     """
     if systems is None:
         systems = available(SYSTEMS, device, dtype)
@@ -148,21 +153,23 @@ def random_features(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> Tensor:
-    """Normal numbers, [b, c, h, w]."""
+    """Draw a feature map [b, c, h, w] from the standard normal distribution."""
     return torch.randn(shape, device=device, dtype=dtype).to(memory_format=memory_format)
 
 
 def measure_shape(
     systems: Sequence[str], x: Tensor, rounds: int, factor: int | None = None
 ) -> tuple[dict[str, dict[str, Measured]], dict[str, int]]:
-    """Time systems on one input, and count what they keep of it.
+    """Time methods on one input, and count the bytes that they keep for the backward pass.
 
     Args:
-        x: [b, c, h, w].
-        factor: Of those that have one; None for their default.
+        systems: The methods, of `SYSTEMS`.
+        x: The input, [b, c, h, w].
+        rounds: How often each time is measured.
+        factor: The factor of the layers that have one; None for their default.
 
     Returns:
-        `times[passes][system]`, and the bytes that each system keeps for the backward pass.
+        `times[passes][system]`, seconds as in `Measured`, and the bytes by method.
     """
     torch.compiler.reset()
     layers = {name: _layer(name, x.shape[1], factor).to(x.device, x.dtype) for name in systems}
@@ -178,19 +185,19 @@ def measure_shape(
 
 
 def cpp_serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the C++ backend serves such tensors in this process."""
+    """Tell whether the C++ backend serves tensors of this device and dtype in this process."""
     x = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
     return explain(x, EMAX(1, device=device).weights())["cpp"] is None
 
 
 def available(systems: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Those of the systems that can be had: C++ may not be built."""
+    """Select the methods that can run here: those in C++ need the C++ backend."""
     served = cpp_serves(device, dtype)
     return [name for name in systems if served or "C++" not in name]
 
 
 def has_factor(system: str) -> bool:
-    """Whether it groups channels, by an upper bound of the number of groups."""
+    """Tell whether a method has a `factor`, the upper bound of its number of channel groups."""
     return system.partition(", ")[0] in ("naive EMAX", "EMAX", "EMA")
 
 
@@ -205,7 +212,7 @@ def _layer(system: str, channels: int, factor: int | None) -> nn.Module:
 
 
 def differ_in_groups(network: nn.Module) -> None:
-    """Let samples choose different numbers of groups, in all layers that let them."""
+    """Randomise the group controllers, so that samples choose different group counts."""
     for layer in network.modules():
         controller: Any = getattr(layer, "group_controller", None)
         if controller is not None:
@@ -214,7 +221,7 @@ def differ_in_groups(network: nn.Module) -> None:
 
 
 def computed(system: str, call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call with the backend that the name of the system says."""
+    """Wrap a call to run with the backend that belongs to the method: C++ or portable."""
     backend = "cpp" if system.endswith("C++") else "portable"
 
     def run() -> Any:
@@ -246,7 +253,7 @@ def _both(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """What a forward pass keeps for the backward pass, without parameters and buffers."""
+    """Count the bytes kept for the backward pass, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in [*layer.parameters(), *layer.buffers()]}
     sizes: dict[int, int] = {}
 
@@ -264,7 +271,7 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
 
 def report_modules(found: dict[str, Any]) -> str:
-    """What `measure_modules` has found, as Markdown."""
+    """Format the result of `measure_modules` as Markdown."""
     shapes = ["x".join(map(str, shape)) for shape in found["shapes"]]
     lines: list[str] = []
     for passes, times in found["times"].items():
@@ -275,7 +282,7 @@ def report_modules(found: dict[str, Any]) -> str:
         for name, measured in times.items():
             cells = [name, *map(milliseconds, measured)]
             cells += [f"{mean_ratio(measured, times[peer]):.2f}" for peer in peers]
-            # Which is nothing for some: no geometric_mean.
+            # Some methods save nothing, and geometric_mean refuses zeros.
             cells += [f"{math.prod(found['saved'][name]) ** (1 / len(shapes)):.2f}" for _ in saved]
             lines.append(row(cells))
         lines.append("")
@@ -291,7 +298,7 @@ def report_modules(found: dict[str, Any]) -> str:
 
 
 def _ratios(bound: Bound, found: dict[str, Any]) -> list[float]:
-    """What the bound is about, of each shape; empty if it was not measured."""
+    """Return the ratio that a bound limits, for each shape; empty if it was not measured."""
     if bound.what == SAVED:
         return found["saved"].get(bound.system, [])
     times = found["times"][bound.what]

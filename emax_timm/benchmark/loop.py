@@ -1,8 +1,8 @@
-"""`emax benchmark train`: does our training loop cost more than timm's?
+"""`emax benchmark train`: the time of our training loop against timm's.
 
-Our `Trainer`, and a plain loop as in timm's train.py over timm's same parts, train the same model
-on the same images with the same augmentation, an epoch each in turn. Neither validates nor writes
-checkpoints. Under torchrun both train on all its ranks.
+Our `Trainer`, and a loop as in timm's train.py from timm's own components, train the same model on
+the same images with the same augmentation, an epoch each in turn. Neither validates nor writes
+checkpoints. Under torchrun both train on all ranks.
 """
 
 import sys
@@ -34,7 +34,7 @@ from .timing import described, machine
 
 __all__ = ["NAMES", "RECIPE", "Epoch", "compare", "our_epochs", "report", "timms_epochs"]
 
-# What a recipe asks of the loop and of the loader.
+# The options of a typical recipe that give the loop and the loader work.
 RECIPE: dict[str, Any] = {
     **{"mixup": 0.2, "cutmix": 1.0, "aa": "rand-m7-mstd0.5-inc1", "reprob": 0.25},
     **{"model_ema": True, "clip_grad": 5.0, "opt": "lamb", "lr": 0.001, "weight_decay": 0.02},
@@ -44,13 +44,14 @@ NAMES = ("ours", "timm's parts in a plain loop")
 
 
 class Epoch(NamedTuple):
-    """An epoch's training, on this rank.
+    """The time of one training epoch on this rank.
 
     Args:
-        seconds: From before the first batch is asked for until the device is done.
-        cpu: Seconds that this process has computed for, on all its threads; other processes,
-            which slow it down, do not count, but nor do the loader's workers.
-        timing: Their split into data wait and compute.
+        seconds: Wall time from before the first batch is requested until the device is done.
+        cpu: CPU time of all threads of this process in seconds. Other processes do not count:
+            neither those that slow it down, nor the workers of the loader.
+        steps: Optimizer steps.
+        timing: The split of the wall time into data wait and compute.
     """
 
     seconds: float
@@ -60,12 +61,21 @@ class Epoch(NamedTuple):
 
 
 def compare(config: TrainConfig, world: World) -> dict[str, Any]:
-    """Medians over all epochs but each loop's first, and the ratios ours / timm's of its pairs."""
+    """Train with both loops in turn, and compare their times.
+
+    Args:
+        config: The options of the training run; the first of its epochs is a warm-up.
+        world: The distributed context.
+
+    Returns:
+        `loops`, medians over all epochs but each loop's first, and `ratios` and `cpu_ratios`, ours
+        over timm's in wall and CPU time per step, for each pair of epochs.
+    """
     trainer = build_trainer(config, world)
     loops = our_epochs(trainer), timms_epochs(trainer.config, world)
     pairs: list[Any] = []
     for number in range(config.epochs):
-        # Who goes first changes, so that a machine that slows down is nobody's advantage.
+        # The order alternates, so that a machine that slows down favours neither loop.
         order = (0, 1) if number % 2 else (1, 0)
         epochs = {which: next(loops[which]) for which in order}
         pairs.append((epochs[0], epochs[1]))
@@ -85,7 +95,7 @@ def compare(config: TrainConfig, world: World) -> dict[str, Any]:
 
 
 def our_epochs(trainer: Trainer) -> Iterator[Epoch]:
-    """Train an epoch at a time with our trainer."""
+    """Train with our trainer, and yield the time of each epoch."""
     while trainer.epoch < trainer.epochs:
         first, start = trainer.step, _now()
         trainer.train_epoch()
@@ -98,11 +108,11 @@ def our_epochs(trainer: Trainer) -> Iterator[Epoch]:
 
 
 def timms_epochs(config: TrainConfig, world: World) -> Iterator[Epoch]:
-    """Train an epoch at a time as timm's train.py does.
+    """Train as timm's train.py does, and yield the time of each epoch.
 
     Args:
-        config: That of the trainer, in which all that it derived is written down.
-        world: The processes.
+        config: The trainer's config, in which all derived values are filled in.
+        world: The distributed context.
     """
     model: Any = timm.create_model(config.model, num_classes=config.num_classes)
     model.to(world.device)
@@ -189,7 +199,7 @@ def _synchronise(world: World) -> None:
 
 
 def _medians(epochs: Sequence[Epoch]) -> dict[str, float]:
-    """Of the measured epochs; steps and images are those of all of them."""
+    """Return the medians over epochs; `steps` and `images` are sums."""
     return {
         "seconds_per_step": median(epoch.seconds / epoch.steps for epoch in epochs),
         "data_wait_per_step": median(epoch.timing.wait / epoch.steps for epoch in epochs),
@@ -202,7 +212,7 @@ def _medians(epochs: Sequence[Epoch]) -> dict[str, float]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """What `compare` has found, as Markdown."""
+    """Format the result of `compare` as Markdown."""
     columns = ("ms/step", "data wait", "compute", "CPU ms", "images/s", "steps", "images")
     lines = heading(["loop", *columns])
     for name, figures in found["loops"].items():

@@ -1,6 +1,7 @@
-"""`emax list`: a table of the registered models, their size, their cost and their weights.
+"""`emax list`: a table of the registered models, with their size, cost and weights.
 
-Nothing big is computed: the figures follow from the shapes of tensors that hold no data.
+The numbers follow from the shapes of tensors on the meta device, which hold no data, so that no
+large model is run; only a model whose computation depends on values is.
 """
 
 import dataclasses
@@ -44,15 +45,17 @@ NOTE = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelRow:
-    """What the table says of a model with its default arguments.
+    """A row of the table: a model with its default arguments.
 
     Args:
+        model: The name of the model.
+        parameters: The number of its parameters.
         macs: Multiply-accumulates of one image in evaluation.
-        activation_bytes: What autograd keeps for the backward pass, per image.
+        activation_bytes: Bytes that autograd keeps for the backward pass, per image.
         input_size: Channels, height and width.
-        tags: Of its pretrained weights in timm's registry.
-        licences: Of the weights of each tag.
-        reference: Whether it is timm's own, not a model of this package.
+        tags: The tags of its pretrained weights in timm's registry.
+        licences: The licence of the weights of each tag.
+        reference: Whether it is a timm model that is listed for comparison.
     """
 
     model: str
@@ -67,12 +70,12 @@ class ModelRow:
 
 @command("emax list")
 def list_models(argv: Sequence[str], prog: str) -> int:
-    """Print the table of models as the command line says; returns the exit status."""
+    """Print the table of models, and return the exit status."""
     options = _parser(prog).parse_args(argv)
     if options.write is not None:
-        text_around(options.write, MARK)  # refused before the models are measured
+        text_around(options.write, MARK)  # refuses a bad file before anything is measured
     names = model_names(options.filter)
-    # disable=None: on a terminal only.
+    # disable=None shows the progress bar on a terminal only.
     rows = [measure(name) for name in tqdm(names, leave=False, disable=None)]
     if options.write is not None:
         words = [options.filter] if options.filter else []
@@ -85,10 +88,13 @@ def list_models(argv: Sequence[str], prog: str) -> int:
 
 
 def model_names(pattern: str = "") -> list[str]:
-    """The package's models that match, as in `timm.list_models`; last `REFERENCE`, if it does.
+    """List the package's models that match a pattern, and last `REFERENCE` if it matches too.
+
+    Args:
+        pattern: As in `timm.list_models`; "" for all models.
 
     Raises:
-        UsageError: If none matches.
+        UsageError: If no model matches.
     """
     modules = [m.name for m in pkgutil.iter_modules(models.__path__) if m.name.startswith("emax_")]
     names = timm.list_models(pattern, module=modules)
@@ -100,17 +106,18 @@ def model_names(pattern: str = "") -> list[str]:
 
 
 def measure(name: str) -> ModelRow:
-    """The row of a model."""
+    """Measure a model with its default arguments at its default input size."""
     try:
         with torch.device("meta"):
             model: Any = timm.create_model(name)
         size = resolve_model_data_config(model)["input_size"]
         macs, kept = cost_on_paper(model, size)
-    except RuntimeError:  # what it computes depends on values
+    except RuntimeError:  # the computation depends on values, which meta tensors lack
         model = timm.create_model(name)
         size = resolve_model_data_config(model)["input_size"]
         macs = count_macs(model, torch.zeros(1, *size))
-        kept = activation_bytes(model, torch.zeros(2, *size)) / 2  # one is too few for some norms
+        # A batch of one is too small for some norms.
+        kept = activation_bytes(model, torch.zeros(2, *size)) / 2
     weights = timm.list_models(name, pretrained=True)
     cfgs = map(timm.get_pretrained_cfg, weights)
     return ModelRow(
@@ -126,7 +133,7 @@ def measure(name: str) -> ModelRow:
 
 
 def markdown(rows: Sequence[ModelRow]) -> str:
-    """The table in Markdown, with a note on what its figures are."""
+    """Format the table as Markdown, with a note that defines its columns."""
     lines = [list(COLUMNS), ["---:" if column in NUMBERS else "---" for column in COLUMNS]]
     for row in rows:
         name, *cells = _cells(row)
@@ -136,7 +143,7 @@ def markdown(rows: Sequence[ModelRow]) -> str:
 
 
 def plain_text(rows: Sequence[ModelRow]) -> str:
-    """The table as aligned columns."""
+    """Format the table as aligned columns."""
     columns = []
     for head, *cells in zip(COLUMNS, *map(_cells, rows), strict=True):
         width = max(map(len, [head, *cells]))
@@ -155,7 +162,7 @@ def _cells(row: ModelRow) -> list[str]:
 
 
 def _rounded(value: float) -> str:
-    """To three significant digits, without an exponent."""
+    """Format a number with three significant digits and without an exponent."""
     value = float(f"{value:.3g}")
     return f"{value:.{max(0, 2 - math.floor(math.log10(value or 1)))}f}"
 

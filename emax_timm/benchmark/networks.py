@@ -1,4 +1,4 @@
-"""`emax benchmark models`: what attention costs whole networks, against their plain twins."""
+"""`emax benchmark models`: what attention costs in whole networks, against their baselines."""
 
 import math
 import multiprocessing
@@ -35,23 +35,23 @@ __all__ = [
 BASES = ["resnet50", "convnext_tiny"]
 INFERENCE, STEP, PEAK = "inference", "training step", "peak memory"
 UNITS = {INFERENCE: "ms", STEP: "ms", PEAK: "MB"}
-# The networks by what their names end in. The compared attentions without this package's gate.
+# Methods by the suffix of a model's name. All but EMAX are built without the residual gate.
 NETWORKS = {"plain": "", "SE": "_se", "CBAM": "_cbam", "EMA": "_ema", "EMAX": "_emax"}
 SYSTEMS = [*NETWORKS, "EMAX, C++", "plain, compiled", "SE, compiled", "EMAX, compiled"]
 
 
 class Setting(NamedTuple):
-    """What networks are measured with."""
+    """The inputs and the device that networks are measured with."""
 
     batch: int
     size: int
-    """Height and width."""
+    """Height and width of the images in pixels."""
     device: torch.device
     dtype: torch.dtype
     memory_format: torch.memory_format
 
 
-# For every network.
+# Each bound must hold for every network.
 BOUNDS = [
     Bound(INFERENCE, "EMAX, C++", "plain", 1.1),
     Bound(INFERENCE, "EMAX, compiled", "plain, compiled", 1.2),
@@ -67,25 +67,25 @@ def measure_models(
     systems: Sequence[str] | None = None,
     training: bool = True,
 ) -> dict[str, Any]:
-    """Time inference and a training step of each network, and find the peak memory of the latter.
+    """Time inference and a training step of each network, and measure the step's peak memory.
 
-    The peak is that of a process that does nothing else, on a GPU that of its allocations; it is
-    not measured of compiled networks, whose compiler would be measured.
+    The peak is that of a process that only trains or, on a GPU, that of its allocations. It is not
+    measured for compiled networks, because it would be the compiler's.
 
     Args:
-        bases: Names of plain networks, of which there are variants with attention.
-        setting: What with.
+        bases: Names of baselines that have variants with attention.
+        setting: The inputs and the device.
         rounds: How often each time is measured.
-        systems: Of `SYSTEMS`; None for all that can be had.
-        training: Measure a training step and its peak memory too.
+        systems: The methods, of `SYSTEMS`; None for all that are available.
+        training: Whether to measure a training step and its peak memory too.
 
     Returns:
         `models[base][system]` with `inference` and `training step`, seconds as in `Measured`, and
         `peak memory`, bytes; None for what was not measured.
 
     Raises:
-        BackendError: If C++ is asked for, but is not built.
-        UsageError: If there is no such network.
+        BackendError: If the C++ backend is requested, but is not built.
+        UsageError: If a network does not exist.
     """
     if systems is None:
         systems = available(SYSTEMS, setting.device, setting.dtype)
@@ -126,7 +126,7 @@ def measure_models(
 
 
 def check_networks(bases: Sequence[str], systems: Sequence[str]) -> None:
-    """Raise UsageError, with the nearest name, if one of the networks does not exist."""
+    """Raise UsageError with the nearest name if one of the networks does not exist."""
     names = [base + NETWORKS[system.partition(", ")[0]] for base in bases for system in systems]
     for name in names:
         if not timm.is_model(name):
@@ -135,7 +135,7 @@ def check_networks(bases: Sequence[str], systems: Sequence[str]) -> None:
 
 
 def make_network(base: str, system: str, setting: Setting) -> nn.Module:
-    """The network that a system makes of a plain one, in training mode."""
+    """Create a method's variant of the baseline `base`, in training mode."""
     name, _, way = system.partition(", ")
     compared = name not in ("plain", "EMAX")
     options: dict[str, Any] = {"attn_kwargs": {"gate_init": None}} if compared else {}
@@ -148,13 +148,13 @@ def make_network(base: str, system: str, setting: Setting) -> nn.Module:
 
 
 def random_images(setting: Setting) -> Tensor:
-    """Normal numbers, [b, 3, h, w]."""
+    """Draw images [b, 3, h, w] from the standard normal distribution."""
     images = torch.randn(setting.batch, 3, setting.size, setting.size, dtype=setting.dtype)
     return images.to(setting.device, memory_format=setting.memory_format)
 
 
 def inference(network: nn.Module, setting: Setting) -> Callable[[], Any]:
-    """A call of the network in evaluation."""
+    """Return a function that runs the network on random images in eval mode."""
     images = random_images(setting)
 
     @torch.no_grad()
@@ -184,14 +184,14 @@ def _peak_of_a_process(base: str, system: str, setting: Setting) -> int:
 
 
 def _peak(base: str, system: str, setting: Setting) -> int:
-    """Bytes, of this process so far, once it has trained for three steps."""
+    """Return the peak memory of this process in bytes, after three training steps."""
     network = make_network(base, system, setting)
     step = computed(system, _training_step(network, setting))
     for _ in range(3):
         step()
     if setting.device.type == "cuda":
         return torch.cuda.max_memory_allocated(setting.device)
-    # getrusage's peak begins with that of the parent process.
+    # /proc is preferred, because getrusage's peak starts at that of the parent process.
     status = Path("/proc/self/status")
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -205,7 +205,7 @@ def _peak(base: str, system: str, setting: Setting) -> int:
 
 
 def report_models(found: dict[str, Any]) -> str:
-    """What `measure_models` has found, as Markdown."""
+    """Format the result of `measure_models` as Markdown."""
     lines: list[str] = []
     for base, systems in found["models"].items():
         peers = [peer for peer in ("plain", "SE", "plain, compiled") if peer in systems]
@@ -242,7 +242,7 @@ def report_models(found: dict[str, Any]) -> str:
 
 
 def _ratios(bound: Bound, models: dict[str, Any]) -> list[float]:
-    """What the bound is about, of each network; empty if one of them lacks it."""
+    """Return the ratio that a bound limits, by network; empty if one was not measured."""
     pairs = [(systems.get(bound.system), systems.get(bound.over)) for systems in models.values()]
     ratios = [
         _ratio(ours[bound.what], theirs[bound.what]) for ours, theirs in pairs if ours and theirs

@@ -1,4 +1,4 @@
-"""`emax benchmark onnx`: whole networks in ONNX Runtime, against their plain twins and PyTorch."""
+"""`emax benchmark onnx`: whole networks in ONNX Runtime, against their baselines and PyTorch."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -26,22 +26,22 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 def measure_onnx(
     bases: Sequence[str], setting: Setting, rounds: int, systems: Sequence[str] = tuple(SYSTEMS)
 ) -> dict[str, Any]:
-    """Time inference of networks in ONNX Runtime, from the files that `emax export` writes.
+    """Time inference in PyTorch, and in ONNX Runtime with the files that `emax export` writes.
 
-    Both have the same number of threads, and the images are on the device already.
+    Both use the same number of threads, and the images are on the device beforehand.
 
     Args:
-        bases: Names of plain networks, of which there are variants with attention.
-        setting: What with; float32 and contiguous.
+        bases: Names of baselines that have variants with attention.
+        setting: The inputs and the device; the dtype must be float32, the memory format contiguous.
         rounds: How often each time is measured.
-        systems: Of `SYSTEMS`.
+        systems: The methods, of `SYSTEMS`.
 
     Returns:
         `models[base][system][runtime]`, seconds as in `Measured`.
 
     Raises:
-        ExportError: If a file does not compute what the network does.
-        UsageError: If there is no such network, a package is missing, or ONNX Runtime does not know
+        ExportError: If an exported file does not compute what the network does.
+        UsageError: If a network does not exist, a package is missing, or ONNX Runtime cannot use
             the device.
     """
     check_networks(bases, systems)
@@ -74,7 +74,7 @@ def measure_onnx(
 
 
 def _check_provider(device: torch.device) -> str:
-    """The version of ONNX Runtime, if it computes on the device."""
+    """Return the version of ONNX Runtime, after checking that it can use the device."""
     import onnxruntime
 
     there = onnxruntime.get_available_providers()
@@ -90,7 +90,7 @@ def _session(file: Path, images: Tensor) -> Callable[[], Any]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = torch.get_num_threads()
-    # Its threads would else go on waiting for work, and keep the next one's from theirs.
+    # Otherwise its idle threads would go on spinning, and slow down whatever is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     device, number = images.device.type, images.device.index or 0
     session = onnxruntime.InferenceSession(file, options, providers=[PROVIDERS[device]])
@@ -108,7 +108,7 @@ def _session(file: Path, images: Tensor) -> Callable[[], Any]:
 
 
 def report_onnx(found: dict[str, Any]) -> str:
-    """What `measure_onnx` has found, as Markdown."""
+    """Format the result of `measure_onnx` as Markdown."""
     lines: list[str] = []
     for base, systems in found["models"].items():
         runtimes = [
@@ -125,7 +125,7 @@ def report_onnx(found: dict[str, Any]) -> str:
             cells = [system]
             for runtime in runtimes:
                 cells.append(milliseconds(Measured(*times[runtime])) if runtime in times else "-")
-                # A network without EMAX and EMA has no backend but PyTorch.
+                # The baseline has no C++ variant; there the one in PyTorch is compared.
                 twin = plain.get(runtime, plain.get(EAGER))
                 if plain:
                     cells.append(_ratio(times[runtime], twin) if runtime in times else "-")

@@ -1,4 +1,4 @@
-"""`emax benchmark settings`: layers in other layouts, types and instructions, in one table.
+"""`emax benchmark settings`: layers by memory format, dtype and CPU instructions, in one table.
 
 Each setting is measured by `emax benchmark modules` in a process of its own, because torch chooses
 its CPU instructions when it is loaded.
@@ -30,7 +30,7 @@ LOADED = "import sys; from emax_timm.ops.cpp.library import problem; sys.exit(bo
 
 
 class Setting(NamedTuple):
-    """Options of `emax benchmark modules`, and variables of its environment."""
+    """Options of `emax benchmark modules`, and environment variables for it."""
 
     options: tuple[str, ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
@@ -51,16 +51,20 @@ def measure_settings(
     device: torch.device,
     systems: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Measure layers in every setting that this machine has.
+    """Measure layers in every setting that this machine supports.
 
     Args:
-        systems: Of `modules.SYSTEMS`; None for EMAX as it is and at its fastest, and `PEERS`.
+        shapes: Sizes [b, c, h, w] of the inputs.
+        rounds: How often each time is measured.
+        device: The device of the inputs and the layers.
+        systems: The methods, of `layers.SYSTEMS`; None for EMAX in PyTorch, its fastest variant,
+            and `PEERS`.
 
     Returns:
-        `settings`, what `emax benchmark modules` finds in each.
+        `settings`, the results of `emax benchmark modules` in each.
 
     Raises:
-        UsageError: If a process fails.
+        UsageError: If a measuring process fails.
     """
     if systems is None:
         fastest = "EMAX, C++" if cpp_serves(device, torch.float32) else "EMAX, compiled"
@@ -83,7 +87,7 @@ def measure_settings(
 
 
 def _build_kernels(setting: Setting) -> None:
-    """Build them for the instructions of a setting, if they are not there."""
+    """Build the C++ backend for the CPU instructions of a setting, unless it is built already."""
     if _process(LOADED, [], setting).returncode:
         kind = dict(setting.variables).get("ATEN_CPU_CAPABILITY", "this CPU")
         print(f"building the kernels for {kind}", file=sys.stderr)
@@ -106,7 +110,7 @@ def _process(
 
 
 def report_settings(found: dict[str, Any]) -> str:
-    """What `measure_settings` has found, as Markdown."""
+    """Format the result of `measure_settings` as Markdown."""
     first = found["settings"][0]
     shapes = ", ".join("x".join(map(str, shape)) for shape in first["shapes"])
     lines: list[str] = []
@@ -135,7 +139,7 @@ def report_settings(found: dict[str, Any]) -> str:
 
 
 def _name(setting: dict[str, Any]) -> str:
-    instructions = setting["machine"].get("instructions")  # a GPU has none to choose among
+    instructions = setting["machine"].get("instructions")  # None on a GPU
     words = [setting["dtype"], setting["memory_format"].removesuffix("_format"), instructions]
     return ", ".join(filter(None, words))
 

@@ -1,6 +1,7 @@
-"""`emax benchmark startup`: how long the import and the creation of a model take, against timm's.
+"""`emax benchmark startup`: the time to import the package and create a model, against timm's.
 
-Each is measured in a fresh process, for the first creation in a process does more than the next.
+Each is measured in a fresh process, because the first creation in a process does more work than
+later ones.
 """
 
 import json
@@ -30,22 +31,22 @@ timm.create_model(name)
 print(json.dumps([imported - start, time.perf_counter() - imported]))
 """
 THEIRS, OURS = "timm", "emax_timm"
-# Seconds that our import may add to timm's; time of a creation over that of the plain twin.
+# Bounds: the seconds that our import may add to timm's, and creation time over the baseline's.
 IMPORT, CREATION = 0.3, 1.5
 
 
 def measure_startup(bases: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Time imports and creations in turns.
+    """Time imports and model creations in fresh processes, interleaved.
 
     Args:
-        bases: Names of plain networks; with EMAX they are created beside them.
-        rounds: How often each is measured, after one round that fills the disk's cache.
+        bases: Names of baselines; each is measured beside its variant with EMAX.
+        rounds: How often each is measured, after one round that fills the disk cache.
 
     Returns:
         `imports[package]` and `creations[model]`, seconds as in `Measured`.
 
     Raises:
-        UsageError: If there is no such network.
+        UsageError: If a network does not exist.
     """
     check_networks(bases, ["plain", "EMAX"])
     pairs = [pair for base in bases for pair in ((THEIRS, base), (OURS, f"{base}_emax"))]
@@ -68,7 +69,7 @@ def measure_startup(bases: Sequence[str], rounds: int) -> dict[str, Any]:
 
 
 def report_startup(found: dict[str, Any]) -> str:
-    """What `measure_startup` has found, as Markdown."""
+    """Format the result of `measure_startup` as Markdown."""
     imports, creations = found["imports"], found["creations"]
     lines = heading(["", "ms"])
     lines += [row([f"import {name}", milliseconds(Measured(*t))]) for name, t in imports.items()]

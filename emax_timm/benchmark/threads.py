@@ -1,9 +1,9 @@
-"""`emax benchmark threads`: what a busy process beside it costs training on the CPU.
+"""`emax benchmark threads`: how much a competing process slows down training on the CPU.
 
 OpenMP's threads wait for each other in a loop that keeps a core busy (they spin) before they sleep.
-With a core for each this saves the time of waking up; where another process needs one, a thread
-that computes waits for one that spins. Each policy is a process of its own, because OpenMP reads
-its variables once.
+If every thread has a core, this saves the time of waking up. If another process needs a core, a
+thread that computes waits for one that spins. Each policy runs in a process of its own, because
+OpenMP reads its environment variables only once.
 """
 
 import json
@@ -27,7 +27,7 @@ __all__ = ["measure_threads", "report_threads"]
 
 CHILD = "from emax_timm.benchmark.threads import serve; serve()"
 BUSY = "while True: pass"
-# What each policy sets; nothing else of OpenMP is set.
+# The environment variables of each policy; all other variables of OpenMP are unset.
 POLICIES = {
     "threads spin": {},
     "threads spin 1000 times": {"GOMP_SPINCOUNT": "1000"},
@@ -38,9 +38,9 @@ OTHERS = "the machine as it is", "a busy process beside it"
 
 
 def serve() -> None:
-    """Make training steps of the quickstart's model, as many as each line of stdin says.
+    """Train the quickstart's model for as many steps as each line of stdin says.
 
-    Their mean time goes to stdout.
+    For each line the mean time of a step, in seconds, goes to stdout.
     """
     torch.manual_seed(0)
     model = timm.create_model(
@@ -59,15 +59,15 @@ def serve() -> None:
 
 
 def measure_threads(steps: int, rounds: int) -> dict[str, Any]:
-    """Time training steps under each policy, in turns.
+    """Time training steps under each policy, interleaved, with and without a competing process.
 
     Args:
-        steps: Of each turn.
-        rounds: Of turns, after one that warms up.
+        steps: Training steps per measurement.
+        rounds: How often each is measured, after one round that warms up.
 
     Returns:
-        `times[policy][other]`, seconds of a step as in `Measured`, and `load`, the mean number of
-        processes that wanted a core over the last minute, before and after.
+        `times[policy][other]`, seconds per step as in `Measured`, and `load`, the load average of
+        the last minute before and after; None where the system has none.
     """
     times = {policy: {other: [] for other in OTHERS} for policy in POLICIES}
     load = [_load()]
@@ -103,7 +103,7 @@ def _child(variables: dict[str, str]) -> Iterator[Any]:
     own = ("OMP_", "GOMP_", "KMP_", "MKL_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     with _process(CHILD, {**clean, **variables}) as child:
-        child.stdout.readline()  # it is ready
+        child.stdout.readline()  # the child is ready
         yield child
 
 
@@ -124,7 +124,7 @@ def _load() -> float | None:
 
 
 def report_threads(found: dict[str, Any]) -> str:
-    """What `measure_threads` has found, as Markdown."""
+    """Format the result of `measure_threads` as Markdown."""
     lines = heading(["a training step, ms", *OTHERS, "ratio"])
     for policy, by_other in found["times"].items():
         free, busy = (Measured(*by_other[other]) for other in OTHERS)

@@ -1,4 +1,4 @@
-"""Timing of functions against each other, on a machine that does other things as well."""
+"""Interleaved timing of functions, for machines that run other processes as well."""
 
 import platform
 import time
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class Measured(NamedTuple):
-    """Seconds per call."""
+    """Seconds per call: median and quartiles."""
 
     median: float
     low: float
@@ -44,17 +44,20 @@ def interleaved(
     device: torch.device,
     seconds: float = 0.01,
 ) -> dict[Name, Measured]:
-    """Time functions in turn, so that a slow spell of the machine hits all of them.
+    """Time functions in turn, so that a slow period of the machine affects all of them.
 
-    A turn of a function that takes less than ten times `seconds` begins with a call that is not
-    timed: it fetches the memory that the allocator has given back since, which costs as much as
-    some calls.
+    The measurement of a function that takes less than ten times `seconds` begins with a call that
+    is not timed: it fetches the memory that the allocator has given back to the system since, which
+    can cost as much as a call.
 
     Args:
-        calls: Named functions. Each is called twice before it is timed, which compiles it.
+        calls: Functions by name. Each is called twice before it is timed, which compiles it.
         rounds: How often each is measured.
-        device: On a GPU its own clock is read.
-        seconds: Least duration of a measurement; a faster function is called several times.
+        device: The device that the functions use; on a GPU, CUDA events measure the time.
+        seconds: Shortest measurement; a faster function is called several times in it.
+
+    Returns:
+        Seconds per call by name.
     """
     repeats, warm_up = {}, set()
     for name, call in calls.items():
@@ -66,7 +69,7 @@ def interleaved(
             warm_up.add(name)
     found: dict[Name, list[float]] = {name: [] for name in calls}
     for number in range(rounds):
-        # The order changes, so that nobody always follows the same neighbour.
+        # The order rotates, so that each function is the first and the last one in some rounds.
         order = list(calls)[number % len(calls) :] + list(calls)[: number % len(calls)]
         for name in order:
             if name in warm_up:
@@ -76,10 +79,10 @@ def interleaved(
 
 
 def _duration(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Seconds per call."""
+    """Measure the seconds per call."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.device(device):  # whose stream it is that is timed
+        with torch.cuda.device(device):  # events record on this device's current stream
             start.record()
             for _ in range(repeats):
                 call()
@@ -93,7 +96,7 @@ def _duration(call: Callable[[], Any], repeats: int, device: torch.device) -> fl
 
 
 def measured(times: Sequence[float]) -> Measured:
-    """Median and quartiles."""
+    """Return the median and the quartiles of measurements."""
     if len(times) == 1:
         return Measured(times[0], times[0], times[0])
     low, _, high = quantiles(times, n=4, method="inclusive")
@@ -101,12 +104,12 @@ def measured(times: Sequence[float]) -> Measured:
 
 
 def mean_ratio(ours: Sequence[Measured], theirs: Sequence[Measured]) -> float:
-    """Geometric mean of the ratios of medians."""
+    """Return the geometric mean of the ratios of medians."""
     return geometric_mean(a.median / b.median for a, b in zip(ours, theirs, strict=True))
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on, and with which versions."""
+    """Describe the device, its threads, and the versions of the packages."""
     gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
@@ -122,7 +125,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def conditions(
     device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format, rounds: int
 ) -> dict[str, Any]:
-    """The machine, what its tensors were, and how often each was measured."""
+    """Describe the machine, the tensors, and the number of rounds."""
     return {
         "machine": machine(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -139,16 +142,16 @@ def _cpu_name() -> str:
 
 
 def described(facts: dict[str, Any]) -> str:
-    """What `machine` says, as prose."""
+    """Format the result of `machine` as prose."""
     return ", ".join(f"{key} {value}" for key, value in facts.items())
 
 
 def milliseconds(times: Measured) -> str:
-    """The median, and the quartiles in brackets."""
+    """Format times in milliseconds: the median, with the quartiles in brackets."""
     median, low, high = (digits(1000 * value) for value in times)
     return f"{median} ({low}-{high})"
 
 
 def digits(value: float) -> str:
-    """Three of them, or all before the point."""
+    """Format a number with three significant digits, or as an integer from 1000 on."""
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"

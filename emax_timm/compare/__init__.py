@@ -1,1 +1,1 @@
-"""What the attention brings: studies over models and seeds, and whether its maps are faithful."""
+"""What attention brings: accuracy over models and seeds, and the faithfulness of its maps."""

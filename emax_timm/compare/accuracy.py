@@ -1,10 +1,10 @@
-r"""Accuracy of models over several seeds: trains each, and makes the table of the results.
+r"""Train models with several seeds, and print a table of their test accuracies.
 
     python -m emax_timm.compare.accuracy fashion_mnist/test_resnet_emax \
         --models test_resnet_emax test_resnet --seeds 0 1 2 --output runs
 
-A run that has ended is not repeated, and one that was interrupted goes on. What
-follows `--options` goes to train.py.
+A run that has ended is not repeated, and one that was interrupted is resumed. What follows
+`--options` is passed to train.py.
 """
 
 import argparse
@@ -22,10 +22,10 @@ _TRAIN = "import sys; from emax_cli import run; sys.exit(run('train', None, 'tra
 
 
 def accuracy(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says, print the table; returns the exit status."""
+    """Train the models, print the table, and return the exit status."""
     arguments = _parser().parse_args(argv)
     results = {}
-    for seed in arguments.seeds:  # all models with a seed, then the next: a stop is fair to all
+    for seed in arguments.seeds:  # outermost, so that a stop treats all models alike
         for model in arguments.models:
             folder = Path(arguments.output) / f"{model}-seed{seed}"
             if not (folder / "summary.json").exists():
@@ -41,7 +41,11 @@ def accuracy(argv: Sequence[str] | None = None) -> int:
 
 
 def table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
-    """Markdown: a row per model, from the summaries of runs by model and seed."""
+    """Format the results as Markdown, a row for each model.
+
+    Args:
+        results: The summary.json of each run, by model and seed.
+    """
     rows = [
         "| model | parameters (M) | seeds | test top-1 (%) | of each seed | minutes a run |",
         "| --- | ---: | --- | ---: | --- | ---: |",

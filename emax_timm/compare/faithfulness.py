@@ -1,13 +1,13 @@
-r"""Do attention maps show where the object is? Trains small networks, and rates their maps.
+r"""Measure whether attention maps show the object: train small networks, and rate their maps.
 
     python -m emax_timm.compare.faithfulness --output runs/faithfulness \
         --write docs/interpretability.md
 
 Each network classifies scenes that hold one item of Fashion-MNIST at a known place and scale, among
 fragments of others on a noisy canvas. Its maps are then rated on scenes of items that it has not
-seen (`compare.measures`): those of its attention, Grad-CAM and the size of the features after
-the same blocks, and baselines that know nothing of the network. What has been trained or rated is
-not repeated, so a run that was interrupted goes on.
+seen (`compare.measures`): its attention, Grad-CAM and the magnitude of the features after the same
+blocks, and baselines that do not depend on the network. What has been trained or rated is not
+repeated, so that an interrupted study can be continued.
 """
 
 import argparse
@@ -53,8 +53,8 @@ ATTENTIONS = ("emax", "ema", "cbam")
 SIZE = 64
 BATCH = 64
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
-TEST_SEED = 10_000  # of the scenes that all networks are rated on
-# What stands over a measure's table, and the digits of its figures.
+TEST_SEED = 10_000  # seeds the scenes that all networks are rated on
+# The title of each measure's table, and the decimals of its values.
 MEASURES = {
     "pointing": ("pointing game, hits (%)", 1),
     "insertion": ("insertion, area under the curve (more is better)", 3),
@@ -63,7 +63,7 @@ MEASURES = {
 
 
 class Scenes(NamedTuple):
-    """Images [n, 1, s, s], normalised; their items' classes [n]; and where these are [n, s, s]."""
+    """Normalised images [n, 1, s, s], their items' classes [n], and the items' masks [n, s, s]."""
 
     images: Tensor
     labels: Tensor
@@ -71,7 +71,7 @@ class Scenes(NamedTuple):
 
 
 def make_scenes(items: Items, count: int, seed: int) -> Scenes:
-    """Scenes of one whole item each, among fragments."""
+    """Make scenes of one whole item each, among fragments of other items."""
     random = np.random.default_rng(seed)
     made = [
         compose(items, random, SIZE, count=(1, 1), side=(20, 36), clutter=12) for _ in range(count)
@@ -84,7 +84,7 @@ def make_scenes(items: Items, count: int, seed: int) -> Scenes:
 
 
 def build(attention: str) -> nn.Module:
-    """A network with the attention in each of its four blocks, on maps of 16, 8, 8 and 8 pixels."""
+    """Create a network with attention in its four blocks, on maps of side 16, 8, 8 and 8."""
     return timm.create_model(
         "test_resnet_emax",
         attn_layer=attention,
@@ -95,7 +95,7 @@ def build(attention: str) -> nn.Module:
 
 
 def train(model: nn.Module, scenes: Scenes, steps: int, seed: int) -> None:
-    """Train on the scenes and their mirror images, in an order that follows from the seed."""
+    """Train on the scenes and their mirror images, in an order that depends on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
@@ -113,18 +113,18 @@ def train(model: nn.Module, scenes: Scenes, steps: int, seed: int) -> None:
 
 
 def run_name(attention: str, seed: int, steps: int, scenes: int) -> str:
-    """Of a trained network's file: all that it is a function of."""
+    """Name the file of a trained network after everything that determines it."""
     return f"{attention}-seed{seed}-{steps}x{BATCH}-of-{scenes}"
 
 
 def trained(attention: str, seed: int, steps: int, scenes: int, folder: Path) -> nn.Module:
-    """A trained network in evaluation mode; if the folder has its weights, they are read.
+    """Return a trained network in eval mode; if the folder has its weights, they are loaded.
 
     Args:
         attention: One of `ATTENTIONS`.
-        seed: Of the first weights, the scenes and their order.
-        steps: Of training.
-        scenes: To train on.
+        seed: The seed of the initial weights, the scenes and their order.
+        steps: The number of training steps.
+        scenes: The number of training scenes.
         folder: Where the weights are kept.
     """
     torch.manual_seed(seed)
@@ -140,7 +140,10 @@ def trained(attention: str, seed: int, steps: int, scenes: int, folder: Path) ->
 
 
 def maps_of(model: Any, scenes: Scenes) -> dict[str, Tensor]:
-    """The maps to rate, [n, s, s] each: `KIND, LAYER` for those of the network, and baselines."""
+    """Compute the maps to rate, [n, s, s] each, by name.
+
+    The network's are named `KIND, LAYER`; the others are baselines that do not depend on it.
+    """
     n, size = len(scenes.labels), (SIZE, SIZE)
     with torch.no_grad(), capture_attention(model) as captured:
         features = model.forward_intermediates(scenes.images, intermediates_only=True)
@@ -152,10 +155,10 @@ def maps_of(model: Any, scenes: Scenes) -> dict[str, Tensor]:
         parts = zip(scenes.images.split(100), scenes.labels.split(100), strict=True)
         cams = [grad_cam(model, images, layer, labels) for images, labels in parts]
         maps[f"Grad-CAM, {layer}"] = torch.cat(cams)
-    for layer, feature in zip(LAYERS, features[1:], strict=True):  # the first are the stem's
+    for layer, feature in zip(LAYERS, features[1:], strict=True):  # the first one is the stem's
         maps[f"features, {layer}"] = heatmap(feature.abs(), size)
     maps["constant"] = torch.zeros(n, SIZE, SIZE)
-    # As coarse as the maps of the last layers, and the same for all networks.
+    # The random maps are as coarse as those of the last layers, and equal for all networks.
     coarse = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     maps["random"] = heatmap(coarse, size)
     along = torch.linspace(-1, 1, SIZE)
@@ -165,12 +168,12 @@ def maps_of(model: Any, scenes: Scenes) -> dict[str, Tensor]:
 
 
 def rate(model: nn.Module, scenes: Scenes, curves: int) -> dict[str, Any]:
-    """The network's accuracy, and the means of `MEASURES` of each map.
+    """Compute the network's accuracy in percent, and the mean of each of `MEASURES` for each map.
 
     Args:
-        model: In eval mode.
-        scenes: For the accuracy and the pointing game.
-        curves: The first of them, for insertion and deletion.
+        model: The network, in eval mode.
+        scenes: The scenes for the accuracy and the pointing game.
+        curves: How many of them, from the first, are used for insertion and deletion.
     """
     with torch.no_grad():
         right = model(scenes.images).argmax(1) == scenes.labels
@@ -191,7 +194,11 @@ def _mean(values: Tensor) -> float:
 
 
 def report(results: dict[tuple[str, int], dict[str, Any]]) -> str:
-    """Markdown: a table for each measure, from what `rate` gives by attention and seed."""
+    """Format the results as Markdown, with a table for each measure.
+
+    Args:
+        results: The results of `rate` by attention and seed.
+    """
     attentions = list(dict.fromkeys(attention for attention, _ in results))
 
     def cells(digits: int, *keys: str) -> list[str]:
@@ -214,12 +221,12 @@ def report(results: dict[tuple[str, int], dict[str, Any]]) -> str:
 
 
 def faithfulness(argv: Sequence[str] | None = None) -> int:
-    """Train and rate as the command line says, print the tables; returns the exit status."""
+    """Train and rate the networks, print the tables, and return the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     options = faithfulness_parser().parse_args(argv)
     try:
         if options.write is not None:
-            text_around(options.write, MARK)  # refused before anything is trained
+            text_around(options.write, MARK)  # refuses a bad file before anything is trained
         options.output.mkdir(parents=True, exist_ok=True)
         results = _results(options)
         tables = report(results)
@@ -236,7 +243,7 @@ def faithfulness(argv: Sequence[str] | None = None) -> int:
 def _results(options: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any]]:
     results = {}
     test = make_scenes(load_items("test"), options.test_scenes, TEST_SEED)
-    for seed in options.seeds:  # all networks with a seed, then the next: a stop is fair to all
+    for seed in options.seeds:  # outermost, so that a stop treats all networks alike
         for attention in options.attentions:
             model = trained(attention, seed, options.steps, options.train_scenes, options.output)
             name = run_name(attention, seed, options.steps, options.train_scenes)
@@ -249,6 +256,7 @@ def _results(options: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any
 
 
 def faithfulness_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=_PROG,
         description="Train small networks on scenes, and rate their maps.",

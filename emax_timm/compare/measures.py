@@ -1,4 +1,4 @@
-"""How well a heatmap shows what a classifier looks at: the pointing game, insertion and deletion.
+"""Measures of how well a heatmap explains a classifier: pointing game, insertion and deletion.
 
 Dimension letters: n images, c channels, h w height and width.
 """
@@ -11,15 +11,17 @@ __all__ = ["area_under", "insertion_deletion", "pointing_game"]
 
 
 def pointing_game(heat: Tensor, masks: Tensor) -> Tensor:
-    """Whether the maximum of each map is on the object (arXiv 1608.00507, without its margin).
+    """Play the pointing game: is the maximum of each heatmap on the object?
+
+    It follows arXiv 1608.00507, without the margin.
 
     Args:
-        heat: [n, h, w].
+        heat: The heatmaps, [n, h, w].
         masks: True on the object, [n, h, w].
 
     Returns:
-        [n]: 1 for a hit and 0 for a miss; of several equal maxima the share that hits, so that a
-        map without contrast scores as chance does.
+        [n]: 1 for a hit and 0 for a miss. Of several equal maxima it is the share that hits, so
+        that a constant map scores as chance does.
     """
     heat, masks = heat.flatten(1), masks.flatten(1)
     best = heat == heat.amax(1, keepdim=True)
@@ -30,18 +32,18 @@ def pointing_game(heat: Tensor, masks: Tensor) -> Tensor:
 def insertion_deletion(
     model: nn.Module, images: Tensor, heat: Tensor, classes: Tensor, steps: int = 16
 ) -> tuple[Tensor, Tensor]:
-    """The probability of a class as pixels come and go, the hottest first (arXiv 1806.07421).
+    """Measure a class's probability as pixels are inserted or deleted (arXiv 1806.07421).
 
-    Insertion starts from the blurred image and puts its pixels back; deletion starts from the image
-    and sets its pixels to 0, the mean of normalised images. Equal pixels take turns at random, the
-    same at each call.
+    Insertion starts from the blurred image and restores its pixels; deletion starts from the image
+    and sets its pixels to 0, the mean of normalised images. The hottest pixels come first, and ties
+    are broken at random, in the same way at each call.
 
     Args:
-        model: Maps [n, c, h, w] to logits; in eval mode.
-        images: Normalised, [n, c, h, w].
-        heat: [n, h, w].
-        classes: [n].
-        steps: In which the pixels change.
+        model: A classifier that maps [n, c, h, w] to logits, in eval mode.
+        images: The normalised images, [n, c, h, w].
+        heat: The heatmaps, [n, h, w].
+        classes: The index of the class of each image, [n].
+        steps: The number of steps in which the pixels change.
 
     Returns:
         The curves of insertion and deletion, [n, steps + 1] each, over the share of pixels that
@@ -67,5 +69,5 @@ def insertion_deletion(
 
 
 def area_under(curve: Tensor) -> Tensor:
-    """The mean height of curves [n, points] over equal steps, by the trapezoidal rule: [n]."""
+    """Compute the areas [n] under curves [n, points] on [0, 1], by the trapezoidal rule."""
     return torch.trapezoid(curve, dx=1 / (curve.shape[1] - 1), dim=1)

@@ -1,4 +1,4 @@
-"""Taking models elsewhere: releases on the Hugging Face Hub, and files that run without us."""
+"""Releases on the Hugging Face Hub, export to ONNX and torch.export, and prediction."""
 
 from ..models.export_check import Check, ExportError
 from ..models.export_file import ExportReport, export_model

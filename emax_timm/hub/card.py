@@ -9,7 +9,7 @@ from ..training.config import TrainConfig
 
 __all__ = ["CardFacts", "model_card"]
 
-# What a reader of a recipe looks for first; all of it is in config.yaml.
+# The options that a reader of a recipe looks for first; config.yaml has all of them.
 _RECIPE = (
     *("epochs", "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "sched"),
     *("warmup_epochs", "smoothing", "mixup", "cutmix", "aa", "reprob", "scale", "drop_path"),
@@ -19,7 +19,7 @@ _RECIPE = (
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card tells."""
+    """The facts that a model card states about a run and its model."""
 
     repo: str
     model: str
@@ -28,15 +28,17 @@ class CardFacts:
     classes: int
     parameters: int
     macs: int
+    """Multiply-accumulates of one image."""
     input_size: tuple[int, int, int]
+    """Channels, height and width."""
     summary: dict[str, Any]
-    """The run's summary.json."""
+    """The content of the run's summary.json."""
     version: str
-    """Of emax-timm."""
+    """The version of emax-timm."""
 
 
 def model_card(facts: CardFacts) -> str:
-    """The text of the card; the same facts give the same text."""
+    """Return the text of the model card; the same facts give the same text."""
     data = ModelCardData(
         license=facts.license,
         library_name="timm",

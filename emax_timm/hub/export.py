@@ -48,17 +48,18 @@ class ExportConfig:
 
 @command("emax export")
 def export(argv: Sequence[str], prog: str) -> int:
-    """Export as the command line says; returns the exit status.
+    """Export a model as the command line says, and return the exit status.
 
-    2 for what the user can mend, 1 for a model that cannot be exported or a file that is not the
-    model: then nothing is left behind, and a file that was there before stays as it was.
+    The status is 2 for an error that the user can fix, and 1 for a model that cannot be exported or
+    whose file does not reproduce it. An error leaves no new file behind, and an existing file
+    unchanged.
     """
     settings = parse_settings(ExportConfig, argv, prog)
     config = from_mapping(ExportConfig, settings, "the command line")
     if config.model is None or config.output is None:
         raise UsageError("nothing to export: give MODEL --output FILE")
     path = Path(config.output)
-    # Before the weights are fetched.
+    # Check the target before any weights are downloaded.
     file_format = check_target(path, config.format, config.overwrite)
     model, input_size, trained = _build(config)
     report = export_model(
@@ -77,7 +78,7 @@ def export(argv: Sequence[str], prog: str) -> int:
 
 
 def _build(config: ExportConfig) -> tuple[Any, tuple[int, int, int], bool]:
-    """The model, the size of its input, and whether it has weights from somewhere."""
+    """Build the model; return it with its input size [c, h, w] and whether weights were loaded."""
     name = str(config.model)
     pretrained = config.pretrained or ":" in name
     model = load_model(name, pretrained, config.checkpoint, config.num_classes, config.model_kwargs)

@@ -1,4 +1,4 @@
-"""The `emax weights verify` command: are these the files that were published?"""
+"""The `emax weights verify` command: verification of weights and releases by their sha256."""
 
 import json
 import os
@@ -21,17 +21,17 @@ __all__ = ["check_folder", "verify_weights"]
 
 
 def verify_weights(target: str | None) -> list[str]:
-    """Verify published weights.
+    """Verify published weights by their sha256.
 
     Args:
-        target: A folder of a release, a repository of one (ORG/NAME, ORG/NAME@REVISION), or a
-            model's name and tag in the index; None for all weights in this package.
+        target: A release folder, a release repository (ORG/NAME or ORG/NAME@REVISION), or
+            MODEL.TAG of the weights index; None for all weights in this package.
 
     Returns:
-        A line for each file, or each weights, that were verified.
+        One line for each verified file of a release, or for each verified MODEL.TAG.
 
     Raises:
-        UsageError: In one line, at the first that is not what it should be.
+        UsageError: At the first file that is missing, damaged or cannot be verified.
     """
     if target is None:
         shipped = [entry.name for entry in INDEX if entry.repo is None]
@@ -49,13 +49,14 @@ def verify_weights(target: str | None) -> list[str]:
 
 
 def check_folder(folder: Path) -> list[str]:
-    """Verify a folder of a release: its sums, and that its weights fit its config strictly.
+    """Verify a release folder: its checksums, and that its weights fit its config.json strictly.
 
     Returns:
-        A line for each file.
+        One line for each file that SHA256SUMS names, with its sha256.
 
     Raises:
-        UsageError: In one line, at the first that is not what it should be.
+        UsageError: At the first file that is missing, damaged, linked from outside the folder or
+            possibly a pickle, or if the weights do not fit the model.
     """
     lines = _check_sums(folder)
     if not {WEIGHTS, MODEL_CONFIG} <= lines.keys():
@@ -68,7 +69,7 @@ def check_folder(folder: Path) -> list[str]:
 
 
 def _check_sums(folder: Path) -> dict[str, str]:
-    """The sha256 of each file that a folder's SHA256SUMS names, all of them right."""
+    """Return the sha256 of each file that a folder's SHA256SUMS names, after verifying all."""
     try:
         sums = read_sums(folder)
         if not sums:
@@ -82,7 +83,7 @@ def _check_sums(folder: Path) -> dict[str, str]:
         path = folder / name
         if not path.is_file():
             raise UsageError(f"{path} is missing")
-        # The hub's cache consists of links, into a folder of its own.
+        # A snapshot in the Hub's cache consists of links to blobs in the repository's cache folder.
         if not _is_inside(path, folder):
             raise UsageError(f"{path} is a link out of its folder")
         found[name] = sha256_of(path)
@@ -123,7 +124,7 @@ def _verify_tag(name: str) -> str:
 
 
 def _verify_repo(repo: str, revision: str) -> list[str]:
-    """Download the files of a release, all of one commit, and verify them."""
+    """Download all files of a release from one commit, and verify them."""
     sums = _download(repo, SUMS, revision or None)
     folder = sums.parent
     try:
@@ -142,5 +143,5 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
         return Path(hf_hub_download(repo, name, revision=revision))
     except RuntimeError as error:
         raise UsageError(str(error)) from None
-    except Exception as error:  # of the client, its HTTP library
+    except Exception as error:  # from the client or its HTTP library
         raise UsageError(f"cannot get {name} of {repo}: {hub_problem(error)}") from None

@@ -35,7 +35,7 @@ class PredictConfig:
 
 
 class Prediction(NamedTuple):
-    """A class and its probability."""
+    """A predicted class: its name and its probability."""
 
     name: str
     probability: float
@@ -43,7 +43,7 @@ class Prediction(NamedTuple):
 
 @command("emax predict")
 def predict(argv: Sequence[str], prog: str) -> int:
-    """Classify images as the command line says; returns the exit status."""
+    """Classify images, and return the exit status: 1 if an image is corrupt."""
     broken = 0
     settings = parse_settings(PredictConfig, argv, prog)
     config = from_mapping(PredictConfig, settings, "the command line")
@@ -70,14 +70,18 @@ def predict(argv: Sequence[str], prog: str) -> int:
 def predictions(
     model: Any, paths: Sequence[str | Path], top: int = 3, exif_orientation: bool = True
 ) -> Iterator[tuple[Path, list[Prediction] | BrokenImageError]]:
-    """The likeliest classes of each image, the likeliest first, or why it cannot be read.
+    """Yield the most probable classes of each image, or why it cannot be read.
 
     Args:
-        model: Of timm's, in evaluation mode, with a classifier; its config says how images are
-            prepared.
+        model: A timm model with a classifier, in eval mode; its pretrained config says how images
+            are preprocessed.
         paths: Image files.
-        top: Classes to name.
-        exif_orientation: Turn images upright.
+        top: The largest number of classes for each image.
+        exif_orientation: Whether to turn images upright as their EXIF data say.
+
+    Yields:
+        The path and its predictions, the most probable first; for a corrupt image the path and the
+        `BrokenImageError`, which is not raised.
     """
     data_config = resolve_data_config(model=model)
     transform: Any = create_transform(**data_config)

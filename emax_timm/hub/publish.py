@@ -54,7 +54,7 @@ class PublishConfig:
 
 @command("emax publish")
 def publish(argv: Sequence[str], prog: str) -> int:
-    """Publish a run as the command line says; returns the exit status."""
+    """Make a release of a run, publish it if --push is given, and return the exit status."""
     try:
         settings = parse_settings(PublishConfig, argv, prog)
         config = from_mapping(PublishConfig, settings, "the command line")
@@ -79,7 +79,7 @@ def publish(argv: Sequence[str], prog: str) -> int:
             with writing_to(Path(config.index_file)):
                 put_in_index(entry, Path(config.index_file))
             print(f"{release.model}.{release.tag} is in {config.index_file}")
-    except ValueError as error:  # of an index, or of a release's files
+    except ValueError as error:  # from an index or the files of a release
         raise UsageError(str(error)) from error
     return 0
 
@@ -104,7 +104,7 @@ def _make(config: PublishConfig, run: Path) -> Release:
         for name in ("data_dir", "device", "batch_size", "workers")
         if (value := getattr(config, name)) not in (None, "")
     }
-    # The repository of fashion_mnist's weights of a model m is called m.fashion_mnist.
+    # By convention a repository is named MODEL.TAG, such as resnet50_emax.fashion_mnist.
     tag = config.tag or config.repo.partition("/")[2].partition(".")[2]
     with open_world(config.device) as world, lock_folder(run) as free:
         if not free:
@@ -141,10 +141,10 @@ def _figures(release: Release) -> str:
 
 
 def put_in_index(entry: WeightsEntry, path: Path) -> None:
-    """Put an entry into an index, in the place of its tag's if there is one.
+    """Add an entry to an index file, or replace the entry with the same model and tag.
 
     Raises:
-        ValueError: If the file is no index.
+        ValueError: If the file is not a weights index.
     """
     entries = read_index(path)
     names = [other.name for other in entries]

@@ -1,4 +1,4 @@
-"""A release: the files that a trained run becomes in a repository of the Hugging Face Hub."""
+"""Releases: the files that publish a training run in a repository of the Hugging Face Hub."""
 
 import json
 import re
@@ -27,18 +27,18 @@ from .card import CardFacts, model_card
 __all__ = ["Release", "make_release"]
 
 CARD, LOG, SUMMARY = "README.md", "log.csv", "summary.json"
-# In points of top-1: another device, or another number of threads, rounds otherwise.
+# Allowed change of top-1 in percentage points: rounding depends on the device and the threads.
 TOLERANCE = 0.1
-# The greatest number of float16, in which users may run the model.
+# The largest finite float16 value: users may run the model in float16.
 HALF_MAX = torch.finfo(torch.float16).max
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}")
-# Of the machine that trained, and nobody else's.
+# Options that describe the machine that trained; they are not published.
 _PRIVATE = ("data", "data_dir", "output", "resume")
 
 
 @dataclass(frozen=True)
 class Release:
-    """The files of a release by name, and what the index of weights takes from them."""
+    """The files of a release by name, and the data for its entry in the weights index."""
 
     files: dict[str, bytes]
     model: str
@@ -47,15 +47,21 @@ class Release:
     metrics: dict[str, float]
     cfg: dict[str, Any]
     default_architecture: bool
-    """Whether the model's name alone, without arguments, gives its architecture."""
+    """Whether the model name alone, without arguments, builds the architecture."""
 
     @property
     def sha256(self) -> str:
-        """Of the weights."""
+        """The sha256 of the weights file, in hex."""
         return sha256_of(self.files[WEIGHTS])
 
     def entry(self, repo: str | None, file: str, revision: str | None) -> WeightsEntry:
-        """What the index of weights says of it, published there."""
+        """Make the weights index entry of this release, published as `file` of `repo`.
+
+        Args:
+            repo: ORG/NAME on the Hub; None for weights in this package.
+            file: The path of the weights in the repository or in the package.
+            revision: The commit on the Hub; None for weights in this package.
+        """
         return WeightsEntry(
             model=self.model,
             tag=self.tag,
@@ -72,21 +78,22 @@ class Release:
 def make_release(
     run: Path, repo: str, tag: str, license: str | None, world: World, data: dict[str, Any]
 ) -> Release:
-    """Make a release of a run's best weights, which are validated once more.
+    """Make a release of a run's best weights, after validating them once more.
 
-    Nothing in it depends on when or where it is made: the same run gives the same bytes.
+    The release does not depend on when or where it is made: the same run gives the same bytes.
 
     Args:
-        run: Its folder.
-        repo: ORG/NAME, for the card.
-        tag: Of the weights, for timm.
-        license: Of the weights; None for Apache-2.0, or for that of the weights it started from.
-        world: Where to validate.
-        data: Options of `ValidateConfig` on where the data are and how they are read.
+        run: The run directory.
+        repo: ORG/NAME of the repository, for the model card.
+        tag: The pretrained tag of the weights in timm.
+        license: The licence of the weights; None for Apache-2.0, or for that of the pretrained
+            weights that training started from.
+        world: The distributed context to validate in.
+        data: Options of `ValidateConfig` that say where the data are and how they are read.
 
     Raises:
-        UsageError: If the run has not ended, its weights are damaged or not fit to be published, or
-            they do not give the figures of its summary.
+        UsageError: If the run has not ended, if its weights are damaged or not fit to be published,
+            or if they do not reproduce the metrics in the run's summary.
     """
     config = read_run(run)
     names = ("best_epoch", "epochs", "validation", "test")
@@ -94,7 +101,8 @@ def make_release(
     names = ("architecture", "num_classes", "pretrained_cfg")
     described = _read_json(run / checkpoint.MODEL_CONFIG, names, "it is no complete run")
     license = license or _license_of(config)
-    # As others will build it, and strictly: every key and shape, and no value that is not finite.
+    # Build the model as its users will, and load the weights strictly: every key and shape has to
+    # match, and every value has to be finite.
     arguments = {**described.get("model_args", {}), "num_classes": described["num_classes"]}
     model = create_model(described["architecture"], **arguments)
     checkpoint.load_weights(model, run / checkpoint.BEST)
@@ -137,7 +145,7 @@ def make_release(
 def _validated(
     run: Path, summary: dict[str, Any], world: World, data: dict[str, Any]
 ) -> dict[str, float]:
-    """The run's figures, if its weights still give them."""
+    """Return the run's recorded metrics, after checking that its weights reproduce them."""
     split = "validation" if summary.get("validation") else "test"
     recorded = summary.get(split)
     if not recorded:
@@ -188,7 +196,7 @@ def _public(config: TrainConfig) -> str:
 
 
 def _check_secrets(files: dict[str, bytes]) -> None:
-    """Refuse to publish what looks like a token, wherever it has come from."""
+    """Raise UsageError if a file holds what looks like an access token."""
     token = get_token()
     for name, content in files.items():
         if name == WEIGHTS:
@@ -199,7 +207,7 @@ def _check_secrets(files: dict[str, bytes]) -> None:
 
 
 def _index_cfg(described: dict[str, Any]) -> dict[str, Any]:
-    """What the index needs of a config.json to make timm's config for the weights."""
+    """Select what the weights index needs of a config.json to make timm's pretrained config."""
     names = (
         *("num_classes", "input_size", "interpolation", "crop_pct", "crop_mode"),
         *("mean", "std"),
@@ -212,14 +220,14 @@ def _index_cfg(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_default(described: dict[str, Any]) -> bool:
-    """Whether a config's arguments give the architecture that the bare name gives."""
+    """Tell whether a config's arguments build the architecture that the bare model name builds."""
     arguments = dict(described.get("model_args") or {})
     arguments.pop("in_chans", None)  # timm takes it from the config's input_size
     return arguments.pop("global_pool", "avg") == "avg" and not arguments
 
 
 def _read_json(path: Path, names: Sequence[str], otherwise: str) -> dict[str, Any]:
-    """The object in a file, which must have these names; `otherwise` tells why there is no file."""
+    """Read a JSON object that must have the keys `names`; `otherwise` explains a missing file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

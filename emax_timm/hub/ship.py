@@ -1,9 +1,9 @@
-"""Weights in the package: makes a run's best weights a tag that loads without the hub.
+"""Put a run's best weights into the package, as a pretrained tag that loads without the Hub.
 
     python -m emax_timm.hub.ship RUN --tag fashion_mnist
 
-writes emax_timm/models/pretrained/MODEL.TAG.safetensors and the entry in weights.json. For
-maintainers, in a checkout; golden logits follow with `python tests/models/golden.py`.
+This is for maintainers, in a checkout. It writes emax_timm/models/pretrained/MODEL.TAG.safetensors
+and the entry in weights.json; `python tests/models/golden.py` then adds the golden logits.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from .release import make_release
 __all__ = ["ship"]
 
 FOLDER = "pretrained"
-LARGEST = 2_000_000  # bytes: a package is no place for more
+LARGEST = 2_000_000  # bytes; larger weights belong on the Hub
 
 
 def ship(argv: Sequence[str] | None = None) -> int:
-    """Ship a run as the command line says; returns the exit status."""
+    """Put the weights of a run into the package, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m emax_timm.hub.ship")
     parser.add_argument("run", type=Path)
     parser.add_argument("--tag", required=True)

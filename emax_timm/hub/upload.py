@@ -1,4 +1,4 @@
-"""Releases on the Hugging Face Hub: one commit each, tagged v1, v2 and so on."""
+"""Upload of releases to the Hugging Face Hub: one commit each, tagged v1, v2 and so on."""
 
 import re
 from dataclasses import dataclass
@@ -14,28 +14,28 @@ __all__ = ["Published", "UploadError", "check_repo", "upload"]
 
 
 class UploadError(RuntimeError):
-    """The hub did not take a release; the message is one line."""
+    """The Hub did not accept a release; the message is one line."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Published:
-    """A release on the hub."""
+    """A release on the Hub."""
 
     repo: str
     commit: str
     version: str
-    """The commit's tag."""
+    """The tag of the commit, such as v1."""
     new: bool
-    """Whether it was not there before."""
+    """Whether this upload tagged it; False if the same release was there already."""
 
 
 def check_repo(repo: str) -> None:
-    """Refuse what is not ORG/NAME.
+    """Check that the name of a repository has the form ORG/NAME.
 
     Raises:
-        UsageError: With what would be right.
+        UsageError: If it does not; the message gives an example.
     """
     try:
         validate_repo_id(repo)
@@ -47,20 +47,20 @@ def check_repo(repo: str) -> None:
 
 
 def upload(files: dict[str, bytes], repo: str, message: str, private: bool = False) -> Published:
-    """Put files into a repository in one commit and tag it; what is there already is left alone.
+    """Upload files to a repository in one commit, and tag it; a tagged commit keeps its tag.
 
-    The files appear with the commit, all at once. An upload that was interrupted, before or after
-    the commit, is completed by another call.
+    All files appear at once, with the commit. Another call completes an upload that was
+    interrupted, before or after the commit.
 
     Args:
-        files: Their contents by name.
-        repo: ORG/NAME; made if it does not exist.
-        message: The commit's.
-        private: Whether to make it private, if it does not exist.
+        files: The contents of the files by name.
+        repo: ORG/NAME; created if it does not exist.
+        message: The commit message.
+        private: Whether a repository that has to be created is private.
 
     Raises:
-        UploadError: If the hub refuses, or somebody else commits meanwhile; the repository then is
-            as it was.
+        UploadError: If the Hub refuses the upload, or if somebody else commits in the meantime, in
+            which case the files in the repository are unchanged.
     """
     api = HfApi()
     try:
@@ -73,7 +73,7 @@ def upload(files: dict[str, bytes], repo: str, message: str, private: bool = Fal
                 "safetensors are not; delete it there first"
             )
         operations = [CommitOperationAdd(name, content) for name, content in files.items()]
-        # Given the parent, the hub refuses the commit if there is another by then.
+        # Because of parent_commit, the Hub refuses this commit if there is a newer one by then.
         commit = api.create_commit(
             repo, operations=operations, commit_message=message, parent_commit=before.sha
         ).oid
@@ -85,7 +85,7 @@ def upload(files: dict[str, bytes], repo: str, message: str, private: bool = Fal
             return Published(repo, commit, version, new=True)
     except UploadError:
         raise
-    except Exception as error:  # of the client, its HTTP library
+    except Exception as error:  # from the client or its HTTP library
         raise UploadError(f"cannot publish to {repo}: {hub_problem(error)}") from error
     return Published(repo, commit, version, new=False)
 

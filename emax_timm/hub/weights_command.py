@@ -14,7 +14,7 @@ __all__ = ["weights"]
 
 @command("emax weights")
 def weights(argv: Sequence[str], prog: str) -> int:
-    """Run `emax weights verify` or `emax weights pin`; returns the exit status."""
+    """Run `emax weights verify` or `emax weights pin`, and return the exit status."""
     arguments = _parser(prog).parse_args(argv)
     try:
         if arguments.command == "verify":

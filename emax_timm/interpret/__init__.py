@@ -1,4 +1,4 @@
-"""Seeing what a model attends to: its maps, figures of them, a report."""
+"""What a model attends to: its attention maps, figures of them, and a report."""
 
 from ..models.capture import GateMaps, attention_of, capture_attention
 from ..models.gradcam import grad_cam

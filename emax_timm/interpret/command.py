@@ -65,7 +65,7 @@ class VisualizeConfig:
 
 @command("emax visualize")
 def visualize(argv: Sequence[str], prog: str) -> int:
-    """Make the report as the command line says; returns the exit status."""
+    """Write the report that the command line asks for, and return the exit status."""
     settings = parse_settings(VisualizeConfig, argv, prog)
     config = from_mapping(VisualizeConfig, settings, "the command line")
     sources = find_images(config.images)
@@ -89,17 +89,18 @@ def make_report(
     compared: dict[str, Any],
     sources: Sequence[Source],
 ) -> dict[str, bytes]:
-    """The files of the report by name.
+    """Return the files of the report by name.
 
     Args:
         config: The options.
-        name: Of the model.
-        model: In eval mode, as are those that are `compared`.
-        compared: Other models by name.
+        name: The name of the model.
+        model: The model, in eval mode.
+        compared: Other models by name, in eval mode.
         sources: The images.
 
     Raises:
-        UsageError: For an image that cannot be read, or that a model does not take.
+        UsageError: If an image is corrupt or a model does not take it, or for attention that is not
+            finite.
     """
 
     def open_source(source: Source) -> Image.Image:
@@ -126,7 +127,7 @@ def make_report(
             )
             for number, seen in enumerate(found.seen, start=1)
         ]
-    except RuntimeError as error:  # whatever a model makes of an image
+    except RuntimeError as error:  # from a model that does not take an image, or from `look`
         raise UsageError(f"model {name}: {str(error).strip().splitlines()[0]}") from None
     files = {
         f"{drawing.name}.{config.format}": drawing.content
@@ -164,7 +165,7 @@ def _check_output(config: VisualizeConfig) -> Path:
             hint = "--overwrite replaces it" if (output / REPORT).is_file() else "give another one"
             raise UsageError(f"{output} is not empty; {hint}")
     try:
-        # A folder that can be made beside it, and is not kept: what is wrong is known at once.
+        # A folder is made beside it and removed, so that it is known now whether that is possible.
         parent = next(folder for folder in output.absolute().parents if folder.exists())
         probe = parent / f".{output.name}.partial"
         probe.mkdir(exist_ok=True)
@@ -175,7 +176,7 @@ def _check_output(config: VisualizeConfig) -> Path:
 
 
 def _put(output: Path, files: dict[str, bytes]) -> None:
-    """Write the folder; an earlier report goes when the new one is complete on the disk."""
+    """Write the folder; an earlier report is removed once the new one is complete on disk."""
     if not (output / REPORT).exists():
         return write_folder(output, files)
     fresh = output.with_name(f"{output.name}.new")
@@ -229,7 +230,10 @@ def _check_attention(name: str, model: Any) -> None:
 
 
 def _course(config: VisualizeConfig, name: str) -> list[dict[str, Any]]:
-    """The statistics of the layers over the training of the run that the weights are from."""
+    """Read the layers' statistics of the run that the weights are from: a row for each epoch.
+
+    The list is empty if the weights are not from a run directory or it has no such file.
+    """
     if config.checkpoint:
         folder = Path(config.checkpoint).parent
     elif name.startswith("local-dir:"):

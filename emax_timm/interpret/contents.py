@@ -1,4 +1,4 @@
-"""What the report on a model says: about the model, a set of images, and single ones."""
+"""The sections of a report: on the model, on a set of images, and on single images."""
 
 import re
 from collections import Counter
@@ -33,11 +33,11 @@ __all__ = ["Findings", "Seen", "image_section", "look", "model_sections"]
 
 
 ALL = "all images"
-MAX_BARS = 400  # in the figure of the group counts
+MAX_BARS = 400  # in the figure of the group counts; with more, it does not show the classes
 
 
 class Seen(NamedTuple):
-    """What a model makes of an image: it, [c, h, w], its maps, and its logits."""
+    """An image as the model takes it, [c, h, w], with its attention maps and logits."""
 
     source: Source
     image: Tensor
@@ -47,12 +47,12 @@ class Seen(NamedTuple):
 
 @dataclass
 class Findings:
-    """What a model makes of a set of images.
+    """The results of a model on a set of images.
 
     Args:
-        choices: How many images chose a group count: by EMAX layer, class and count.
+        choices: The number of images that chose a group count, by EMAX layer, class and count.
         images: The number of images by class.
-        seen: Those with a section of their own.
+        seen: The images that get a section of their own.
     """
 
     choices: dict[str, dict[str, Counter[int]]] = field(default_factory=dict)
@@ -68,7 +68,18 @@ def look(
     open_source: Callable[[Source], Image.Image],
     batch_size: int,
 ) -> Findings:
-    """Run the model, in eval mode, on the images; those that are `chosen` are kept."""
+    """Run the model, which is in eval mode, on all images, and keep the results of some.
+
+    Args:
+        model: A model with attention layers, in eval mode.
+        sources: All images; the group counts that EMAX layers choose for them are counted.
+        chosen: The images whose maps and logits are kept.
+        open_source: Reads the file of an image.
+        batch_size: Images per forward pass.
+
+    Raises:
+        RuntimeError: If an attention map is not finite.
+    """
     found = Findings()
     for start in range(0, len(sources), batch_size):
         part = sources[start : start + batch_size]
@@ -100,7 +111,14 @@ def model_sections(
     course: Sequence[Mapping[str, Any]],
     file_format: str,
 ) -> list[Section]:
-    """On the model's layers, on their training if there is a log of it, and on the set."""
+    """Make the sections on the model's layers, on their training, and on the set of images.
+
+    Args:
+        model: The model.
+        found: Its results on the images.
+        course: The layers' statistics of each epoch; without any, there is no section on training.
+        file_format: The format of the figures.
+    """
     names = list(found.seen[0].maps)
     drawings = []
     if found.choices:
@@ -161,18 +179,18 @@ def image_section(
     cams: bool,
     file_format: str,
 ) -> Section:
-    """On one image.
+    """Make the section on one image.
 
     Args:
-        number: Of the image, from 1; files begin with it.
-        model: In eval mode.
-        seen: What the model makes of it.
-        open_source: Reads its file.
-        compared: Other models, to be shown beside this one.
-        class_name: Of a class's index; None for a model without a classifier.
-        top: Classes to name.
+        number: The number of the image, from 1; the names of its files begin with it.
+        model: The model, in eval mode.
+        seen: The model's results on the image.
+        open_source: Reads the file of an image.
+        compared: Other models by name, shown beside this one.
+        class_name: Maps the index of a class to its name; None for a model without a classifier.
+        top: The number of predicted classes to list.
         cams: Whether to draw Grad-CAM too.
-        file_format: Of the figures.
+        file_format: The format of the figures.
     """
     source, maps = seen.source, seen.maps
     picture = shown(model, seen.image)

@@ -1,6 +1,7 @@
-"""Figures of what a model attends to in an image. matplotlib is imported when one is drawn.
+"""Figures of what a model attends to in an image.
 
-Every function returns a `matplotlib.figure.Figure`, which `figure_bytes` makes a PNG or SVG of.
+The functions that draw one return a `matplotlib.figure.Figure`, which `figure_bytes` turns into a
+PNG or SVG file; matplotlib is imported only then.
 Dimension letters: c channels, h w height and width, F finest group count, K candidate counts.
 """
 
@@ -40,13 +41,13 @@ HEAT = {"cmap": "inferno", "alpha": 0.55}
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches.
+    """Create an empty figure; `width` and `height` are in inches.
 
     Raises:
         ImportError: If matplotlib is missing.
     """
     try:
-        # Not pyplot, which has a state of its own and may look for a display.
+        # pyplot is avoided, because it keeps global state and may look for a display.
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(NEEDED) from error
@@ -54,7 +55,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def figure_bytes(figure: Any, file_format: str = "png") -> bytes:
-    """The figure as a file, "png" or "svg"; the same figure gives the same bytes."""
+    """Return a figure as a file, "png" or "svg"; the same figure gives the same bytes."""
     import matplotlib
 
     buffer = io.BytesIO()
@@ -67,25 +68,25 @@ def figure_bytes(figure: Any, file_format: str = "png") -> bytes:
 def visualize_attention(
     model: nn.Module, image: Image.Image | Tensor, layer: str | None = None
 ) -> Any:
-    """Draw what a layer attends to in an image: places, channels, and all channels once more.
+    """Draw the spatial, channel and global attention of a layer in an image.
 
-    The three panels of EMAX's source: the spatial attention (the mean over the groups) as a heatmap
-    over the image, and the channel and the global weights as bars. A panel of something that
-    the layer does not have says so. The model runs in eval mode, and is left as it was.
+    The three panels are those of EMAX's source: the spatial attention (the mean over the groups) as
+    a heatmap over the image, and the channel and the global attention weights as bars. A panel says
+    so if the layer lacks that part. The model runs in eval mode, and is left as it was.
 
     Args:
-        model: With EMAX, EMA, CBAM, SE or ECA; see `capture_attention`.
-        image: A picture, which is prepared as the config of a timm model says, or a tensor
+        model: A model with EMAX, EMA, CBAM, SE or ECA layers; see `capture_attention`.
+        image: A PIL image, which is preprocessed as the config of a timm model says, or a tensor
             [c, h, w] or [1, c, h, w] that the model takes.
-        layer: A key of the captured maps; None for the last one with a spatial map of at
-            least 4 x 4.
+        layer: The name of a layer, as in `capture_attention`; None for the last one with a spatial
+            map of at least 4 x 4.
 
     Returns:
         A `matplotlib.figure.Figure`.
 
     Raises:
         ImportError: If matplotlib is missing.
-        ValueError: If the model has no such layer, or none at all.
+        ValueError: If the model has no such layer or no attention layer, or for several images.
     """
     figure = new_figure(11, 3.6)
     x = prepare(model, image) if isinstance(image, Image.Image) else image
@@ -123,14 +124,17 @@ def visualize_attention(
 
 
 def prepare(model: nn.Module, image: Image.Image) -> Tensor:
-    """A picture as the model takes it, [c, h, w]; for a model of timm's, as its config says."""
+    """Preprocess a PIL image for a model, as the config of a timm model says: [c, h, w]."""
     config = resolve_data_config(model=cast(Any, unwrap_model(model)))
     mode = "RGB" if config["input_size"][0] == 3 else "L"
     return cast(Any, create_transform(**config))(image.convert(mode))
 
 
 def shown(model: nn.Module, x: Tensor) -> np.ndarray:
-    """An image that the model takes, [c, h, w], as a picture: [h, w, 3] in 0 to 1."""
+    """Turn a model's input [c, h, w] into a displayable image: [h, w, 3] in 0 to 1.
+
+    The normalisation in the model's config is undone; without one, the values are rescaled.
+    """
     cfg = getattr(unwrap_model(model), "pretrained_cfg", None) or {}
     x = x.detach().float().cpu()
     mean, std = (torch.tensor(cfg.get(key, ())).view(-1, 1, 1) for key in ("mean", "std"))
@@ -145,7 +149,7 @@ def shown(model: nn.Module, x: Tensor) -> np.ndarray:
 
 
 def single(maps: Mapping[str, Maps], index: int) -> dict[str, Maps]:
-    """The maps of one image of a batch, without the dimension of the batch."""
+    """Select the maps of one image of a batch, without the batch dimension."""
     return {
         name: type(found)(*(None if value is None else value[index] for value in found))  # type: ignore[arg-type]
         for name, found in maps.items()
@@ -153,7 +157,7 @@ def single(maps: Mapping[str, Maps], index: int) -> dict[str, Maps]:
 
 
 def one_per_stage(names: Sequence[str]) -> dict[str, str]:
-    """The last layer of each stage, by the stage's name: `layer4` has `layer4.1.se`."""
+    """Map the name of each stage to its last layer, such as `layer4` to `layer4.1.se`."""
     found = {}
     for name in names:
         match = re.match(r"\D*\d+", name)
@@ -167,16 +171,16 @@ def spatial_figure(
     cams: Mapping[str, Tensor] | None = None,
     groups: int = 2,
 ) -> Any:
-    """Draw the spatial attention of a layer of each stage over the image.
+    """Draw the spatial attention of the last layer of each stage over the image.
 
-    The first row has the mean over the groups, the next ones single groups: of those that the layer
-    chose to make, the ones with the greatest contrast. Grad-CAM comes last.
+    The first row shows the mean over the groups. The next rows show single groups: of the groups
+    that the layer chose to form, those with the greatest contrast. Grad-CAM is the last row.
 
     Args:
-        picture: [h, w, 3] in 0 to 1.
-        maps: Of one image, as `single` gives them.
-        cams: Grad-CAM [h, w] by the stage's name.
-        groups: Single groups to draw at most.
+        picture: The image, [h, w, 3] in 0 to 1.
+        maps: The maps of one image, from `single`.
+        cams: Grad-CAM heatmaps [h, w] by the name of the stage.
+        groups: The largest number of single groups to draw.
     """
     stages = {
         stage: cast(Tensor, maps[name].spatial)
@@ -210,12 +214,13 @@ def spatial_figure(
 
 
 def contrasting_groups(spatial: Tensor, count: int, limit: int) -> list[int]:
-    """Indices of fine groups, at most one of each coarse group, with the greatest contrast.
+    """Return the ascending indices of the coarse groups' maps with the greatest contrast.
 
     Args:
-        spatial: [F, h, w].
-        count: Of coarse groups; the maps of the fine groups in one are equal.
-        limit: Of groups.
+        spatial: The spatial attention, [F, h, w].
+        count: The number of coarse groups; all fine groups in a coarse one have the same map, so
+            that its first fine group stands for it.
+        limit: The largest number of indices to return.
     """
     first = range(0, len(spatial), len(spatial) // count)
     contrast = [float(spatial[group].std(correction=0)) for group in first]
@@ -224,7 +229,7 @@ def contrasting_groups(spatial: Tensor, count: int, limit: int) -> list[int]:
 
 
 def weights_figure(maps: Mapping[str, Maps]) -> Any:
-    """Draw the channel and the global weights of a layer of each stage, in descending order."""
+    """Draw the channel and global weights of each stage's last layer, in descending order."""
     layers = one_per_stage([*maps])
     parts: dict[str, Callable[[Maps], Tensor | None]] = {"channel": lambda found: found.channel}
     if any(isinstance(maps[name], EMAXMaps) for name in layers.values()):
@@ -244,7 +249,7 @@ def weights_figure(maps: Mapping[str, Maps]) -> Any:
 
 
 def sorted_bars(axis: Any, values: Tensor) -> None:
-    """Bars of weights [c] in descending order."""
+    """Draw weights [c] as bars in descending order."""
     axis.bar(range(len(values)), values.sort(descending=True).values.numpy(), width=1)
 
 
@@ -252,8 +257,8 @@ def groups_figure(maps: Mapping[str, Maps], counts: Mapping[str, Sequence[int]])
     """Draw the probabilities of the group counts, a row for each EMAX layer.
 
     Args:
-        maps: Of one image.
-        counts: The candidates of each EMAX layer, ascending.
+        maps: The maps of one image, from `single`.
+        counts: The candidate group counts of each EMAX layer, ascending.
     """
     every = sorted({count for layer in counts.values() for count in layer})
     table = np.full((len(counts), len(every)), np.nan)
@@ -283,12 +288,12 @@ def comparison_figure(
 ) -> Any:
     """Draw what several models attend to in the same image, a row for each model.
 
-    A cell is a stage: the spatial attention (mean of the groups) over the image or, of an
-    attention without one, such as SE, the channel weights in descending order.
+    Each cell is a stage. It shows the spatial attention (the mean over the groups) over the image
+    or, for an attention without one, such as SE, the channel weights in descending order.
 
     Args:
         pictures: The image as each model takes it, [h, w, 3] in 0 to 1.
-        models: The maps of the image by the model's name.
+        models: The maps of the image by the name of the model.
     """
     stages = [one_per_stage([*maps]) for maps in models.values()]
     columns = 1 + max(map(len, stages))
@@ -314,31 +319,31 @@ def comparison_figure(
 
 
 def _last_with_places(maps: Mapping[str, Maps]) -> str:
-    """The last layer whose spatial map is large enough to see something in it, else the last."""
+    """Return the last layer with a spatial map of at least 4 x 4, else the last layer."""
     spatial = {name: found.spatial for name, found in maps.items()}
     large = [n for n, value in spatial.items() if value is not None and min(value.shape[1:]) >= 4]
     return (large or [*maps])[-1]
 
 
 def _count(found: Maps) -> int:
-    """How many groups a layer makes: the chosen count of EMAX, all maps of another layer."""
+    """Return how many groups a layer forms: EMAX's chosen count, else its number of maps."""
     if isinstance(found, EMAXMaps):
         return int(found.group_count)
     return 1 if found.spatial is None else len(found.spatial)
 
 
 def _overlay(axis: Any, picture: np.ndarray, spatial: Tensor, figure: Any) -> None:
-    """The mean of maps [n, h', w'] over an image, with a bar that tells the values."""
+    """Draw the mean of maps [n, h', w'] over an image, with a colour bar."""
     mean = spatial.mean(0)
     low, high = mean.min().item(), mean.max().item()
-    # Rounding in the interpolation must not look like contrast.
+    # The heatmap is clamped so that rounding in the interpolation does not look like contrast.
     heat = heatmap(spatial.unsqueeze(0), picture.shape[:2])[0].clamp(low, high)
     axis.imshow(picture)
     drawn = axis.imshow(heat.numpy(), **HEAT, vmin=low, vmax=max(high, low + 1e-6))
     bar = figure.colorbar(drawn, ax=axis, location="bottom", shrink=0.9, pad=0.02, aspect=16)
-    ticks = {f"{value:.3f}": value for value in (low, high)}  # one where they would be the same
+    ticks = {f"{value:.3f}": value for value in (low, high)}  # one tick if both labels are equal
     bar.set_ticks(list(ticks.values()), labels=list(ticks))
     bar.ax.tick_params(labelsize="x-small")
-    # Within the bar, not to touch its neighbours'.
+    # The labels stay within the bar, so that they do not touch those of the neighbouring panels.
     for label, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=False):
         label.set_horizontalalignment(side)

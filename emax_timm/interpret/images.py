@@ -1,4 +1,4 @@
-"""Which images a report is about, and their classes."""
+"""The images of a report, and their classes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ __all__ = ["Source", "find_images", "spread"]
 
 
 class Source(NamedTuple):
-    """An image file, how the report calls it, and its class, "" where there are no classes."""
+    """An image file, its name in the report, and its class: "" if it has none."""
 
     path: Path
     name: str
@@ -20,12 +20,12 @@ class Source(NamedTuple):
 
 
 def find_images(paths: Sequence[str]) -> list[Source]:
-    """Files as they are, and the images in folders, sorted.
+    """Find the images of a report: the given files, and the images in given folders, sorted.
 
-    Where a folder holds folders, those are the classes of the images in them.
+    The class of an image in a subfolder is the name of the outermost subfolder.
 
     Raises:
-        UsageError: For a path that does not exist, and a folder without images.
+        UsageError: If there are no paths, a path does not exist, or a folder holds no images.
     """
     if not paths:
         raise UsageError("nothing to look at: give --images DIR or files")
@@ -57,7 +57,7 @@ def _in_folder(folder: Path) -> list[Source]:
 
 
 def spread(sources: Sequence[Source], limit: int) -> list[Source]:
-    """At most `limit` of the images, as many of each class as there can be, in their order."""
+    """Select at most `limit` images, balanced over the classes, in their original order."""
     seen: dict[str, int] = {}
     ranked = []
     for position, source in enumerate(sources):

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs no network: pictures are in it, and there are no scripts."""
+"""A report as one self-contained HTML file: its images are embedded, and it has no scripts."""
 
 import base64
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ MEDIA_TYPES = {"png": "image/png", "svg": "image/svg+xml"}
 
 
 class Drawing(NamedTuple):
-    """A figure as a file: its stem, what it shows in words, and its content."""
+    """A figure as a file: its name without the suffix, its caption, and its content."""
 
     name: str
     text: str
@@ -20,7 +20,7 @@ class Drawing(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the report: a table, whose first row is its head, and figures with a caption."""
+    """A section of the report: a table, whose first row is its header, and captioned figures."""
 
     title: str
     text: str
@@ -79,13 +79,13 @@ $sections
 
 
 def page(title: str, text: str, sections: Sequence[Section], file_format: str) -> str:
-    """The report as HTML.
+    """Return the report as HTML.
 
     Args:
-        title: Of the report.
-        text: Below it.
-        sections: In their order; a list of them comes first.
-        file_format: Of the drawings, a key of `MEDIA_TYPES`.
+        title: The title of the report.
+        text: The paragraph below the title.
+        sections: The sections in order; links to them precede the first one.
+        file_format: The format of the drawings, a key of `MEDIA_TYPES`.
     """
     contents = "\n".join(
         f'<li><a href="#section-{number}">{escape(section.title)}</a></li>'
@@ -130,5 +130,5 @@ def _figure(drawing: Drawing, file_format: str) -> str:
 
 
 def _scrolling(label: str) -> str:
-    """The start of a part that scrolls sideways where it is too wide, by keys as well."""
+    """Return the opening tag of a region that scrolls sideways, with the keyboard as well."""
     return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(label)}">'

@@ -1,4 +1,4 @@
-"""Figures of a whole model: its choices of groups over a data set, its gates, their training."""
+"""Figures of a whole model: group counts over a data set, gates, and both over training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,14 +11,15 @@ from .figures import new_figure
 __all__ = ["choices_figure", "course_figure", "gates_figure"]
 
 Choices = Mapping[str, Mapping[str, Mapping[int, int]]]
-"""How many images chose a group count: by layer, class and count."""
+"""The number of images that chose a group count, by layer, class and count."""
 
 
 def choices_figure(choices: Choices) -> Any:
     """Draw how often each group count is chosen: a panel for each layer, a bar for each class.
 
     Args:
-        choices: Counts of images; every layer has the same classes.
+        choices: The number of images by layer, class and group count; every layer has the same
+            classes.
     """
     import matplotlib
 
@@ -40,7 +41,7 @@ def choices_figure(choices: Choices) -> Any:
             left = [sum(pair) for pair in zip(left, shares, strict=True)]
         axis.set_title(layer, fontsize="medium")
         axis.set_xlim(0, 1)
-    grid[0].invert_yaxis()  # and, as they share it, those of all
+    grid[0].invert_yaxis()  # the panels share their y axis, so this inverts all of them
     for axis in grid[len(choices) :]:
         axis.remove()
     figure.supxlabel("share of the images", fontsize="medium")
@@ -74,10 +75,11 @@ def gates_figure(model: nn.Module) -> Any:
 
 
 def course_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Draw the gates and the mean chosen group count of every EMAX layer over a training.
+    """Draw the gates and the mean chosen group count of every EMAX layer by training epoch.
 
     Args:
-        rows: Of a run's layers.jsonl (`training.statistics.layer_statistics` for each epoch).
+        rows: The rows of a run's layers.jsonl: an epoch's `training.statistics.layer_statistics`
+            each.
     """
     from matplotlib.ticker import MaxNLocator
 

@@ -1,4 +1,4 @@
-"""What the attention layers of a model attend to, caught while the model runs."""
+"""Capture of the attention maps of a model while it runs."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,9 +18,9 @@ __all__ = ["GateMaps", "Maps", "attention_of", "capture_attention", "heatmap"]
 
 
 class GateMaps(NamedTuple):
-    """What EMA, CBAM, SE or ECA attends to, in float32 (float64 for float64 inputs).
+    """The attention maps of EMA, CBAM, SE or ECA, in float32 (float64 for float64 inputs).
 
-    The fields mean what they mean in `EMAXMaps`; what a layer does not have is None.
+    The fields have the same meaning as in `EMAXMaps`; those that a layer lacks are None.
     """
 
     spatial: Tensor | None = None
@@ -34,28 +34,28 @@ Maps = EMAXMaps | GateMaps
 
 @contextlib.contextmanager
 def capture_attention(model: nn.Module) -> Iterator[dict[str, Maps]]:
-    """Catch the attention maps of every forward pass inside the context.
+    """Capture the attention maps of every forward pass inside the context.
 
         with emax_timm.capture_attention(model) as maps:
             model(images)
         maps["layer4.0.se"].spatial  # [b, F, h, w]
 
-    The dictionary is filled as the model runs, by the names that `named_modules` gives the layers.
-    It holds the maps of the last pass (of a layer that runs several times in it, of the last time),
-    without gradients and on the CPU, and keeps them after the context. The outputs of the model,
-    its state and the random state stay as they are without it, and nothing is left on the model
-    afterwards. In training mode the maps are those of the choice of groups that the pass makes.
+    The dictionary is filled as the model runs, under the names of the layers in `named_modules`.
+    It holds the maps of the last pass (for a layer that runs several times in it, of the last run),
+    without gradients and on the CPU, and keeps them after the context. The context changes neither
+    the model's outputs and state nor the random state, and leaves nothing on the model. In training
+    mode the maps are those of the group counts that the pass chooses.
 
     Args:
-        model: With EMAX, EMA, CBAM, SE or ECA layers anywhere in it: `features_only` or not, also
-            wrapped by torch.compile or DistributedDataParallel. Names are then those in the model
-            inside the wrapper, and compiled code does not run in the context: its plain modules do.
+        model: A model with EMAX, EMA, CBAM, SE or ECA layers anywhere in it, `features_only` or
+            not, and also one that torch.compile or DistributedDataParallel wraps. Names are then
+            those in the wrapped model, which runs uncompiled in the context.
 
     Yields:
-        By the name of the layer `EMAXMaps` for EMAX, `GateMaps` for the others.
+        The maps by the name of the layer: `EMAXMaps` for EMAX, `GateMaps` for the others.
 
     Raises:
-        ValueError: If the model has no such layer; those of a scripted or exported one are none.
+        ValueError: If the model has no such layer, as scripted and exported models have none.
     """
     inner: nn.Module = unwrap_model(model)
     maps: dict[str, Maps] = {}
@@ -77,9 +77,9 @@ def capture_attention(model: nn.Module) -> Iterator[dict[str, Maps]]:
 
 @torch.no_grad()
 def attention_of(model: nn.Module, images: Tensor) -> dict[str, Maps]:
-    """The attention maps of images [b, c, h, w] in eval mode, as `capture_attention` gives them.
+    """Run a model on images [b, c, h, w] in eval mode, and return its attention maps.
 
-    The modes of all modules are left as they were.
+    The maps are those of `capture_attention`; the modes of all modules are left as they were.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -92,7 +92,7 @@ def attention_of(model: nn.Module, images: Tensor) -> dict[str, Maps]:
 
 
 def _watch(layer: nn.Module, name: str, maps: dict[str, Maps]) -> list[RemovableHandle]:
-    """Have the layer's maps put under its name when it runs; nothing for another module."""
+    """Register hooks that store a layer's maps under its name; none for other modules."""
     if isinstance(layer, EMAX | EMA):
 
         def before(layer: Any, inputs: tuple[Tensor]) -> None:
@@ -110,7 +110,7 @@ def _watch(layer: nn.Module, name: str, maps: dict[str, Maps]) -> list[Removable
 
 
 def _gate_hook(name: str, field: str, maps: dict[str, Maps]) -> Callable[..., None]:
-    """Keeps what a layer of timm's multiplies its input with."""
+    """Make a hook that stores the weights that a timm layer multiplies its input with."""
 
     def after(gate: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         value = _kept(output)
@@ -124,7 +124,8 @@ def _gate_hook(name: str, field: str, maps: dict[str, Maps]) -> Callable[..., No
 def _attention(layer: EMAX | EMA, x: Tensor) -> Maps:
     if isinstance(layer, EMA):
         return GateMaps(spatial=_kept(layer.attention(x)))
-    # In training the noise is drawn here, and then once more, the same, by the forward pass.
+    # In training the noise is drawn here; the random state is restored, so that the forward pass
+    # draws the same noise.
     devices = [] if x.device.type == "cpu" else [x.device]
     with torch.random.fork_rng(devices, enabled=layer.training, device_type=x.device.type):
         return EMAXMaps(*map(_kept, layer.attention(x)))
@@ -140,14 +141,14 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def heatmap(spatial: Tensor, size: tuple[int, int]) -> Tensor:
-    """Spatial attention as one map of the size of the image: the mean over its groups.
+    """Resize spatial attention, averaged over its groups, to the size of the image.
 
     Args:
-        spatial: [n, F, h', w'].
-        size: h and w.
+        spatial: The spatial attention, [n, F, h', w'].
+        size: Height h and width w of the image.
 
     Returns:
-        [n, h, w], bilinear between the centres of the attention's pixels.
+        [n, h, w], by bilinear interpolation with `align_corners=False`.
     """
     mean = spatial.mean(1, keepdim=True)
     return F.interpolate(mean, size, mode="bilinear", align_corners=False).squeeze(1)

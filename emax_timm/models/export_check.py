@@ -1,4 +1,4 @@
-"""Comparing an exported file with the model that it was made from."""
+"""Comparison of an exported file with the model that it was made from."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ __all__ = [
     "verify",
 ]
 
-# Largest absolute difference, relative to max(1, the largest output).
+# The largest absolute difference that is allowed, relative to max(1, the largest output).
 TOLERANCE = 1e-4
 
 Shape = tuple[int, int, int, int]
@@ -35,7 +35,7 @@ class ExportError(Exception):
 
 @dataclass(frozen=True)
 class Check:
-    """A comparison on one input."""
+    """The result of a comparison on one input."""
 
     shape: Shape
     difference: float
@@ -51,10 +51,15 @@ def verify(
     """Compare an exported file with the model on a random input of each shape.
 
     Args:
+        path: The exported file.
+        model: The model that it was made from, on the CPU and in eval mode.
+        format: "onnx" or "torch".
+        shapes: The shapes [b, c, h, w] of the inputs.
         tolerance: Largest absolute difference allowed, relative to max(1, the largest output).
 
     Raises:
-        ExportError: If they differ, with the input.
+        ExportError: If the file cannot be read or run, or differs from the model; the message
+            names the input.
     """
     try:
         run = _open_onnx(path) if format == "onnx" else _open_program(path)
@@ -79,7 +84,7 @@ def verify(
             ((a - e).abs().max() / e.abs().max().clamp(min=1)).item()
             for a, e in zip(actual, expected, strict=True)
         )
-        if not difference <= tolerance:  # nor is NaN
+        if not difference <= tolerance:  # true for NaN too
             raise ExportError(
                 f"the exported file is {difference:.1e} away from the model on {name} "
                 f"(at most {tolerance:.0e} is allowed)"
@@ -112,12 +117,12 @@ def _open_program(path: Path) -> Run:
 
 
 def outputs_of(result: Any) -> list[Tensor]:
-    """The tensors that a model returns, one or several."""
+    """Return the tensors that a model returns, one or several, as a list."""
     return [result] if isinstance(result, Tensor) else list(result)
 
 
 def random_images(shape: Sequence[int], seed: int) -> Tensor:
-    """Normal numbers that neither read nor move the global generator."""
+    """Draw images from the standard normal distribution, without using the global generator."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
@@ -126,6 +131,6 @@ def times(shape: Sequence[int]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the pages that exporters add to it."""
+    """Return the first line of an error's message; exporters append pages to it."""
     line = next(iter(str(error).strip().splitlines()), "")
     return line.removesuffix(".") or type(error).__name__

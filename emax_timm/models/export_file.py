@@ -1,9 +1,9 @@
-"""Exporting a model to ONNX or to torch.export's .pt2, and compare the file with the model.
+"""Export of a model to ONNX or torch.export's .pt2, and comparison of the file with the model.
 
 EMAX's choice of a group count is an argmax: where two counts are nearly tied, the rounding of
-another runtime can turn the choice, and with it the output. Initial weights choose the same count
-for every input. With trained ones a comparison may fail for this reason alone; its error names the
-input, so that `EMAX.attention` can tell how near the tie was.
+another runtime can change the choice, and with it the output. Initial weights choose the same count
+for every input. With trained weights a comparison may fail for this reason alone; its error names
+the input, so that `EMAX.attention` can show how close the tie was.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ from .onnx_shapes import take_sizes_from_tensors
 __all__ = ["FORMATS", "ExportReport", "check_target", "export_model"]
 
 FORMATS = {".onnx": "onnx", ".pt2": "torch"}
-# The opset that torch's translations are written for; later ones are converted from it.
+# The opset that torch's ONNX translations are written for; it converts from it to later ones.
 OPSET = 18
-# Protocol buffers end at 2 GiB, the graph needs some of it.
+# A protocol buffer holds at most 2 GiB, and the graph needs some of it.
 LARGEST_ONNX = 2**31 - 2**24
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 AXES = {0: "batch", 2: "height", 3: "width"}
@@ -46,7 +46,7 @@ AXES = {0: "batch", 2: "height", 3: "width"}
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, which inputs it takes, and how far it is from the model."""
+    """The file that was written, the inputs it takes, and how far it is from the model."""
 
     path: Path
     format: str
@@ -82,15 +82,16 @@ def export_model(
     file is read with `torch.export.load`; it runs without this package.
 
     Args:
-        model: From images [b, c, h, w] to a tensor or a list of them; on the CPU, in float32 and
-            in eval mode.
+        model: A model that maps images [b, c, h, w] to a tensor or a list of tensors; on the CPU,
+            in float32 and in eval mode.
         path: File to write, in a folder that exists.
-        format: "onnx" or "torch"; None for what the suffix says.
-        input_size: Channels, height and width that it is traced with; None for the model's own.
-        fixed_size: Take that height and width only. Otherwise any in the report's ranges, which
-            are those of the trace: a last stage of 1 x 1 pixels is traced apart.
-        fixed_batch: Take a batch of 1 only.
-        overwrite: Replace a file that exists.
+        format: "onnx" or "torch"; None for the one that the suffix implies.
+        input_size: Channels, height and width to trace with; None for those of the model's config.
+        fixed_size: Accept that height and width only. Otherwise the file accepts those in the
+            report's ranges, which come from the trace; an input whose last stage has 1 x 1 pixels
+            gives a different trace.
+        fixed_batch: Accept a batch of 1 only.
+        overwrite: Replace an existing file.
 
     Raises:
         ValueError: If the model is not as described.
@@ -115,7 +116,7 @@ def export_model(
     try:
         with torch.no_grad():
             count = len(outputs_of(model(example)))
-    except Exception as error:  # whatever the model makes of the image
+    except Exception as error:  # whatever the model raises
         raise ExportError(
             f"the model does not take images of {times(example.shape)}: {first_line(error)}"
         ) from error
@@ -139,10 +140,10 @@ def export_model(
 
 
 def check_target(path: Path, format: str | None, overwrite: bool) -> str:
-    """The format of a file to write, if it may be written there with the packages that are here.
+    """Check that a file can be written to `path` with the installed packages; return its format.
 
     Raises:
-        UsageError: If not.
+        UsageError: If it cannot.
     """
     by_suffix = FORMATS.get(path.suffix)
     if format not in (None, *FORMATS.values()):
@@ -174,7 +175,7 @@ def check_target(path: Path, format: str | None, overwrite: bool) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporters say about themselves; errors are raised all the same."""
+    """Silence the log messages and warnings of the exporters; errors are raised all the same."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", *ONNX_PACKAGES)]
     levels = [logger.level for logger in loggers]
     try:
@@ -189,7 +190,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _trace(model: nn.Module, example: torch.Tensor, axes: dict[int, str]) -> ExportedProgram:
-    """The model's graph; `axes` are those that may have another size than the example's."""
+    """Trace the model's graph; `axes` are those whose size may differ from the example's."""
     dynamic = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
     try:
         with _quiet(), torch.no_grad():
@@ -203,7 +204,7 @@ def _trace(model: nn.Module, example: torch.Tensor, axes: dict[int, str]) -> Exp
 
 
 def _ranges(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
-    """Least and greatest batch, height and width of the traced graph."""
+    """Return the least and greatest batch, height and width that a traced graph takes."""
     (name,) = program.graph_signature.user_inputs
     shape: Any = next(node.meta["val"].shape for node in program.graph.nodes if node.name == name)
     bounds = {str(symbol): bound for symbol, bound in program.range_constraints.items()}
@@ -214,13 +215,14 @@ def _ranges(program: ExportedProgram) -> dict[str, tuple[int, int | None]]:
             continue
         bound: Any = bounds[str(shape[axis])]
         least, most = int(bound.lower), int(bound.upper) if bound.upper.is_Integer else None
-        # torch.export says 2 where it has not looked: it takes 0 and 1 apart only if asked to.
+        # torch.export gives 2 where the trace implies no bound, because it specialises sizes of 0
+        # and 1; the graph takes 1 all the same (`verify` runs a batch of 1).
         ranges[label] = (1 if least <= 2 else least, most)
     return ranges
 
 
 def _shapes(example: torch.Tensor, ranges: dict[str, tuple[int, int | None]]) -> list[Shape]:
-    """Of inputs to compare on: as large as the example, of another ratio, and of odd sides."""
+    """Choose the inputs to compare on: of the example's size, another aspect ratio, odd sides."""
     _, channels, height, width = example.shape
 
     def within(name: str, value: int, odd: bool = False) -> int:

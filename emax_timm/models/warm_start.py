@@ -1,4 +1,4 @@
-"""Weights of a plain twin for a model with attention."""
+"""Warm starts: the weights of a baseline as initial weights of a model with attention."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,10 +12,10 @@ __all__ = ["warm_start"]
 
 
 def warm_start(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Make the weights of a baseline fit the model with attention, with closed residual gates.
+    """Add the attention's parameters to the weights of a baseline, with closed residual gates.
 
-    It adds the attention's parameters only if all of them are absent; weights with some of them
-    are left as they are, and do not load. timm calls it as its `pretrained_filter_fn`.
+    They are added only if all of them are absent: weights that have some of them are left as they
+    are, and do not load. timm calls this function as its `pretrained_filter_fn`.
 
     Args:
         state_dict: The weights of the baseline, or of a model with attention.

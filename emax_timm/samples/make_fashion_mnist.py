@@ -25,19 +25,19 @@ PARTS = {"train": ("train", 400), "test": ("t10k", 100)}
 
 
 def read_idx(path: Path, header: int) -> np.ndarray:
-    """The bytes of a gzipped IDX file after its header of `header` bytes."""
+    """Read the bytes of a gzipped IDX file after its header of `header` bytes."""
     with gzip.open(path) as file:
         return np.frombuffer(file.read(), np.uint8, offset=header)
 
 
 def write_tar(path: Path, images: np.ndarray, labels: np.ndarray, per_class: int) -> None:
-    """Write `per_class` images [28, 28] of each class, drawn without replacement.
+    """Write a tar of PNG images, drawn from each class without replacement.
 
     Args:
-        path: The tar file.
-        images: uint8 [n, 28, 28].
-        labels: uint8 [n].
-        per_class: Number of images of each class.
+        path: The tar file to write.
+        images: All images, uint8 [n, 28, 28].
+        labels: Their labels, uint8 [n].
+        per_class: The number of images to draw from each class.
     """
     random = np.random.default_rng(0)
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:

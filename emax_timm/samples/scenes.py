@@ -1,8 +1,8 @@
 """Scenes composed of Fashion-MNIST items, with exact boxes and masks.
 
 The items are the real images of the sample that comes with the package. A scene takes a few of
-them at random, scales them, and puts them beside each other on a noisy canvas, so that no
-brightness tells an item from the canvas. Fragments of other items may clutter it.
+them at random, scales them, and puts them beside each other on a noisy canvas, so that brightness
+alone does not tell items from the canvas. Fragments of other items may clutter it.
 """
 
 from pathlib import Path
@@ -17,16 +17,19 @@ from torch import Tensor
 __all__ = ["GROUPS", "MEAN", "SAMPLE", "STD", "Items", "Scene", "compose", "load_items"]
 
 SAMPLE = Path(__file__).parent / "fashion_mnist"
-MEAN, STD = 0.25, 0.3  # of a scene's pixels, about
+MEAN, STD = 0.25, 0.3  # approximate mean and standard deviation of the pixels of scenes
 
-# What the scenes' classes are, from 1 (0 is the canvas), and the sample's labels in each.
+# The classes of scenes, numbered from 1 (0 is the canvas), and the sample's labels in each.
 GROUPS = {"top": (0, 2, 3, 4, 6), "trousers": (1,), "shoe": (5, 7, 9), "bag": (8,)}
-FRAGMENT = 12  # pixels
+FRAGMENT = 12  # largest height and width in pixels
 GROUP_OF = {label: 1 + i for i, labels in enumerate(GROUPS.values()) for label in labels}
 
 
 class Items(NamedTuple):
-    """Images of single items: `pixels` [n, 28, 28] in 0 to 255, 0 around the item; `groups` [n]."""
+    """Images of single items.
+
+    `pixels` [n, 28, 28] are in 0 to 255, and 0 around the item; `groups` [n] are the classes.
+    """
 
     pixels: np.ndarray
     groups: np.ndarray
@@ -52,7 +55,7 @@ class Scene(NamedTuple):
 
 
 def load_items(split: str) -> Items:
-    """The items of "train" (4,000) or "test" (1,000), read by timm."""
+    """Load the items of the split "train" (4,000 items) or "test" (1,000)."""
     dataset: Any = create_dataset("", root=str(SAMPLE), split=f"{split}.tar", input_img_mode="L")
     pixels, labels = zip(
         *((np.asarray(image), int(label)) for image, label in dataset), strict=True
@@ -68,15 +71,15 @@ def compose(
     side: tuple[int, int] = (24, 44),
     clutter: int = 0,
 ) -> Scene:
-    """A random scene.
+    """Compose a random scene.
 
     Args:
-        items: What to take the items from; every class is as likely.
-        random: Draws everything.
-        size: Height and width of the canvas.
-        count: Least and most items; one that finds no free place is left out.
+        items: The items to choose from; all classes are equally likely.
+        random: The generator of all random choices.
+        size: Height and width of the canvas in pixels.
+        count: Least and greatest number of items; an item that finds no free place is left out.
         side: Least and greatest height and width to which an item's image is scaled.
-        clutter: Fragments of items, `FRAGMENT` pixels at most in height and width, on the canvas.
+        clutter: The number of fragments of other items on the canvas.
     """
     canvas = random.integers(0, 96, (size, size), dtype=np.uint8)
     for _ in range(clutter):
@@ -114,7 +117,7 @@ def compose(
 def _scaled_item(
     items: Items, random: np.random.Generator, side: tuple[int, int]
 ) -> tuple[int, np.ndarray]:
-    """The group of a random item, and its pixels at a random scale, cut out."""
+    """Choose a random item; return its class, and its pixels at a random scale, cropped to it."""
     group = int(random.integers(1, len(GROUPS), endpoint=True))
     index = random.choice(np.flatnonzero(items.groups == group))
     scaled = int(random.integers(*side, endpoint=True))
