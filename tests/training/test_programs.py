@@ -32,19 +32,17 @@ METRICS = re.compile(r"top1: (\d+\.\d{3}) top5: (\d+\.\d{3})")
 SHORT = ["--epochs", "1", "--val-fraction", "0.9"]
 
 
-def test_quickstart_cut_short_is_validated_to_the_last_digit(tmp_path: Path) -> None:
+def test_quickstart_cut_short_is_validated_to_the_last_digit(
+    programs: Interpreter, tmp_path: Path
+) -> None:
     recipe = ROOT / "configs" / "quickstart.yaml"
-    trained = run_program(
-        ROOT / TRAIN, "-c", recipe, *SHORT, "--output", tmp_path / "runs", cwd=tmp_path
-    )
+    trained = programs.run(TRAIN, "-c", recipe, *SHORT, "--output", tmp_path / "runs", cwd=tmp_path)
     assert trained.status == 0, trained.stderr
     folder = tmp_path / "runs" / "quickstart"
     assert trained.last_line.startswith(str(folder / "model.safetensors"))
     found = METRICS.findall(trained.last_line)
     assert len(found) == 2  # validation and test
-    validated = run_program(
-        ROOT / VALIDATE, "--checkpoint", folder / "model.safetensors", cwd=tmp_path
-    )
+    validated = programs.run(VALIDATE, "--checkpoint", folder / "model.safetensors", cwd=tmp_path)
     assert validated.status == 0, validated.stderr
     assert METRICS.fullmatch(validated.last_line)
     assert METRICS.findall(validated.last_line) == [found[1]]
@@ -140,6 +138,7 @@ def test_progress_is_plain_lines_without_a_terminal(
     assert [line.split()[1] for line in result.stdout.splitlines()[:2]] == ["1/2", "2/2"]
 
 
+@pytest.mark.slow
 def test_progress_is_a_bar_on_a_terminal(images: Path, tmp_path: Path) -> None:
     main_end, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import mostly_slow
 from torch import Tensor
 from training_testing import (
     MakeTrainer,
@@ -89,7 +90,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(name, marks=pytest.mark.slow if name == "float16" else ()) for name in VARIANTS],
+    mostly_slow(VARIANTS, 0, 2),
 )
 def test_resumed_run_equals_one_that_never_stopped(trainer_for: MakeTrainer, variant: str) -> None:
     options = {"epochs": 4, "warmup_epochs": 1, "warmup_lr": 0.01, **VARIANTS[variant]}

@@ -291,6 +291,7 @@ def test_flag_wins_over_the_file_in_what_is_done(
         assert config[name] == wanted
 
 
+@pytest.mark.slow
 def test_folder_given_beside_the_sample_is_not_passed_over(
     programs: Interpreter, images: Path, tmp_path: Path
 ) -> None:
