@@ -9,7 +9,14 @@ from timm.models._features import FeatureGetterNet
 
 from ..models.export_file import FORMATS, check_target, export_model
 from ..runner import command
-from ..training.config import UsageError, from_mapping, option, parse_settings
+from ..training.config import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    UsageError,
+    from_mapping,
+    option,
+    parse_settings,
+)
 from ..training.loading import load_model
 
 __all__ = ["ExportConfig", "export"]
@@ -35,9 +42,11 @@ class ExportConfig:
     pretrained: bool = option(
         False, "published weights (always from hf-hub: and local-dir: without --checkpoint)"
     )
-    num_classes: int | None = option(None, "number of classes; 0 for pooled features", least=0)
+    num_classes: int | None = option(
+        None, "number of classes; 0 for pooled features", bounds=AT_LEAST_0
+    )
     img_size: int | None = option(
-        None, "side of the images (default: as in the model's config)", least=1
+        None, "side of the images (default: as in the model's config)", bounds=AT_LEAST_1
     )
     model_kwargs: dict[str, Any] = option({}, "keyword arguments of the model")
     features_only: bool = option(False, "feature maps of all stages instead of logits")

@@ -8,13 +8,16 @@ import pytest
 import timm
 import torch
 from emax_testing import randn, randomise
+from tiers import mostly_slow
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from emax_timm import EMAX
 from emax_timm.attention import EMA
 
-NAMES = pytest.mark.parametrize("name", ["test_resnet_emax", "test_convnext_emax", "resnet18_ema"])
+NAMES = ["test_resnet_emax", "test_convnext_emax", "resnet18_ema"]
+ALL = pytest.mark.parametrize("name", NAMES)
+ONE = pytest.mark.parametrize("name", mostly_slow(NAMES, 0))
 
 
 def model_named(name: str) -> Any:
@@ -34,7 +37,7 @@ def attention_layers(model: nn.Module) -> list[Any]:
     return [layer for layer in model.modules() if isinstance(layer, EMAX | EMA)]
 
 
-@NAMES
+@ONE
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_trace_equals_eager_at_other_sizes(name: str) -> None:
@@ -44,7 +47,7 @@ def test_trace_equals_eager_at_other_sizes(name: str) -> None:
         torch.testing.assert_close(traced(images(*size)), model(images(*size)))
 
 
-@NAMES
+@ONE
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_tensorboard_draws_the_graph(name: str, tmp_path: Path) -> None:
@@ -69,7 +72,7 @@ def test_dynamic_quantisation_stays_near_float32() -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0.05 * expected.abs().max().item())
 
 
-@NAMES
+@ALL
 def test_a_pruned_network_trains(name: str) -> None:
     model = model_named(name).train()
     layer = max(attention_layers(model), key=lambda layer: layer.conv1x1.weight.numel())
@@ -88,7 +91,7 @@ def test_a_pruned_network_trains(name: str) -> None:
     assert (layer.conv1x1.weight[removed] == 0).all()
 
 
-@NAMES
+@ALL
 def test_hooks_fire_on_every_child_of_every_attention(name: str) -> None:
     model, fired = model_named(name), set()
     expected = model(images())
@@ -103,7 +106,7 @@ def test_hooks_fire_on_every_child_of_every_attention(name: str) -> None:
     assert torch.equal(model(images()), expected)
 
 
-@NAMES
+@ALL
 def test_forward_mode_gives_the_difference_quotient(name: str) -> None:
     model = model_named(name).double()
     x, tangent = images().double(), images(seed=1).double()
@@ -118,7 +121,7 @@ def test_forward_mode_gives_the_difference_quotient(name: str) -> None:
     "name",
     [
         "test_convnext_emax",
-        "convnext_atto_se",
+        pytest.param("convnext_atto_se", marks=pytest.mark.slow),
         pytest.param("convnext_atto_emax", marks=pytest.mark.slow),
         pytest.param("resnet18_emax", marks=pytest.mark.slow),
         pytest.param("mobilenetv2_100_emax", marks=pytest.mark.slow),
