@@ -99,6 +99,7 @@ def test_run_that_goes_on_has_counted_the_broken_images_before(
     assert_same_run(*runs)
 
 
+@pytest.mark.slow
 def test_too_many_broken_images_stop_all_ranks(folder: Path, tmp_path: Path) -> None:
     break_images(folder, 5)
     argv = [ROOT / TRAIN, folder, *RUN, "--max-broken-fraction", "0.1"]

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from hub_server import Commit, Fault, Hub, Repo, serve
 from hub_testing import REPO, as_bytes, in_new_process
+from tiers import mostly_slow
 from torch import Tensor
 from training_testing import only_line, sum_up
 
@@ -289,7 +290,10 @@ def test_index_without_push_is_refused(run: Path, capsys: pytest.CaptureFixture[
 
 
 # Names in a repository that would lead out of the cache.
-@pytest.mark.parametrize("name", ["../../../../escaped", "/tmp/escaped", "a/../../../escaped"])
+ESCAPES = ["../../../../escaped", "/tmp/escaped", "a/../../../escaped"]
+
+
+@pytest.mark.parametrize("name", mostly_slow(ESCAPES, 0))
 def test_names_in_a_repository_do_not_escape(name: str, tmp_path: Path) -> None:
     sums = f"{'0' * 64}  {name}\n".encode()
     config = json.dumps(

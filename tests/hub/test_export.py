@@ -256,6 +256,7 @@ def test_verification_finds_another_choice_of_groups(onnx_file: Path) -> None:
 
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
+@pytest.mark.slow
 def test_failed_verification_leaves_the_target_as_it_was(
     format: str, factor: float, tmp_path: Path
 ) -> None:

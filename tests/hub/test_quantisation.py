@@ -50,6 +50,7 @@ class Calibration:
 
 
 @pytest.mark.parametrize("name", ["test_resnet_emax", "test_convnext_emax"])
+@pytest.mark.slow
 def test_static_int8_classifies_as_float32_does(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
