@@ -15,6 +15,7 @@ from emax_timm.hub import export_model
 SMALL = ["onnx", "--models", "test_resnet", "--systems", "plain", "EMAX", "--img-size", "32"]
 
 
+@pytest.mark.slow
 def test_networks_are_measured_in_both_runtimes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,6 +78,7 @@ def test_static_int8_classifies_as_float32_does(
     assert torch.corrcoef(torch.stack([actual.flatten(), expected.flatten()]))[0, 1] > 0.98
 
 
+@pytest.mark.slow
 def test_every_network_that_is_exported_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
