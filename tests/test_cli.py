@@ -1,13 +1,10 @@
 """The table of commands: what each does with `--help`, with a wrong flag, and before torch."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from interpreters import ENVIRONMENT
-from training_testing import only_line
+from training_testing import only_line, run_program
 
 from emax_cli import COMMANDS, WAITING, main
 
@@ -18,16 +15,9 @@ ANSWERS = {"--help": 0, "trian": 2}
 def test_answers_that_need_no_model_load_neither_torch_nor_timm(word: str, tmp_path: Path) -> None:
     asked = f"import sys, emax_cli; status = emax_cli.main([{word!r}])\n"
     told = "print(status, *sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", asked + told],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    status, *modules = done.stdout.splitlines()[-1].split()
+    done = run_program("-c", asked + told, cwd=tmp_path)
+    assert done.status == 0, done.stderr
+    status, *modules = done.last_line.split()
     assert int(status) == ANSWERS[word]
     assert not {"emax_timm", "numpy", "timm", "torch"} & set(modules)
 

@@ -1,12 +1,11 @@
 """Where Python lacks what Linux has, the package imports, trains, validates and predicts."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from interpreters import ENVIRONMENT, ROOT
+from interpreters import ROOT
 from tiers import mostly_slow
+from training_testing import run_program
 
 # What Windows lacks, taken away before anything else is imported. The locks that filelock has for
 # Windows are not here either: it takes those that every file system has.
@@ -63,15 +62,9 @@ print("refused:", refused.count("link"), "open a folder" in refused)
 def test_quickstart_trains_a_step_without_what_linux_has(
     links: str, refused: int, tmp_path: Path
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT + RUN, ROOT / ".ci" / "one_step.py", links],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
+    one_step = ROOT / ".ci" / "one_step.py"
+    done = run_program("-c", WITHOUT + RUN, one_step, links, cwd=tmp_path, timeout=280)
+    assert done.status == 0, done.stderr
     trained, *_ = (line for line in done.stdout.splitlines() if line.startswith("epoch"))
     validated, predicted, last = done.stdout.splitlines()[-3:]
     assert "loss: " in trained
