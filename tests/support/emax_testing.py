@@ -100,19 +100,6 @@ class ReferenceEMA(EMA):
         return reference.emax(x, reference.parts_of(self.weights()))[0]
 
 
-def reference_of(module: EMAX, channels: int, **knobs: Any) -> ReferenceEMAX:
-    """The plain formulas with the same parameters, in the same dtype and mode."""
-    naive = ReferenceEMAX(channels, dtype=module.residual_gate.dtype, **knobs)
-    naive.load_state_dict(module.state_dict())
-    return naive.train(module.training)
-
-
-def gumbel_noise(like: Tensor, seed: int) -> Tensor:
-    """The noise that EMAX draws for logits like these right after torch.manual_seed(seed)."""
-    torch.manual_seed(seed)
-    return -torch.empty_like(like).exponential_().clamp(1e-30).log()
-
-
 def gradients(module: nn.Module, x: Tensor, call: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """The output of `call` and its gradients for one random cotangent, by name."""
     x = x.detach().requires_grad_()
@@ -133,15 +120,6 @@ def emax_results(module: EMAX, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     with torch.no_grad():
         return results | module.attention(x)._asdict()
-
-
-def naive_results(
-    module: ReferenceEMAX, x: Tensor, noise: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Output, gradients and maps of the reference."""
-    results = gradients(module, x, lambda x: module(x, noise))
-    with torch.no_grad():
-        return results | module.attention(x, noise)._asdict()
 
 
 def assert_same(
