@@ -20,6 +20,7 @@ from .backend import Backend
 from .cpp import CPP
 from .portable import PORTABLE
 from .portable.forward import emax_plain, maps_plain
+from .triton import TRITON
 from .weights import EMAXMaps, EMAXWeights
 
 __all__ = [
@@ -39,7 +40,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-BACKENDS: tuple[Backend, ...] = (CPP, PORTABLE)
+BACKENDS: tuple[Backend, ...] = (TRITON, CPP, PORTABLE)
 """The backends in order of preference; the last one serves every input."""
 
 _wanted: ContextVar[str | None] = ContextVar("emax_backend", default=None)

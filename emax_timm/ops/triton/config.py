@@ -1,0 +1,65 @@
+"""Tile sizes by shape: how many pixels, groups and warps a program of each kernel works with.
+
+The numbers were chosen from measurements, which `docs/kernels.md` gives. Nothing is tuned at run
+time, so the first step costs compilation alone.
+"""
+
+from typing import NamedTuple
+
+__all__ = ["Tiles", "power_of_two", "tiles_for"]
+
+# Channels of a tile: 128 bytes of half precision, which is what a warp reads best.
+CHANNELS = 64
+# Pixels times channels of a tile, and its warps. Kernels with many sums take small tiles.
+FINE_MAPS = (1024, 2)
+STREAMING = (2048, 4)
+PIXEL_SUMS = (1024, 2)
+INPUT_GRADIENT = (1024, 2)
+ROWS = (4096, 8)
+MIX = (64, 4)
+UNMIX = (32, 4)
+CONV1X1 = (64, 4)
+# So many programs, if there is work for them, fill a GPU with 132 multiprocessors.
+PROGRAMS = 4096
+# Of the products with 32 x 32 matrices: float32 exactly.
+PRECISION = "ieee"
+
+
+class Tiles(NamedTuple):
+    """The compile-time sizes of a layer and an image size."""
+
+    d: int
+    """Channels of a fine group."""
+    D: int
+    """d as a power of two."""
+    G: int
+    """Fine groups of a tile."""
+    blocks: int
+    """Tiles along the groups."""
+    WB: int
+    """Columns of a tile that walks along rows."""
+    R: int
+    """Rows of such a tile."""
+    N: int
+    """Rows and columns of a tile of pooled values."""
+
+    def pixels(self, size: tuple[int, int], image: int) -> int:
+        """Return the pixels of a tile of `size` (elements, warps) for an image of so many."""
+        return min(power_of_two(image), max(1, size[0] // (self.G * self.D)))
+
+
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def tiles_for(channels: int, groups: int, height: int, width: int) -> Tiles:
+    """Choose the tiles for x [b, channels, height, width] with so many fine groups."""
+    d = channels // groups
+    D = power_of_two(d)
+    G = min(power_of_two(groups), max(1, CHANNELS // D))
+    pixels = max(1, ROWS[0] // (G * D))
+    WB = min(power_of_two(width), pixels)
+    R = min(power_of_two(height), max(1, pixels // WB))
+    N = min(power_of_two(height + width), max(1, 1024 // (G * D)))
+    return Tiles(d, D, G, -(-groups // G), WB, R, N)
