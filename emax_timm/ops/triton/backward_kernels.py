@@ -590,8 +590,8 @@ def parameter_gradients(
         through_means = tl.load(conv3x3_products + at, mask=exists, other=0.0)
         tl.store(grads + at, through_means + own * tap, mask=exists)
         if o == 0:
-            at = conv3x3_weight + inner[:, None] * (9 * d) + inner[None, :] * 9 + k
-            weights = tl.load(at, mask=exists[:, None] & exists[None, :], other=0.0)
+            each_weight = conv3x3_weight + inner[:, None] * (9 * d) + inner[None, :] * 9 + k
+            weights = tl.load(each_weight, mask=exists[:, None] & exists[None, :], other=0.0)
             of_constant += tl.sum(weights.to(tl.float32) * tap[None, :], 1)
     grads += 9 * d * d
 

@@ -51,8 +51,8 @@ def _first_kernel(conv3x3_weight, conv3x3_bias, gn_bias, kernel, d: tl.constexpr
     for start in range(0, d, O):
         o = start + tl.arange(0, O)
         o_mask = o < d
-        bias = tl.load(gn_bias + o, mask=o_mask, other=float("-inf")).to(tl.float32)
-        constant = tl.exp(bias - highest) / total
+        logits = tl.load(gn_bias + o, mask=o_mask, other=float("-inf")).to(tl.float32)
+        constant = tl.exp(logits - highest) / total
         address = conv3x3_weight + o[:, None] * (9 * d) + taps[None, :]
         weight = tl.load(address, mask=o_mask[:, None] & taps_mask[None, :], other=0.0)
         sums += tl.sum(constant[:, None] * weight.to(tl.float32), 0)
