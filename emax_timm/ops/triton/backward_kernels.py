@@ -383,35 +383,33 @@ def pooled_gradient(
     for left in range(0, W, WB):
         column = left + tl.arange(0, WB)
         column_mask = (column < W)[:, None, None] & mask[None]
-        address = strip + (H + column)[:, None, None] * C + channel[None]
-        gate_w = tl.load(address, mask=column_mask, other=0.0)
+        place = (H + column)[:, None, None] * C + channel[None]
+        gate_w = tl.load(strip + place, mask=column_mask, other=0.0)
         of_columns = tl.zeros([WB, G, D], tl.float32)
         for top in range(0, H, R):
             row = top + tl.arange(0, R)
             row_mask = (row < H)[:, None, None] & mask[None]
-            address = strip + row[:, None, None] * C + channel[None]
-            gate_h = tl.load(address, mask=row_mask, other=0.0)
+            of_row = row[:, None, None] * C + channel[None]
+            gate_h = tl.load(strip + of_row, mask=row_mask, other=0.0)
             pixel = row[:, None] * W + column[None, :]
             inside = (row < H)[:, None] & (column < W)[None, :]
-            address = base + pixel[:, :, None, None] * C + channel[None, None]
+            at = base + pixel[:, :, None, None] * C + channel[None, None]
             tile_mask = inside[:, :, None, None] & mask[None, None]
-            tile = tl.load(address, mask=tile_mask, other=0.0).to(tl.float32)
-            address = maps + pixel[:, :, None] * F + group[None, None, :]
-            second = tl.load(address, mask=inside[:, :, None] & group_mask, other=0.0)
-            second = second[:, :, :, None] - mean[None, None]
+            tile = tl.load(at, mask=tile_mask, other=0.0).to(tl.float32)
+            of_map = maps + pixel[:, :, None] * F + group[None, None, :]
+            map_mask = inside[:, :, None] & group_mask[None, None, :]
+            second = tl.load(of_map, mask=map_mask, other=0.0)
             gate = gate_h[:, None] * gate_w[None]
             gated = curve[None, None] * (tile * gate - shift[None, None])
-            gated += scale[None, None] * second
+            gated += scale[None, None] * (second[:, :, :, None] - mean[None, None])
             product = tl.where(tile_mask, tile * gated, 0.0)
             rows = tl.sum(product * gate_w[None], 1) * gate_h * (1.0 - gate_h)
-            address = before + row[:, None, None] * C + channel[None]
             if left > 0:
-                rows += tl.load(address, mask=row_mask, other=0.0)
-            tl.store(address, rows, mask=row_mask)
+                rows += tl.load(before + of_row, mask=row_mask, other=0.0)
+            tl.store(before + of_row, rows, mask=row_mask)
             of_columns += tl.sum(product * gate_h[:, None], 0)
         of_columns *= gate_w * (1.0 - gate_w)
-        address = before + (H + column)[:, None, None] * C + channel[None]
-        tl.store(address, of_columns, mask=column_mask)
+        tl.store(before + place, of_columns, mask=column_mask)
         tl.debug_barrier()  # other threads read them
     t0 = _border_gradients(grad_borders, sample, group, inner, mask, 0, one, F, d)
     t1 = _border_gradients(grad_borders, sample, group, inner, mask, 1, one, F, d)

@@ -77,21 +77,21 @@ def _pool(
             row = top + tl.arange(0, R)
             pixel = row[:, None] * W + column[None, :]
             inside = (row < H)[:, None] & (column < W)[None, :]
-            address = base + pixel[:, :, None, None] * C + channel[None, None]
+            at = base + pixel[:, :, None, None] * C + channel[None, None]
             tile_mask = inside[:, :, None, None] & mask[None, None]
-            tile = tl.load(address, mask=tile_mask, other=0.0).to(tl.float32)
+            tile = tl.load(at, mask=tile_mask, other=0.0).to(tl.float32)
             rows = tl.sum(tile, 1)
-            address = strip + row[:, None, None] * C + channel[None]
+            to_row = strip + row[:, None, None] * C + channel[None]
             row_mask = (row < H)[:, None, None] & mask[None]
             if left > 0:
-                rows += tl.load(address, mask=row_mask, other=0.0)
+                rows += tl.load(to_row, mask=row_mask, other=0.0)
             if left + WB >= W:
                 rows = rows / W
-            tl.store(address, rows, mask=row_mask)
+            tl.store(to_row, rows, mask=row_mask)
             sums += tl.sum(tile, 0)
         means = sums / H
-        address = strip + (H + column)[:, None, None] * C + channel[None]
-        tl.store(address, means, mask=(column < W)[:, None, None] & mask[None])
+        to_column = strip + (H + column)[:, None, None] * C + channel[None]
+        tl.store(to_column, means, mask=(column < W)[:, None, None] & mask[None])
         mean += tl.sum(means, 0)
         # The next block of columns adds to rows that other threads may have written.
         tl.debug_barrier()
@@ -195,17 +195,17 @@ def _moments(
     squares = tl.zeros([R, WB, G, D], tl.float32)
     for left in range(0, W, WB):
         column = left + tl.arange(0, WB)
-        address = strip + (H + column)[:, None, None] * C + channel[None]
-        gate_w = tl.load(address, mask=(column < W)[:, None, None] & mask[None], other=0.0)
+        of_column = strip + (H + column)[:, None, None] * C + channel[None]
+        gate_w = tl.load(of_column, mask=(column < W)[:, None, None] & mask[None], other=0.0)
         for top in range(0, H, R):
             row = top + tl.arange(0, R)
-            address = strip + row[:, None, None] * C + channel[None]
-            gate_h = tl.load(address, mask=(row < H)[:, None, None] & mask[None], other=0.0)
+            of_row = strip + row[:, None, None] * C + channel[None]
+            gate_h = tl.load(of_row, mask=(row < H)[:, None, None] & mask[None], other=0.0)
             pixel = row[:, None] * W + column[None, :]
             inside = (row < H)[:, None] & (column < W)[None, :]
-            address = base + pixel[:, :, None, None] * C + channel[None, None]
+            at = base + pixel[:, :, None, None] * C + channel[None, None]
             tile_mask = inside[:, :, None, None] & mask[None, None]
-            tile = tl.load(address, mask=tile_mask, other=0.0).to(tl.float32)
+            tile = tl.load(at, mask=tile_mask, other=0.0).to(tl.float32)
             deviation = tile * (gate_h[:, None] * gate_w[None]) - shift[None, None]
             deviation = tl.where(tile_mask, deviation, 0.0)
             sums += deviation
