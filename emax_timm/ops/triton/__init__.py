@@ -5,6 +5,7 @@ Nothing here needs Triton to be imported: the kernels are imported when they are
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -68,7 +69,8 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor]]:
     from .forward import forward
 
-    return forward(x, weights, noise, keep)
+    with _on_device_of(x):
+        return forward(x, weights, noise, keep)
 
 
 def _backward(
@@ -76,7 +78,15 @@ def _backward(
 ) -> dict[str, Tensor]:
     from .backward import backward
 
-    return backward(grad, x, weights, noise, saved)
+    with _on_device_of(x):
+        return backward(grad, x, weights, noise, saved)
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Make the GPU of x the current one, to which Triton launches."""
+    if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
 
 
 TRITON = Backend("triton", _unsupported, _forward, _backward)

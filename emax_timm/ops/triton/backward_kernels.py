@@ -195,24 +195,28 @@ def unmix_groups(
 
 @triton.jit(do_not_specialize=["samples", "parts"])
 def choice_gradient(
-    products, score, choice, warmup, temperature, softmax, counts, grad_score, terms, samples,
-    parts, T, C: tl.constexpr, F: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-    FP: tl.constexpr,
+    products, score, choice, warmup, temperature, softmax, counts, controller_weight, grad_score,
+    grad_mean, terms, samples, parts, T,
+    C: tl.constexpr, F: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, FP: tl.constexpr,
+    ADD: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of the scores and of the logits of the group controller."""
+    """Compute the gradients of the scores and of the logits of the group controller.
+
+    And of the mean of x through the controller, to which ADD adds.
+    """
     sample = tl.program_id(0)
     group = tl.arange(0, FP)
     exists = group < F
     candidate = tl.arange(0, KP)
-    mask = exists[:, None] & exists[None, :]
+    both = exists[:, None] & exists[None, :]
     s = tl.load(warmup)
     chosen = tl.load(choice + sample)
     to_first = tl.zeros([FP, FP], tl.float32)
     to_second = tl.zeros([FP, FP], tl.float32)
     for part in range(parts):
         at = products + (sample * parts + part) * F * F + group[:, None] * F + group[None, :]
-        to_first += tl.load(at, mask=mask, other=0.0)
-        to_second += tl.load(at + samples * parts * F * F, mask=mask, other=0.0)
+        to_first += tl.load(at, mask=both, other=0.0)
+        to_second += tl.load(at + samples * parts * F * F, mask=both, other=0.0)
     of_choice = tl.zeros([KP], tl.float32)
     of_score = tl.zeros([FP], tl.float32)
     for k in range(K):
@@ -229,6 +233,17 @@ def choice_gradient(
         soft = tl.load(softmax + sample * K + candidate, mask=candidate < K, other=0.0)
         of_logits = soft * (of_choice - tl.sum(soft * of_choice, 0)) / tl.load(temperature)
         tl.store(terms + sample * T + 17 * C + candidate, of_logits, mask=candidate < K)
+        BLOCK: tl.constexpr = 128
+        for start in range(0, C, BLOCK):
+            channel = start + tl.arange(0, BLOCK)
+            of = controller_weight + candidate[:, None] * C + channel[None, :]
+            mask = (candidate < K)[:, None] & (channel < C)[None, :]
+            weight = tl.load(of, mask=mask, other=0.0).to(tl.float32)
+            of_mean = tl.sum(of_logits[:, None] * weight, 0)
+            to = grad_mean + sample * C + channel
+            if ADD:
+                of_mean += tl.load(to, mask=channel < C, other=0.0)
+            tl.store(to, of_mean, mask=channel < C)
 
 
 @triton.jit
@@ -349,9 +364,12 @@ def second_term_gradient(
 
 
 @triton.jit
-def _border_gradients(grad_borders, sample, group, inner, mask, k, one, F: tl.constexpr, d: tl.constexpr):
+def _border_gradients(
+    grad_borders, sample, group, inner, mask, k, one,
+    F: tl.constexpr, d: tl.constexpr, INPUT: tl.constexpr, TAP: tl.constexpr,
+):  # fmt: skip
     """Load the gradient of the mean that the kernel offset k sees, for each pixel: [G, D]."""
-    at = grad_borders + (sample * F + group)[:, None] * (9 * d) + inner * 9 + k
+    at = grad_borders + (sample * F + group)[:, None] * (9 * d) + inner * INPUT + k * TAP
     return tl.load(at, mask=mask, other=0.0) * one
 
 
@@ -360,7 +378,8 @@ def pooled_gradient(
     x, gates, vectors, shifts, slopes, terms, grad_second, grad_borders, grad_mean,
     conv1x1_weight, grad_before, grad_pooled, samples, H, W, T,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    R: tl.constexpr, WB: tl.constexpr, N: tl.constexpr,
+    R: tl.constexpr, WB: tl.constexpr, N: tl.constexpr, INPUT: tl.constexpr, TAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of the pooled rows and columns, [b, h + w, c].
 
@@ -411,15 +430,15 @@ def pooled_gradient(
         of_columns *= gate_w * (1.0 - gate_w)
         tl.store(before + place, of_columns, mask=column_mask)
         tl.debug_barrier()  # other threads read them
-    t0 = _border_gradients(grad_borders, sample, group, inner, mask, 0, one, F, d)
-    t1 = _border_gradients(grad_borders, sample, group, inner, mask, 1, one, F, d)
-    t2 = _border_gradients(grad_borders, sample, group, inner, mask, 2, one, F, d)
-    t3 = _border_gradients(grad_borders, sample, group, inner, mask, 3, one, F, d)
-    t4 = _border_gradients(grad_borders, sample, group, inner, mask, 4, one, F, d)
-    t5 = _border_gradients(grad_borders, sample, group, inner, mask, 5, one, F, d)
-    t6 = _border_gradients(grad_borders, sample, group, inner, mask, 6, one, F, d)
-    t7 = _border_gradients(grad_borders, sample, group, inner, mask, 7, one, F, d)
-    t8 = _border_gradients(grad_borders, sample, group, inner, mask, 8, one, F, d)
+    t0 = _border_gradients(grad_borders, sample, group, inner, mask, 0, one, F, d, INPUT, TAP)
+    t1 = _border_gradients(grad_borders, sample, group, inner, mask, 1, one, F, d, INPUT, TAP)
+    t2 = _border_gradients(grad_borders, sample, group, inner, mask, 2, one, F, d, INPUT, TAP)
+    t3 = _border_gradients(grad_borders, sample, group, inner, mask, 3, one, F, d, INPUT, TAP)
+    t4 = _border_gradients(grad_borders, sample, group, inner, mask, 4, one, F, d, INPUT, TAP)
+    t5 = _border_gradients(grad_borders, sample, group, inner, mask, 5, one, F, d, INPUT, TAP)
+    t6 = _border_gradients(grad_borders, sample, group, inner, mask, 6, one, F, d, INPUT, TAP)
+    t7 = _border_gradients(grad_borders, sample, group, inner, mask, 7, one, F, d, INPUT, TAP)
+    t8 = _border_gradients(grad_borders, sample, group, inner, mask, 8, one, F, d, INPUT, TAP)
     every_row = t0 + t1 + t2 + t3 + t4 + t5 + t6 + t7 + t8
     if grad_mean is not None:
         every_row += tl.load(grad_mean + sample * C + channel, mask=mask, other=0.0) * one
@@ -427,8 +446,8 @@ def pooled_gradient(
         place = start + tl.arange(0, N)
         place_mask = place < H + W
         result = mix_channels(
-            before, conv1x1_weight, tl.zeros([N, G, D], tl.float32), place, place_mask, group,
-            group_mask, C, d, inner, d, 1,
+            before, conv1x1_weight, place, place_mask, group, group_mask, inner, channel, mask,
+            C, d, D, G, N, d, 1, PRECISION,
         )  # fmt: skip
         is_row = place < H
         result = result / tl.where(is_row, W, H)[:, None, None]
@@ -448,7 +467,7 @@ def input_gradient(
     vectors, shifts, slopes, terms, grad_borders, kernel, grad_maps, grad_second, grad_pooled,
     grad_x, samples, H, W, T,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    P: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    P: tl.constexpr, INPUT: tl.constexpr, TAP: tl.constexpr, CONTIGUOUS: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of x, where everything meets."""
     sample, group, group_mask, inner, channel, mask = channels_of_program(
@@ -464,10 +483,10 @@ def input_gradient(
     curve = load_channels(slopes, 0, sample, samples, channel, mask, C)
     second_scale = load_channels(slopes, 1, sample, samples, channel, mask, C)
     mean = tl.load(terms + sample * T + 7 * C + channel, mask=mask, other=0.0) * one
-    t0 = _border_gradients(grad_borders, sample, group, inner, mask, 0, one, F, d)
-    t2 = _border_gradients(grad_borders, sample, group, inner, mask, 2, one, F, d)
-    t6 = _border_gradients(grad_borders, sample, group, inner, mask, 6, one, F, d)
-    t8 = _border_gradients(grad_borders, sample, group, inner, mask, 8, one, F, d)
+    t0 = _border_gradients(grad_borders, sample, group, inner, mask, 0, one, F, d, INPUT, TAP)
+    t2 = _border_gradients(grad_borders, sample, group, inner, mask, 2, one, F, d, INPUT, TAP)
+    t6 = _border_gradients(grad_borders, sample, group, inner, mask, 6, one, F, d, INPUT, TAP)
+    t8 = _border_gradients(grad_borders, sample, group, inner, mask, 8, one, F, d, INPUT, TAP)
     pooled = 0.0 * scale
     if grad_fused is not None:
         pooled = tl.load(grad_fused + sample * C + channel, mask=mask, other=0.0) * one
@@ -486,7 +505,7 @@ def input_gradient(
         result = load_pixels(grad, sample, pixel, inside, channel, mask, pixels, C)
         result = result * (scale[None] * attention + offset[None]) + pooled[None] * attention
         for k in tl.static_range(9):
-            tap = tl.load(kernel + inner * 9 + k, mask=inner < d, other=0.0)
+            tap = tl.load(kernel + k * d + inner, mask=inner < d, other=0.0)
             result += tap[None] * _near(
                 grad_maps, sample, pixel, inside, group, group_mask, row, column,
                 1 - k // 3, 1 - k % 3, H, W, F,
@@ -545,6 +564,7 @@ def conv1x1_gradient(
 def parameter_gradients(
     products, totals, conv3x3_products, conv3x3_weight, conv3x3_bias, gn_bias, grads, parts,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, FP: tl.constexpr,
+    CP: tl.constexpr, INPUT: tl.constexpr, TAP: tl.constexpr, GAMMA: tl.constexpr,
 ):  # fmt: skip
     """Write row o of the gradients of the parameters that all fine groups share, for o < d.
 
@@ -553,10 +573,13 @@ def parameter_gradients(
         totals: The columns of `terms`, added up over the batch.
         conv3x3_products: The gradient of conv3x3 through its means, [d, d * 9].
         conv3x3_weight, conv3x3_bias, gn_bias: The parameters.
-        grads: Where they go: conv1x1 [d, d] and [d], conv3x3 [d, d * 9] and [d], gn [d] and [d].
+        grads: Where they go: conv1x1 [d, d] and [d], conv3x3 [d, d * 9] and [d], gn [d] and [d],
+            gamma [1].
         parts: The number of programs that wrote `products`.
         C, F, d: Numbers of channels, groups, and channels of a group.
-        D, FP: d and F as powers of two.
+        D, FP, CP: d, F and C as powers of two.
+        INPUT, TAP: The strides of an input channel and a kernel offset in conv3x3.
+        GAMMA: Whether there is a channel gate.
     """
     o = tl.program_id(0)
     inner = tl.arange(0, D)
@@ -584,11 +607,11 @@ def parameter_gradients(
     mask = group_mask[:, None] & exists[None, :]
     for k in range(9):
         tap = tl.sum(tl.load(totals + (8 + k) * C + each, mask=mask, other=0.0), 0)
-        at = o * (9 * d) + inner * 9 + k
+        at = o * (9 * d) + inner * INPUT + k * TAP
         through_means = tl.load(conv3x3_products + at, mask=exists, other=0.0)
         tl.store(grads + at, through_means + own * tap, mask=exists)
         if o == 0:
-            each_weight = conv3x3_weight + inner[:, None] * (9 * d) + inner[None, :] * 9 + k
+            each_weight = conv3x3_weight + inner[:, None] * (9 * d) + inner[None, :] * INPUT + k * TAP
             weights = tl.load(each_weight, mask=exists[:, None] & exists[None, :], other=0.0)
             of_constant += tl.sum(weights.to(tl.float32) * tap[None, :], 1)
     grads += 9 * d * d
@@ -604,3 +627,7 @@ def parameter_gradients(
         of_constant = constant * (of_constant - tl.sum(constant * of_constant, 0))
         of_level = tl.sum(tl.load(totals + 5 * C + each, mask=mask, other=0.0), 0)
         tl.store(grads + 2 * d + inner, of_constant + of_level, mask=exists)
+        if GAMMA:
+            every = tl.arange(0, CP)
+            gamma = tl.load(totals + C + every, mask=every < C, other=0.0)
+            tl.store(grads + 3 * d, tl.sum(gamma, 0))

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from ..weights import EMAXWeights
 from .backward import backward
 from .forward import forward
-from .launch import Launch, recorded_launches
+from .plan import Launch, recorded_launches
 
 __all__ = ["TARGETS", "CompiledKernel", "compile_kernel", "launches_of"]
 

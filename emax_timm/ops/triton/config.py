@@ -4,9 +4,12 @@ The numbers were chosen from measurements, which `docs/kernels.md` gives. Nothin
 time, so the first step costs compilation alone.
 """
 
+import os
 from typing import NamedTuple
 
-__all__ = ["Tiles", "power_of_two", "tiles_for"]
+import torch
+
+__all__ = ["Tiles", "power_of_two", "share_out", "tiles_for"]
 
 # Channels of a tile: 128 bytes of half precision, which is what a warp reads best.
 CHANNELS = 64
@@ -21,8 +24,8 @@ UNMIX = (32, 4)
 CONV1X1 = (64, 4)
 # So many programs, if there is work for them, fill a GPU with 132 multiprocessors.
 PROGRAMS = 4096
-# Of the products with 32 x 32 matrices: float32 exactly.
-PRECISION = "ieee"
+# Of matrix products: three products of parts in tf32 are as exact as one in float32.
+PRECISION = "ieee" if torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1" else "tf32x3"
 
 
 class Tiles(NamedTuple):
@@ -63,3 +66,8 @@ def tiles_for(channels: int, groups: int, height: int, width: int) -> Tiles:
     R = min(power_of_two(height), max(1, pixels // WB))
     N = min(power_of_two(height + width), max(1, 1024 // (G * D)))
     return Tiles(d, D, G, -(-groups // G), WB, R, N)
+
+
+def share_out(pixels: int, tile: int, programs: int) -> int:
+    """Choose among how many programs the pixels of a sample are shared out."""
+    return max(1, min(-(-pixels // tile), PROGRAMS // max(1, programs)))

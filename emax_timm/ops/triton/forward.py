@@ -1,48 +1,28 @@
-"""The forward pass: ten launches, four of them matrix products of the two gates and one of means."""
+"""The forward pass: ten launches, in the order in which they run."""
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..weights import EMAXWeights, in_dtype, present
-from . import config, forward_kernels
-from .config import Tiles, power_of_two, tiles_for
-from .launch import launch
+from ..weights import EMAXWeights, present
+from . import config, forward_kernels, products
+from .config import power_of_two
+from .plan import Plan, plan_for
 
-__all__ = ["Saved", "Sizes", "as_channels_last", "forward", "mix", "pool_and_gate", "prepare"]
-
-
-class Sizes(NamedTuple):
-    """The sizes of x [b, c, h, w] and of the layer."""
-
-    b: int
-    c: int
-    h: int
-    w: int
-    groups: int
-    tiles: Tiles
-
-    @property
-    def pixels(self) -> int:
-        return self.h * self.w
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """What every kernel that works on tiles of x is compiled for."""
-        return {"C": self.c, "F": self.groups, "d": self.tiles.d, "D": self.tiles.D, "G": self.tiles.G}
-
-    @property
-    def rows(self) -> dict[str, int]:
-        """The same for kernels that walk along rows."""
-        return {"R": self.tiles.R, "WB": self.tiles.WB, "N": self.tiles.N}
-
-    def grid(self, size: tuple[int, int]) -> tuple[tuple[int, int], int]:
-        """Return the grid of a kernel that shares out the pixels of a sample, and its tile."""
-        tile = self.tiles.pixels(size, self.pixels)
-        programs = self.b * self.tiles.blocks
-        return (programs, share_out(self.pixels, tile, programs)), tile
+__all__ = [
+    "Saved",
+    "as_channels_last",
+    "conv3x3_matrix",
+    "counts_of",
+    "forward",
+    "mix",
+    "mixes",
+    "multiply",
+    "output_like",
+    "pool_and_gate",
+]
 
 
 class Saved(NamedTuple):
@@ -67,73 +47,51 @@ class Saved(NamedTuple):
     fused: Tensor | None
     """The means of the fused features, [b, c]."""
     global_hidden: Tensor | None
+    """Hidden units of the global gate, [b, r]."""
     global_logits: Tensor | None
-
-
-def prepare(x: Tensor, weights: EMAXWeights) -> tuple[EMAXWeights, Sizes]:
-    """Return the weights in float32 and the sizes."""
-    if any(t is not None and t.dtype != torch.float32 for t in weights[1:]):
-        weights = in_dtype(weights, torch.float32)
-    b, c, h, w = x.shape
-    groups = weights.config.groups
-    return weights, Sizes(b, c, h, w, groups, tiles_for(c, groups, h, w))
-
-
-def as_channels_last(x: Tensor) -> Tensor:
-    """Return x with its channels side by side in memory, copied if they are not."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def share_out(pixels: int, tile: int, programs: int) -> int:
-    """Choose among how many programs the pixels of a sample are shared out."""
-    return max(1, min(-(-pixels // tile), config.PROGRAMS // max(1, programs)))
+    """The global gate before its sigmoid, [b, c]."""
 
 
 def forward(
     x: Tensor, weights: EMAXWeights, noise: Tensor | None, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Run the forward pass on x [b, c, h, w]; the output is laid out like x."""
-    weights, sizes = prepare(x, weights)
+    weights, plan = plan_for(x, weights, noise)
+    b, c = plan.b, plan.c
     features = as_channels_last(x)
-    _, gates, vectors, borders, kernel = pool_and_gate(features, weights, sizes, True)
-    conv3x3 = weights.conv3x3_weight.flatten(1)  # [d, d * 9]
-    conv_means = torch.addmm(weights.conv3x3_bias, borders, conv3x3.t())  # [b * F, d]
-    maps = x.new_empty(2, sizes.b, sizes.pixels, sizes.groups, dtype=torch.float32)
-    score = x.new_empty(sizes.b, sizes.groups, dtype=torch.float32)
-    grid, tile = sizes.grid(config.FINE_MAPS)
-    launch(
-        forward_kernels.fine_maps, grid,
+    _, gates, vectors, borders, kernel = pool_and_gate(features, weights, plan, True)
+    matrix, _ = conv3x3_matrix(weights)
+    conv_means = multiply(plan, "conv_means", borders, matrix.t(), weights.conv3x3_bias)
+    maps = vectors.new_empty(2, b, plan.pixels, plan.groups)
+    score = vectors.new_empty(b, plan.groups)
+    grid, tile = plan.shared_out(config.FINE_MAPS)
+    plan.launch(
+        "fine_maps", forward_kernels.fine_maps, grid,
         (features, gates, vectors, conv_means, weights.gn_weight, weights.gn_bias, kernel, maps,
-         score, sizes.b, sizes.h, sizes.w),
-        {**sizes.constants, "P": tile}, config.FINE_MAPS[1],
+         score, b, plan.h, plan.w),
+        {**plan.constants, "P": tile}, config.FINE_MAPS[1],
     )  # fmt: skip
-    spatial, choice, softmax = mix(maps, score, vectors, weights, sizes, noise, None)
+    spatial, choice, softmax = mix(maps, score, vectors, weights, plan, noise, None)
 
     channel_hidden = channel_logits = fused = global_hidden = global_logits = None
     if weights.gamma is not None:
-        channel_hidden, channel_logits = _gate_logits(
-            vectors[0], weights.channel_reduce_weight, weights.channel_reduce_bias,
-            weights.channel_expand_weight, weights.channel_expand_bias,
-        )  # fmt: skip
+        channel_hidden, channel_logits = _gate_logits(plan, weights, "channel", vectors[0])
     if weights.global_reduce_weight is not None:
-        fused = torch.empty_like(vectors[0])
-        tile = sizes.tiles.pixels(config.STREAMING, sizes.pixels)
-        launch(
-            forward_kernels.pool_attended, (sizes.b * sizes.tiles.blocks,),
-            (features, spatial, vectors, channel_logits, weights.gamma, fused, sizes.h, sizes.w),
-            {**sizes.constants, "P": tile}, config.STREAMING[1],
+        fused = vectors.new_empty(b, c)
+        plan.launch(
+            "pool_attended", forward_kernels.pool_attended, plan.samples_grid,
+            (features, spatial, vectors, channel_logits, weights.gamma, fused, plan.h, plan.w),
+            {**plan.constants, "P": plan.tiles.pixels(config.STREAMING, plan.pixels)},
+            config.STREAMING[1],
         )  # fmt: skip
-        global_hidden, global_logits = _gate_logits(
-            fused, weights.global_reduce_weight, weights.global_reduce_bias,
-            weights.global_expand_weight, weights.global_expand_bias,
-        )  # fmt: skip
+        global_hidden, global_logits = _gate_logits(plan, weights, "global", fused)
     out, contiguous = output_like(x)
-    grid, tile = sizes.grid(config.STREAMING)
-    launch(
-        forward_kernels.apply_attention, grid,
+    grid, tile = plan.shared_out(config.STREAMING)
+    plan.launch(
+        "apply_attention", forward_kernels.apply_attention, grid,
         (features, spatial, channel_logits, global_logits, weights.gamma, weights.residual_gate,
-         out, sizes.h, sizes.w),
-        {**sizes.constants, "P": tile, "CONTIGUOUS": contiguous}, config.STREAMING[1],
+         out, plan.h, plan.w),
+        {**plan.constants, "P": tile, "CONTIGUOUS": contiguous}, config.STREAMING[1],
     )  # fmt: skip
     if not keep:
         return out, []
@@ -144,44 +102,82 @@ def forward(
     return out, [tensor for tensor in saved if tensor is not None]
 
 
+def as_channels_last(x: Tensor) -> Tensor:
+    """Return x with its channels side by side in memory, copied if they are not."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def output_like(x: Tensor) -> tuple[Tensor, bool]:
     """Return an empty tensor that is laid out like x, and whether it is contiguous.
 
-    It is channels_last otherwise; other layouts are computed as contiguous ones.
+    It is channels_last otherwise; for other layouts of x it is contiguous.
     """
     if x.is_contiguous(memory_format=torch.channels_last):
         return torch.empty_like(x), False
     return torch.empty_like(x, memory_format=torch.contiguous_format), True
 
 
+def conv3x3_matrix(weights: EMAXWeights) -> tuple[Tensor, dict[str, int]]:
+    """View the weight of conv3x3 as a matrix [d, d * 9], in whatever order it has in memory.
+
+    Returns:
+        The matrix, and the strides of an input channel and of a kernel offset in its rows.
+    """
+    weight = weights.conv3x3_weight
+    if weight.is_contiguous():
+        return weight.flatten(1), {"INPUT": 9, "TAP": 1}
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        return weight.permute(0, 2, 3, 1).flatten(1), {"INPUT": 1, "TAP": weight.shape[1]}
+    return weight.contiguous().flatten(1), {"INPUT": 9, "TAP": 1}
+
+
+def multiply(
+    plan: Plan, site: str, a: Tensor, b: Tensor, bias: Tensor | None = None,
+    mask: Tensor | None = None, out: Tensor | None = None, relu: bool = False,
+) -> Tensor:  # fmt: skip
+    """Compute a [M, K] @ b [K, N] + bias [N] in one launch, after a relu or where mask > 0."""
+    M, K = a.shape
+    N = b.shape[1]
+    if out is None:
+        out = a.new_empty(M, N)
+    BM, BN = 32, min(32, max(16, power_of_two(N)))
+    plan.launch(
+        site, products.product, (-(-M // BM) * -(-N // BN),),
+        (a, b, bias, mask, out, M, N, K, a.stride(0), b.stride(0), b.stride(1), out.stride(0)),
+        {"BM": BM, "BN": BN, "BK": min(64, max(16, power_of_two(K))), "RELU": relu,
+         "PRECISION": config.PRECISION}, 4,
+    )  # fmt: skip
+    return out
+
+
 def pool_and_gate(
-    features: Tensor, weights: EMAXWeights, sizes: Sizes, moments: bool
-) -> tuple[Tensor, ...]:
+    features: Tensor, weights: EMAXWeights, plan: Plan, moments: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Pool the rows and columns, and compute what follows from one sample and group alone.
 
     Returns:
         The pooled rows and columns and their gates, [b, h + w, c] each; the vectors [4, b, c] of
         `Saved`, without moments the first two alone; the border means, [b * F, d * 9]; the kernel
-        of the first term and its offset, [d * 9 + 1].
+        of the first term and its offset, [9 * d + 1].
     """
-    new = features.new_empty
-    b, c, h, w = sizes[:4]
-    pooled, gates = new(2, b, h + w, c, dtype=torch.float32).unbind()
-    vectors = new(4, b, c, dtype=torch.float32)
-    borders = new(b * sizes.groups, 9 * sizes.tiles.d, dtype=torch.float32)
-    kernel = new(9 * sizes.tiles.d + 1, dtype=torch.float32)
-    launch(
-        forward_kernels.pool_and_gate, (b * sizes.tiles.blocks + 1,),
-        (features, weights.conv1x1_weight, weights.conv1x1_bias, weights.conv3x3_weight,
-         weights.conv3x3_bias, weights.gn_bias, pooled, gates, vectors, borders, kernel, b, h, w,
-         weights.config.eps),
-        {**sizes.constants, **sizes.rows, "MOMENTS": moments}, config.ROWS[1],
+    b, c, h, w, d = plan.b, plan.c, plan.h, plan.w, plan.d
+    matrix, strides = conv3x3_matrix(weights)
+    new = weights.gn_weight.new_empty
+    pooled, gates, vectors = new(b, h + w, c), new(b, h + w, c), new(4, b, c)
+    borders, kernel = new(b * plan.groups, 9 * d), new(9 * d + 1)
+    plan.launch(
+        "moments" if moments else "pool", forward_kernels.pool_and_gate,
+        (plan.samples_grid[0] + 1,),
+        (features, weights.conv1x1_weight, weights.conv1x1_bias, matrix, weights.conv3x3_bias,
+         weights.gn_bias, pooled, gates, vectors, borders, kernel, b, h, w, weights.config.eps),
+        {**plan.constants, **plan.rows, **strides, "MOMENTS": moments,
+         "PRECISION": config.PRECISION}, config.ROWS[1],
     )  # fmt: skip
     return pooled, gates, vectors, borders, kernel
 
 
 def mix(
-    maps: Tensor, score: Tensor, vectors: Tensor, weights: EMAXWeights, sizes: Sizes,
+    maps: Tensor, score: Tensor, vectors: Tensor, weights: EMAXWeights, plan: Plan,
     noise: Tensor | None, choice: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Compute the spatial attention [b, h * w, F], the group counts [b] and their softmax [b, K].
@@ -189,38 +185,37 @@ def mix(
     With `choice` the groups are not chosen again. At the finest grouping there is nothing to choose.
     """
     candidates = weights.config.candidates
-    K = len(candidates)
-    spatial = torch.empty_like(maps[0])
-    softmax = counts = controller_weight = controller_bias = warmup = None
-    choose = False
+    b, c, K = plan.b, plan.c, len(candidates)
+    spatial = maps.new_empty(b, plan.pixels, plan.groups)
+    softmax = counts = warmup = None
+    controller = (None, None)
+    chosen, choose = choice, False
     if mixes(weights):
         warmup = weights.warmup
         counts = counts_of(tuple(candidates), maps.device)
-        if choice is None and weights.controller_weight is None:
-            choice = counts.expand(sizes.b).contiguous()
-        elif choice is None:
+        if chosen is None and weights.controller_weight is None:
+            chosen = counts.expand(b).contiguous()
+        elif chosen is None:
             choose = not weights.config.batch_vote
-            controller_weight, controller_bias = weights.controller_weight, weights.controller_bias
-            choice = maps.new_empty(sizes.b, dtype=torch.int32)
-            softmax = maps.new_empty(sizes.b, K)
+            controller = (weights.controller_weight, weights.controller_bias)
+            chosen, softmax = counts.new_empty(b), maps.new_empty(b, K)
             if weights.config.batch_vote:
-                launch(
-                    forward_kernels.vote, (1,),
-                    (vectors, controller_weight, controller_bias, noise, weights.temperature,
-                     counts, choice, softmax, sizes.b),
-                    {"C": sizes.c, "K": K, "KP": power_of_two(K)}, 4,
+                plan.launch(
+                    "vote", forward_kernels.vote, (1,),
+                    (vectors, *controller, noise, weights.temperature, counts, chosen, softmax, b),
+                    {"C": c, "K": K, "KP": power_of_two(K)}, 4,
                 )  # fmt: skip
-    tile = min(max(16, power_of_two(sizes.pixels)), config.MIX[0])
-    grid = (sizes.b, share_out(sizes.pixels, tile, sizes.b))
-    launch(
-        forward_kernels.mix_groups, grid,
-        (maps, score, vectors, controller_weight, controller_bias, noise, weights.temperature,
-         warmup, counts, choice, softmax, spatial, sizes.b, sizes.pixels),
-        {"C": sizes.c, "F": sizes.groups, "K": K, "KP": power_of_two(K),
-         "FP": max(16, power_of_two(sizes.groups)), "P": tile, "CHOOSE": choose,
+    tile = min(max(16, power_of_two(plan.pixels)), config.MIX[0])
+    plan.launch(
+        "mix" if choice is None else "mix again", forward_kernels.mix_groups,
+        (b, config.share_out(plan.pixels, tile, b)),
+        (maps, score, vectors, *controller, noise, weights.temperature, warmup, counts, chosen,
+         softmax, spatial, b, plan.pixels),
+        {"C": c, "F": plan.groups, "K": K, "KP": power_of_two(K),
+         "FP": max(16, power_of_two(plan.groups)), "P": tile, "CHOOSE": choose,
          "PRECISION": config.PRECISION}, config.MIX[1],
     )  # fmt: skip
-    return spatial, choice, softmax
+    return spatial, chosen, softmax
 
 
 def mixes(weights: EMAXWeights) -> bool:
@@ -245,14 +240,14 @@ _cached_counts = lru_cache(maxsize=256)(_counts)
 
 
 def _gate_logits(
-    means: Tensor,
-    reduce_weight: Tensor | None,
-    reduce_bias: Tensor | None,
-    expand_weight: Tensor | None,
-    expand_bias: Tensor | None,
+    plan: Plan, weights: EMAXWeights, name: str, means: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute the hidden units [b, r] and the logits [b, c] of a squeeze-and-excite gate."""
-    reduce, expand = present(reduce_weight).flatten(1), present(expand_weight).flatten(1)
-    # One launch each, with the bias and the relu in them.
-    hidden = torch._addmm_activation(present(reduce_bias), means, reduce.t())
-    return hidden, torch.addmm(present(expand_bias), hidden, expand.t())
+    reduce, expand = (
+        present(getattr(weights, f"{name}_{step}_weight")).flatten(1)
+        for step in ("reduce", "expand")
+    )
+    reduce_bias = getattr(weights, f"{name}_reduce_bias")
+    hidden = multiply(plan, f"{name} hidden", means, reduce.t(), reduce_bias, relu=True)
+    expand_bias = getattr(weights, f"{name}_expand_bias")
+    return hidden, multiply(plan, f"{name} logits", hidden, expand.t(), expand_bias)

@@ -36,8 +36,11 @@ RSTD = tl.constexpr(3)
 
 
 @triton.jit
-def _first_kernel(conv3x3_weight, conv3x3_bias, gn_bias, kernel, d: tl.constexpr, D: tl.constexpr):
-    """Write the kernel of the first term, [d, 9], and behind it the offset: one value."""
+def _first_kernel(
+    conv3x3_weight, conv3x3_bias, gn_bias, kernel,
+    d: tl.constexpr, D: tl.constexpr, INPUT: tl.constexpr, TAP: tl.constexpr,
+):  # fmt: skip
+    """Write the kernel of the first term, [9, d], and behind it the offset: one value."""
     O: tl.constexpr = 16
     TAPS: tl.constexpr = 16 * D
     taps = tl.arange(0, TAPS)
@@ -57,7 +60,9 @@ def _first_kernel(conv3x3_weight, conv3x3_bias, gn_bias, kernel, d: tl.constexpr
         weight = tl.load(address, mask=o_mask[:, None] & taps_mask[None, :], other=0.0)
         sums += tl.sum(constant[:, None] * weight.to(tl.float32), 0)
         offset += tl.sum(constant * tl.load(conv3x3_bias + o, mask=o_mask, other=0.0), 0)
-    tl.store(kernel + taps, sums, mask=taps_mask)
+    # The weight is [d, d, 9] or [d, 9, d] in memory.
+    tap = (taps // TAP) % 9
+    tl.store(kernel + tap * d + (taps // INPUT) % d, sums, mask=taps_mask)
     tl.store(kernel + 9 * d, offset)
 
 
@@ -100,27 +105,38 @@ def _pool(
 
 @triton.jit
 def mix_channels(
-    strip, weight, initial, place, place_mask, group, group_mask,
-    C: tl.constexpr, d: tl.constexpr, inner, OF: tl.constexpr, INTO: tl.constexpr,
+    strip, weight, place, place_mask, group, group_mask, inner, channel, mask,
+    C: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
+    OF: tl.constexpr, INTO: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add products of pooled values [N, c] with a matrix over the channels of a group.
+    """Multiply pooled values with a matrix over the channels of a group: [N, G, D].
 
     Args:
         strip: The pooled rows and columns of a sample, [h + w, c].
         weight: The matrix; the entry for input i and output o is at i * OF + o * INTO.
-        initial: What to add to, [N, G, D].
         place, place_mask: The rows and columns to take, [N], and which of them exist.
         group, group_mask: The groups, [G], and which of them exist.
+        inner, channel, mask: The channels, as `channels_of_program` returns them.
         C, d: The numbers of channels, of x and of a group.
-        inner: The output channels within a group, [1, D].
+        D, G, N: The sizes of the result.
         OF, INTO: The strides of the matrix.
+        PRECISION: That of the product.
     """
-    total = initial
-    for i in range(d):
-        factor = tl.load(weight + i * OF + inner * INTO, mask=inner < d, other=0.0).to(tl.float32)
-        address = strip + place[:, None] * C + (group * d + i)[None, :]
-        value = tl.load(address, mask=place_mask[:, None] & group_mask[None, :], other=0.0)
-        total += factor[None] * value[:, :, None]
+    if D >= 16 and N * G >= 16:
+        address = strip + place[:, None, None] * C + channel[None]
+        value = tl.load(address, mask=place_mask[:, None, None] & mask[None], other=0.0)
+        of = tl.arange(0, D)[:, None]
+        at = weight + of * OF + inner * INTO
+        matrix = tl.load(at, mask=(of < d) & (inner < d), other=0.0).to(tl.float32)
+        flat = tl.reshape(value, [N * G, D])
+        total = tl.reshape(tl.dot(flat, matrix, input_precision=PRECISION), [N, G, D])
+    else:
+        total = tl.zeros([N, G, D], tl.float32)
+        for i in range(d):
+            factor = tl.load(weight + i * OF + inner * INTO, mask=inner < d, other=0.0)
+            address = strip + place[:, None] * C + (group * d + i)[None, :]
+            value = tl.load(address, mask=place_mask[:, None] & group_mask[None, :], other=0.0)
+            total += factor[None].to(tl.float32) * value[:, :, None]
     return total
 
 
@@ -128,7 +144,7 @@ def mix_channels(
 def _gate(
     conv1x1_weight, conv1x1_bias, pooled, gates, sample, group, group_mask, inner, channel, mask,
     mean, H, W, C: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    N: tl.constexpr,
+    N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gates of the pooled rows and columns, and return the shift of the deviations."""
     strip = pooled + sample * (H + W) * C
@@ -138,11 +154,11 @@ def _gate(
     for start in range(0, H + W, N):
         place = start + tl.arange(0, N)
         place_mask = place < H + W
-        before = tl.zeros([N, G, D], tl.float32) + bias[None]
         before = mix_channels(
-            strip, conv1x1_weight, before, place, place_mask, group, group_mask, C, d, inner, 1, d
-        )
-        gate = 1.0 / (1.0 + tl.exp(-before))
+            strip, conv1x1_weight, place, place_mask, group, group_mask, inner, channel, mask,
+            C, d, D, G, N, 1, d, PRECISION,
+        )  # fmt: skip
+        gate = 1.0 / (1.0 + tl.exp(-before - bias[None]))
         address = gates + sample * (H + W) * C + place[:, None, None] * C + channel[None]
         tl.store(address, gate, mask=place_mask[:, None, None] & mask[None])
         is_row = place < H
@@ -155,9 +171,9 @@ def _gate(
 @triton.jit
 def _border_means(
     x, pooled, borders, mean, sample, group, inner, channel, mask, H, W,
-    C: tl.constexpr, F: tl.constexpr, d: tl.constexpr,
+    C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, INPUT: tl.constexpr, TAP: tl.constexpr,
 ):  # fmt: skip
-    """Write what each of the nine kernel offsets sees of x on average, [G, d, 9]."""
+    """Write what each of the nine kernel offsets sees of x on average, in the order of conv3x3."""
     one = 1.0 / (H * W)
     strip = pooled + sample * (H + W) * C + channel
     base = x + sample.to(tl.int64) * H * W * C + channel
@@ -171,16 +187,16 @@ def _border_means(
     top_left = tl.load(base, mask=mask, other=0.0).to(tl.float32) * one
     # The upper offsets miss the last row, the left ones the last column; the common corner is
     # subtracted twice and added back.
-    to = borders + (sample * F + group)[:, None] * (9 * d) + inner * 9
+    to = borders + (sample * F + group)[:, None] * (9 * d) + inner * INPUT
     tl.store(to, mean - last_row - last_column + bottom_right, mask=mask)
-    tl.store(to + 1, mean - last_row, mask=mask)
-    tl.store(to + 2, mean - last_row - first_column + bottom_left, mask=mask)
-    tl.store(to + 3, mean - last_column, mask=mask)
-    tl.store(to + 4, mean, mask=mask)
-    tl.store(to + 5, mean - first_column, mask=mask)
-    tl.store(to + 6, mean - first_row - last_column + top_right, mask=mask)
-    tl.store(to + 7, mean - first_row, mask=mask)
-    tl.store(to + 8, mean - first_row - first_column + top_left, mask=mask)
+    tl.store(to + 1 * TAP, mean - last_row, mask=mask)
+    tl.store(to + 2 * TAP, mean - last_row - first_column + bottom_left, mask=mask)
+    tl.store(to + 3 * TAP, mean - last_column, mask=mask)
+    tl.store(to + 4 * TAP, mean, mask=mask)
+    tl.store(to + 5 * TAP, mean - first_column, mask=mask)
+    tl.store(to + 6 * TAP, mean - first_row - last_column + top_right, mask=mask)
+    tl.store(to + 7 * TAP, mean - first_row, mask=mask)
+    tl.store(to + 8 * TAP, mean - first_row - first_column + top_left, mask=mask)
 
 
 @triton.jit
@@ -221,7 +237,8 @@ def pool_and_gate(
     x, conv1x1_weight, conv1x1_bias, conv3x3_weight, conv3x3_bias, gn_bias,
     pooled, gates, vectors, borders, kernel, samples, H, W, eps,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    R: tl.constexpr, WB: tl.constexpr, N: tl.constexpr, MOMENTS: tl.constexpr,
+    R: tl.constexpr, WB: tl.constexpr, N: tl.constexpr, INPUT: tl.constexpr, TAP: tl.constexpr,
+    MOMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute what a program can know of x from its own channels alone.
 
@@ -229,7 +246,7 @@ def pool_and_gate(
     with MOMENTS, the moments of the gated features. One program more writes the kernel.
     """
     if tl.program_id(0) == 0:
-        _first_kernel(conv3x3_weight, conv3x3_bias, gn_bias, kernel, d, D)
+        _first_kernel(conv3x3_weight, conv3x3_bias, gn_bias, kernel, d, D, INPUT, TAP)
     else:
         sample, group, group_mask, inner, channel, mask = channels_of_program(
             tl.program_id(0) - 1, F, d, D, G
@@ -239,12 +256,13 @@ def pool_and_gate(
         tl.store(to + MEAN * samples * C, mean, mask=mask)
         shift = _gate(
             conv1x1_weight, conv1x1_bias, pooled, gates, sample, group, group_mask, inner,
-            channel, mask, mean, H, W, C, d, D, G, N,
+            channel, mask, mean, H, W, C, d, D, G, N, PRECISION,
         )  # fmt: skip
         tl.store(to + SHIFT * samples * C, shift, mask=mask)
         _border_means(
-            x, pooled, borders, mean, sample, group, inner, channel, mask, H, W, C, F, d
-        )
+            x, pooled, borders, mean, sample, group, inner, channel, mask, H, W, C, F, d, INPUT,
+            TAP,
+        )  # fmt: skip
         if MOMENTS:
             tl.debug_barrier()  # the gates are written by other threads
             gated_mean, variance = _moments(
@@ -286,7 +304,7 @@ def fine_maps(
         for k in tl.static_range(9):
             near = kernel_offset_mask(row, column, k // 3 - 1, k % 3 - 1, H, W) & pixel_mask
             moved = pixel + (k // 3 - 1) * W + k % 3 - 1
-            tap = tl.load(kernel + inner * 9 + k, mask=inner < d, other=0.0)
+            tap = tl.load(kernel + k * d + inner, mask=inner < d, other=0.0)
             sums += load_pixels(x, sample, moved, near, channel, mask, pixels, C) * tap[None]
         tile_mask = pixel_mask[:, None, None] & mask[None]
         gate_h = tl.load(strip + row[:, None, None] * C + channel[None], mask=tile_mask, other=0.0)
