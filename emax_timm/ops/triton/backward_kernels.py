@@ -23,9 +23,9 @@ import triton.language as tl
 
 from .forward_kernels import (
     GATED_MEAN,
-    MEAN,
     RSTD,
     SHIFT,
+    group_count,
     group_matrices,
     mix_channels,
     output_factors,
@@ -60,7 +60,7 @@ def output_gradient(
     x, grad, spatial, channel_logits, global_logits, gamma, residual_gate, grad_spatial,
     grad_offset, terms, H, W, T,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    P: tl.constexpr,
+    P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of S, as far as they come from the output, of offset and of scale.
 
@@ -75,7 +75,7 @@ def output_gradient(
     )
     with_map = tl.zeros([P, G, D], tl.float32)
     without = tl.zeros([P, G, D], tl.float32)
-    for start in range(0, pixels, P):
+    for start in tl.range(0, pixels, P, num_stages=STAGES):
         pixel = start + tl.arange(0, P)
         inside = pixel < pixels
         product = load_pixels(x, sample, pixel, inside, channel, mask, pixels, C)
@@ -128,7 +128,7 @@ def channel_gate_gradient(
 def map_gradient(
     x, spatial, grad_fused, grad_map, H, W,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    P: tl.constexpr,
+    P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Turn the gradient of S into that of the mixed map before its sigmoid, in place."""
     sample, group, group_mask, _, channel, mask = channels_of_program(
@@ -138,7 +138,8 @@ def map_gradient(
     if grad_fused is not None:
         pooled = tl.load(grad_fused + sample * C + channel, mask=mask, other=0.0) / pixels
     base = sample.to(tl.int64) * pixels * F
-    for start in range(tl.program_id(1) * P, pixels, tl.num_programs(1) * P):
+    step = tl.num_programs(1) * P
+    for start in tl.range(tl.program_id(1) * P, pixels, step, num_stages=STAGES):
         pixel = start + tl.arange(0, P)
         inside = pixel < pixels
         place = base + pixel[:, None] * F + group[None, :]
@@ -153,8 +154,8 @@ def map_gradient(
 
 @triton.jit(do_not_specialize=["samples", "pixels"])
 def unmix_groups(
-    grad_map, maps, score, choice, warmup, grad_maps, products, samples, pixels,
-    F: tl.constexpr, FP: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
+    grad_map, maps, score, choice, counts, warmup, grad_maps, products, samples, pixels,
+    F: tl.constexpr, K: tl.constexpr, FP: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of the two fine maps, and of the two matrices that mix them.
 
@@ -168,7 +169,7 @@ def unmix_groups(
     base = sample.to(tl.int64) * pixels * F
     other = samples.to(tl.int64) * pixels * F
     s = tl.load(warmup)
-    count = tl.load(choice + sample)
+    count = group_count(choice, counts, sample, K)
     identity, equal, weighted = group_matrices(score, sample, count, F, FP)
     on_first = tl.trans((1 - s) * identity + s * equal)
     on_second = tl.trans((1 - s) * identity + s * weighted)
@@ -210,7 +211,7 @@ def choice_gradient(
     candidate = tl.arange(0, KP)
     both = exists[:, None] & exists[None, :]
     s = tl.load(warmup)
-    chosen = tl.load(choice + sample)
+    chosen = group_count(choice, counts, sample, K)
     to_first = tl.zeros([FP, FP], tl.float32)
     to_second = tl.zeros([FP, FP], tl.float32)
     for part in range(parts):
@@ -233,7 +234,7 @@ def choice_gradient(
         soft = tl.load(softmax + sample * K + candidate, mask=candidate < K, other=0.0)
         of_logits = soft * (of_choice - tl.sum(soft * of_choice, 0)) / tl.load(temperature)
         tl.store(terms + sample * T + 17 * C + candidate, of_logits, mask=candidate < K)
-        BLOCK: tl.constexpr = 128
+        BLOCK: tl.constexpr = 512
         for start in range(0, C, BLOCK):
             channel = start + tl.arange(0, BLOCK)
             of = controller_weight + candidate[:, None] * C + channel[None, :]
@@ -259,7 +260,7 @@ def _near(maps, sample, pixel, inside, group, group_mask, row, column, dy, dx, H
 def pixel_sums(
     x, gates, vectors, shifts, grad_maps, grad_second, sums, samples, H, W,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    P: tl.constexpr,
+    P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sum over the pixels of a program what the gradients of the second term and the kernel need.
 
@@ -277,7 +278,8 @@ def pixel_sums(
     k0, k1, k2, k3, k4, k5, k6, k7, k8 = zero, zero, zero, zero, zero, zero, zero, zero, zero
     with_second = zero
     second_sum = tl.zeros([P, G], tl.float32)
-    for start in range(tl.program_id(1) * P, pixels, tl.num_programs(1) * P):
+    step = tl.num_programs(1) * P
+    for start in tl.range(tl.program_id(1) * P, pixels, step, num_stages=STAGES):
         pixel = start + tl.arange(0, P)
         inside = pixel < pixels
         row = pixel // W
@@ -376,15 +378,15 @@ def _border_gradients(
 @triton.jit(do_not_specialize=["samples", "H", "W"])
 def pooled_gradient(
     x, gates, vectors, shifts, slopes, terms, grad_second, grad_borders, grad_mean,
-    conv1x1_weight, grad_before, grad_pooled, samples, H, W, T,
+    conv1x1_weight, grad_before, grad_pooled, corners, samples, H, W, T,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, WB: tl.constexpr, N: tl.constexpr, INPUT: tl.constexpr, TAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of the pooled rows and columns, [b, h + w, c].
 
     Through their gates, whose gradients before the sigmoid go to `grad_before`, and through the
-    border means and the mean of x.
+    border means and the mean of x. The gradients of the four corners go to `corners` [4, b, c].
     """
     sample, group, group_mask, inner, channel, mask = channels_of_program(
         tl.program_id(0), F, d, D, G
@@ -398,14 +400,14 @@ def pooled_gradient(
     shift += load_channels(vectors, GATED_MEAN, sample, samples, channel, mask, C)
     curve = load_channels(slopes, 0, sample, samples, channel, mask, C)
     scale = load_channels(slopes, 1, sample, samples, channel, mask, C)
-    mean = tl.load(terms + sample * T + 7 * C + channel, mask=mask, other=0.0) * one
+    mean = tl.load(terms + sample * T + 7 * C + group * d, mask=group_mask, other=0.0) * one
     for left in range(0, W, WB):
         column = left + tl.arange(0, WB)
         column_mask = (column < W)[:, None, None] & mask[None]
         place = (H + column)[:, None, None] * C + channel[None]
         gate_w = tl.load(strip + place, mask=column_mask, other=0.0)
         of_columns = tl.zeros([WB, G, D], tl.float32)
-        for top in range(0, H, R):
+        for top in tl.range(0, H, R, num_stages=STAGES):
             row = top + tl.arange(0, R)
             row_mask = (row < H)[:, None, None] & mask[None]
             of_row = row[:, None, None] * C + channel[None]
@@ -417,10 +419,10 @@ def pooled_gradient(
             tile = tl.load(at, mask=tile_mask, other=0.0).to(tl.float32)
             of_map = maps + pixel[:, :, None] * F + group[None, None, :]
             map_mask = inside[:, :, None] & group_mask[None, None, :]
-            second = tl.load(of_map, mask=map_mask, other=0.0)
+            second = tl.load(of_map, mask=map_mask, other=0.0) - mean[None, None]
             gate = gate_h[:, None] * gate_w[None]
             gated = curve[None, None] * (tile * gate - shift[None, None])
-            gated += scale[None, None] * (second[:, :, :, None] - mean[None, None])
+            gated += scale[None, None] * second[:, :, :, None]
             product = tl.where(tile_mask, tile * gated, 0.0)
             rows = tl.sum(product * gate_w[None], 1) * gate_h * (1.0 - gate_h)
             if left > 0:
@@ -439,6 +441,11 @@ def pooled_gradient(
     t6 = _border_gradients(grad_borders, sample, group, inner, mask, 6, one, F, d, INPUT, TAP)
     t7 = _border_gradients(grad_borders, sample, group, inner, mask, 7, one, F, d, INPUT, TAP)
     t8 = _border_gradients(grad_borders, sample, group, inner, mask, 8, one, F, d, INPUT, TAP)
+    to_corner = corners + sample * C + channel
+    tl.store(to_corner, t0, mask=mask)
+    tl.store(to_corner + samples * C, t2, mask=mask)
+    tl.store(to_corner + 2 * samples * C, t6, mask=mask)
+    tl.store(to_corner + 3 * samples * C, t8, mask=mask)
     every_row = t0 + t1 + t2 + t3 + t4 + t5 + t6 + t7 + t8
     if grad_mean is not None:
         every_row += tl.load(grad_mean + sample * C + channel, mask=mask, other=0.0) * one
@@ -461,13 +468,21 @@ def pooled_gradient(
         tl.store(address, result - missed, mask=place_mask[:, None, None] & mask[None])
 
 
+@triton.jit
+def _corner(corners, which, sample, samples, channel, mask, at, C: tl.constexpr):
+    """Load the gradient of a corner for the pixels that are it, [P]; zero for all others."""
+    address = corners + (which * samples + sample) * C + channel[None]
+    address += tl.zeros_like(at)[:, None, None].to(tl.int32)
+    return tl.load(address, mask=at[:, None, None] & mask[None], other=0.0)
+
+
 @triton.jit(do_not_specialize=["samples", "H", "W"])
 def input_gradient(
     x, grad, spatial, channel_logits, global_logits, gamma, residual_gate, grad_fused, gates,
-    vectors, shifts, slopes, terms, grad_borders, kernel, grad_maps, grad_second, grad_pooled,
+    vectors, shifts, slopes, terms, corners, kernel, grad_maps, grad_second, grad_pooled,
     grad_x, samples, H, W, T,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    P: tl.constexpr, INPUT: tl.constexpr, TAP: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    P: tl.constexpr, STAGES: tl.constexpr, CONTIGUOUS: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of x, where everything meets."""
     sample, group, group_mask, inner, channel, mask = channels_of_program(
@@ -475,6 +490,7 @@ def input_gradient(
     )
     pixels = H * W
     one = 1.0 / pixels
+    exists = inner < d
     scale, offset, _, _, _ = output_factors(
         channel_logits, global_logits, gamma, residual_gate, sample, channel, mask, C
     )
@@ -482,17 +498,22 @@ def input_gradient(
     shift += load_channels(vectors, GATED_MEAN, sample, samples, channel, mask, C)
     curve = load_channels(slopes, 0, sample, samples, channel, mask, C)
     second_scale = load_channels(slopes, 1, sample, samples, channel, mask, C)
-    mean = tl.load(terms + sample * T + 7 * C + channel, mask=mask, other=0.0) * one
-    t0 = _border_gradients(grad_borders, sample, group, inner, mask, 0, one, F, d, INPUT, TAP)
-    t2 = _border_gradients(grad_borders, sample, group, inner, mask, 2, one, F, d, INPUT, TAP)
-    t6 = _border_gradients(grad_borders, sample, group, inner, mask, 6, one, F, d, INPUT, TAP)
-    t8 = _border_gradients(grad_borders, sample, group, inner, mask, 8, one, F, d, INPUT, TAP)
-    pooled = 0.0 * scale
+    mean = tl.load(terms + sample * T + 7 * C + group * d, mask=group_mask, other=0.0) * one
+    k0 = tl.load(kernel + inner, mask=exists, other=0.0)[None]
+    k1 = tl.load(kernel + d + inner, mask=exists, other=0.0)[None]
+    k2 = tl.load(kernel + 2 * d + inner, mask=exists, other=0.0)[None]
+    k3 = tl.load(kernel + 3 * d + inner, mask=exists, other=0.0)[None]
+    k4 = tl.load(kernel + 4 * d + inner, mask=exists, other=0.0)[None]
+    k5 = tl.load(kernel + 5 * d + inner, mask=exists, other=0.0)[None]
+    k6 = tl.load(kernel + 6 * d + inner, mask=exists, other=0.0)[None]
+    k7 = tl.load(kernel + 7 * d + inner, mask=exists, other=0.0)[None]
+    k8 = tl.load(kernel + 8 * d + inner, mask=exists, other=0.0)[None]
     if grad_fused is not None:
         pooled = tl.load(grad_fused + sample * C + channel, mask=mask, other=0.0) * one
     strip = gates + sample * (H + W) * C
     of_strip = grad_pooled + sample * (H + W) * C
-    for start in range(tl.program_id(1) * P, pixels, tl.num_programs(1) * P):
+    step = tl.num_programs(1) * P
+    for start in tl.range(tl.program_id(1) * P, pixels, step, num_stages=STAGES):
         pixel = start + tl.arange(0, P)
         inside = pixel < pixels
         row = pixel // W
@@ -500,34 +521,38 @@ def input_gradient(
         tile_mask = inside[:, None, None] & mask[None]
         to_row = row[:, None, None] * C + channel[None]
         to_column = (H + column)[:, None, None] * C + channel[None]
-        attention = load_map(spatial, sample, pixel, inside, group, group_mask, pixels, F)
-        attention = attention[:, :, None]
-        result = load_pixels(grad, sample, pixel, inside, channel, mask, pixels, C)
-        result = result * (scale[None] * attention + offset[None]) + pooled[None] * attention
-        for k in tl.static_range(9):
-            tap = tl.load(kernel + k * d + inner, mask=inner < d, other=0.0)
-            result += tap[None] * _near(
-                grad_maps, sample, pixel, inside, group, group_mask, row, column,
-                1 - k // 3, 1 - k % 3, H, W, F,
-            )  # fmt: skip
-        result += tl.load(of_strip + to_row, mask=tile_mask, other=0.0)
-        result += tl.load(of_strip + to_column, mask=tile_mask, other=0.0)
         gate = tl.load(strip + to_row, mask=tile_mask, other=0.0)
         gate *= tl.load(strip + to_column, mask=tile_mask, other=0.0)
         second = load_map(grad_second, sample, pixel, inside, group, group_mask, pixels, F)
+        second = (second - mean[None])[:, :, None]
         tile = load_pixels(x, sample, pixel, inside, channel, mask, pixels, C)
-        gated = curve[None] * (tile * gate - shift[None])
-        gated += second_scale[None] * (second[:, :, None] - mean[None])
-        result += gated * gate
+        result = (curve[None] * (tile * gate - shift[None]) + second_scale[None] * second) * gate
+        attention = load_map(spatial, sample, pixel, inside, group, group_mask, pixels, F)
+        attention = attention[:, :, None]
+        tile = load_pixels(grad, sample, pixel, inside, channel, mask, pixels, C)
+        result += tile * (scale[None] * attention + offset[None])
+        if grad_fused is not None:
+            result += pooled[None] * attention
+        result += tl.load(of_strip + to_row, mask=tile_mask, other=0.0)
+        result += tl.load(of_strip + to_column, mask=tile_mask, other=0.0)
+        result += k0 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, 1, H, W, F)
+        result += k1 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, 0, H, W, F)
+        result += k2 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, -1, H, W, F)
+        result += k3 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, 1, H, W, F)
+        result += k4 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, 0, H, W, F)
+        result += k5 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, -1, H, W, F)
+        result += k6 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, 1, H, W, F)
+        result += k7 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, 0, H, W, F)
+        result += k8 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, -1, H, W, F)
         # The corners that two borders share were subtracted twice.
-        bottom = row == H - 1
-        top = row == 0
+        bottom = (row == H - 1) & inside
+        top = (row == 0) & inside
         right = column == W - 1
         left = column == 0
-        result += tl.where((bottom & right)[:, None, None], t0[None], 0.0)
-        result += tl.where((bottom & left)[:, None, None], t2[None], 0.0)
-        result += tl.where((top & right)[:, None, None], t6[None], 0.0)
-        result += tl.where((top & left)[:, None, None], t8[None], 0.0)
+        result += _corner(corners, 0, sample, samples, channel, mask, bottom & right, C)
+        result += _corner(corners, 1, sample, samples, channel, mask, bottom & left, C)
+        result += _corner(corners, 2, sample, samples, channel, mask, top & right, C)
+        result += _corner(corners, 3, sample, samples, channel, mask, top & left, C)
         store_pixels(
             grad_x, result, sample, pixel, inside, channel, mask, pixels, C, CONTIGUOUS
         )
@@ -587,14 +612,17 @@ def parameter_gradients(
     group = tl.arange(0, FP)
     group_mask = group < F
 
-    weight = tl.zeros([D], tl.float32)
-    bias = 0.0
-    for part in range(parts):
+    PARTS: tl.constexpr = 16
+    weight = tl.zeros([PARTS, D], tl.float32)
+    bias = tl.zeros([PARTS], tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
         at = products + (part * d + o) * (d + 1)
-        weight += tl.load(at + inner, mask=exists, other=0.0)
-        bias += tl.load(at + d)
-    tl.store(grads + o * d + inner, weight, mask=exists)
-    tl.store(grads + d * d + o, bias)
+        there = (part < parts)[:, None] & exists[None, :]
+        weight += tl.load(at[:, None] + inner[None, :], mask=there, other=0.0)
+        bias += tl.load(at + d, mask=part < parts, other=0.0)
+    tl.store(grads + o * d + inner, tl.sum(weight, 0), mask=exists)
+    tl.store(grads + d * d + o, tl.sum(bias, 0))
     grads += d * d + d
 
     # The first term is a correlation with conv3x3, weighted with softmax(gn_bias).

@@ -13,15 +13,18 @@ __all__ = ["Tiles", "power_of_two", "share_out", "tiles_for"]
 
 # Channels of a tile: 128 bytes of half precision, which is what a warp reads best.
 CHANNELS = 64
-# Pixels times channels of a tile, and its warps. Kernels with many sums take small tiles.
-FINE_MAPS = (1024, 2)
-STREAMING = (2048, 4)
-PIXEL_SUMS = (1024, 2)
-INPUT_GRADIENT = (1024, 2)
-ROWS = (4096, 8)
-MIX = (64, 4)
-UNMIX = (32, 4)
-CONV1X1 = (64, 4)
+# Pixels times channels of a tile, its warps, and the tiles that are loaded ahead. Kernels with many
+# sums take small tiles.
+FINE_MAPS = (512, 2, 1)
+STREAMING = (2048, 4, 2)
+PIXEL_SUMS = (256, 1, 1)
+INPUT_GRADIENT = (512, 1, 1)
+# The same for kernels that walk along rows, from this number of pixels on.
+ROWS = {512: (2048, 4, 2), 128: (1024, 2, 2), 0: (512, 2, 1)}
+# Pixels of a tile of maps, and its warps.
+MIX = (128, 4)
+UNMIX = (16, 2)
+CONV1X1 = (64, 2)
 # So many programs, if there is work for them, fill a GPU with 132 multiprocessors.
 PROGRAMS = 4096
 # Of matrix products: three products of parts in tf32 are as exact as one in float32.
@@ -45,9 +48,13 @@ class Tiles(NamedTuple):
     """Rows of such a tile."""
     N: int
     """Rows and columns of a tile of pooled values."""
+    row_warps: int
+    """Warps of a program that walks along rows."""
+    row_stages: int
+    """Tiles that it loads ahead."""
 
-    def pixels(self, size: tuple[int, int], image: int) -> int:
-        """Return the pixels of a tile of `size` (elements, warps) for an image of so many."""
+    def pixels(self, size: tuple[int, int, int], image: int) -> int:
+        """Return the pixels of a tile of `size` (elements, warps, stages) for an image of so many."""
         return min(power_of_two(image), max(1, size[0] // (self.G * self.D)))
 
 
@@ -61,11 +68,12 @@ def tiles_for(channels: int, groups: int, height: int, width: int) -> Tiles:
     d = channels // groups
     D = power_of_two(d)
     G = min(power_of_two(groups), max(1, CHANNELS // D))
-    pixels = max(1, ROWS[0] // (G * D))
+    rows = next(size for least, size in ROWS.items() if height * width >= least)
+    pixels = max(1, rows[0] // (G * D))
     WB = min(power_of_two(width), pixels)
     R = min(power_of_two(height), max(1, pixels // WB))
     N = min(power_of_two(height + width), max(1, 1024 // (G * D)))
-    return Tiles(d, D, G, -(-groups // G), WB, R, N)
+    return Tiles(d, D, G, -(-groups // G), WB, R, N, *rows[1:])
 
 
 def share_out(pixels: int, tile: int, programs: int) -> int:

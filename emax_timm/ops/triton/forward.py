@@ -1,6 +1,5 @@
 """The forward pass: ten launches, in the order in which they run."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -8,48 +7,65 @@ from torch import Tensor
 
 from ..weights import EMAXWeights, present
 from . import config, forward_kernels, products
-from .config import power_of_two
-from .plan import Plan, plan_for
+from .config import power_of_two, share_out
+from .plan import Launch, Plan, counts_of, new_buffer, pieces, plan_for, split
 
 __all__ = [
+    "Pooled",
     "Saved",
     "as_channels_last",
     "conv3x3_matrix",
-    "counts_of",
     "forward",
     "mix",
-    "mixes",
     "multiply",
     "output_like",
     "pool_and_gate",
+    "pooled_sizes",
+    "saved_of",
 ]
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass; a part that a layer lacks is None."""
+    """What the backward pass needs of the forward pass; a part that a layer lacks is empty.
+
+    All are flat pieces of one tensor in float32.
+    """
 
     maps: Tensor
     """The two fine maps, [2, b, h * w, F]."""
     vectors: Tensor
     """Mean, shift, mean of the deviations and reciprocal of their spread, [4, b, c]."""
     conv_means: Tensor
-    """The means of conv3x3(x), [b * F, d]."""
+    """The means of conv3x3(x), [b, F, d]."""
     score: Tensor
     """The scores of the second term in coarser groups, [b, F]."""
-    choice: Tensor | None
-    """The group count of each sample, [b], int32."""
-    softmax: Tensor | None
+    choice: Tensor
+    """The group count of each sample, [b]."""
+    softmax: Tensor
     """The softmax over the candidates, [b, K]."""
-    channel_hidden: Tensor | None
+    channel_hidden: Tensor
     """Hidden units of the channel gate, [b, r]."""
-    channel_logits: Tensor | None
+    channel_logits: Tensor
     """The channel gate before its sigmoid, [b, c]."""
-    fused: Tensor | None
+    fused: Tensor
     """The means of the fused features, [b, c]."""
-    global_hidden: Tensor | None
+    global_hidden: Tensor
     """Hidden units of the global gate, [b, r]."""
-    global_logits: Tensor | None
+    global_logits: Tensor
     """The global gate before its sigmoid, [b, c]."""
+
+
+class Pooled(NamedTuple):
+    """What follows from one sample and group alone, and is computed in both passes."""
+
+    pooled: Tensor
+    """The pooled rows and columns, [b, h + w, c]."""
+    gates: Tensor
+    """Their gates, [b, h + w, c]."""
+    borders: Tensor
+    """The border means, [b, F, d * 9], in the order of conv3x3."""
+    kernel: Tensor
+    """The kernel of the first term, [9, d], and its offset."""
 
 
 def forward(
@@ -57,49 +73,86 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Run the forward pass on x [b, c, h, w]; the output is laid out like x."""
     weights, plan = plan_for(x, weights, noise)
-    b, c = plan.b, plan.c
+    b, c, h, w = plan.b, plan.c, plan.h, plan.w
     features = as_channels_last(x)
-    _, gates, vectors, borders, kernel = pool_and_gate(features, weights, plan, True)
+    saved_sizes = _saved_sizes(plan)
+    saved = new_buffer(x, saved_sizes)
+    kept = Saved(*split(saved, saved_sizes))
+    *strips, spatial = pieces(x, [*pooled_sizes(plan), plan.maps])
+    pooled = Pooled(*strips)
+    pool_and_gate(features, weights, plan, kept.vectors, pooled, True)
     matrix, _ = conv3x3_matrix(weights)
-    conv_means = multiply(plan, "conv_means", borders, matrix.t(), weights.conv3x3_bias)
-    maps = vectors.new_empty(2, b, plan.pixels, plan.groups)
-    score = vectors.new_empty(b, plan.groups)
-    grid, tile = plan.shared_out(config.FINE_MAPS)
-    plan.launch(
-        "fine_maps", forward_kernels.fine_maps, grid,
-        (features, gates, vectors, conv_means, weights.gn_weight, weights.gn_bias, kernel, maps,
-         score, b, plan.h, plan.w),
-        {**plan.constants, "P": tile}, config.FINE_MAPS[1],
+    multiply(
+        plan, "conv_means", (pooled.borders, 9 * plan.d, 1), (matrix, 1, 9 * plan.d),
+        (kept.conv_means, plan.d), (b * plan.groups, plan.d, 9 * plan.d), weights.conv3x3_bias,
     )  # fmt: skip
-    spatial, choice, softmax = mix(maps, score, vectors, weights, plan, noise, None)
 
-    channel_hidden = channel_logits = fused = global_hidden = global_logits = None
-    if weights.gamma is not None:
-        channel_hidden, channel_logits = _gate_logits(plan, weights, "channel", vectors[0])
-    if weights.global_reduce_weight is not None:
-        fused = vectors.new_empty(b, c)
-        plan.launch(
-            "pool_attended", forward_kernels.pool_attended, plan.samples_grid,
-            (features, spatial, vectors, channel_logits, weights.gamma, fused, plan.h, plan.w),
-            {**plan.constants, "P": plan.tiles.pixels(config.STREAMING, plan.pixels)},
-            config.STREAMING[1],
-        )  # fmt: skip
-        global_hidden, global_logits = _gate_logits(plan, weights, "global", fused)
-    out, contiguous = output_like(x)
-    grid, tile = plan.shared_out(config.STREAMING)
+    def fine_maps() -> Launch:
+        grid, constants = plan.share_out(config.FINE_MAPS)
+        return Launch(forward_kernels.fine_maps, grid, constants, config.FINE_MAPS[1])
+
     plan.launch(
-        "apply_attention", forward_kernels.apply_attention, grid,
-        (features, spatial, channel_logits, global_logits, weights.gamma, weights.residual_gate,
-         out, plan.h, plan.w),
-        {**plan.constants, "P": tile, "CONTIGUOUS": contiguous}, config.STREAMING[1],
+        "fine_maps",
+        (features, pooled.gates, kept.vectors, kept.conv_means, weights.gn_weight,
+         weights.gn_bias, pooled.kernel, kept.maps, kept.score, b, h, w),
+        fine_maps,
     )  # fmt: skip
-    if not keep:
-        return out, []
-    saved = Saved(
-        maps, vectors, conv_means, score, choice, softmax, channel_hidden, channel_logits, fused,
-        global_hidden, global_logits,
-    )  # fmt: skip
-    return out, [tensor for tensor in saved if tensor is not None]
+    mix(plan, weights, kept, noise, spatial, choose=True)
+    if weights.gamma is not None:
+        _gate(plan, weights, "channel", kept.vectors, kept.channel_hidden, kept.channel_logits)
+    factors = _factors(weights, kept)
+    if weights.global_reduce_weight is not None:
+        plan.launch(
+            "pool_attended",
+            (features, spatial, kept.vectors, factors[0], weights.gamma, kept.fused, h, w),
+            lambda: Launch(
+                forward_kernels.pool_attended, plan.grid, plan.share_out(config.STREAMING)[1],
+                config.STREAMING[1],
+            ),
+        )  # fmt: skip
+        _gate(plan, weights, "global", kept.fused, kept.global_hidden, kept.global_logits)
+    out, contiguous = output_like(x)
+
+    def apply_attention() -> Launch:
+        grid, constants = plan.share_out(config.STREAMING)
+        constants["CONTIGUOUS"] = contiguous
+        return Launch(forward_kernels.apply_attention, grid, constants, config.STREAMING[1])
+
+    plan.launch("apply", (features, spatial, *factors, out, h, w), apply_attention)
+    return out, [saved] if keep else []
+
+
+def _saved_sizes(plan: Plan) -> list[int]:
+    vector = plan.b * plan.c
+    channel, global_ = plan.hidden["channel"], plan.hidden["global"]
+    return [
+        2 * plan.maps,
+        4 * vector,
+        vector,
+        plan.b * plan.groups,
+        plan.b * plan.controlled,
+        plan.b * plan.candidates * plan.controlled,
+        plan.b * channel,
+        vector * (channel > 0),
+        vector * (global_ > 0),
+        plan.b * global_,
+        vector * (global_ > 0),
+    ]
+
+
+def saved_of(plan: Plan, saved: Tensor) -> Saved:
+    """Take apart what the forward pass saved."""
+    return Saved(*split(saved, _saved_sizes(plan)))
+
+
+def _factors(weights: EMAXWeights, kept: Saved) -> tuple[Tensor | None, ...]:
+    """Return what the scale and the offset of the output follow from."""
+    return (
+        None if weights.gamma is None else kept.channel_logits,
+        None if weights.global_reduce_weight is None else kept.global_logits,
+        weights.gamma,
+        weights.residual_gate,
+    )
 
 
 def as_channels_last(x: Tensor) -> Tensor:
@@ -118,136 +171,140 @@ def output_like(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def conv3x3_matrix(weights: EMAXWeights) -> tuple[Tensor, dict[str, int]]:
-    """View the weight of conv3x3 as a matrix [d, d * 9], in whatever order it has in memory.
+    """Return the weight of conv3x3, [d, d, 3, 3] in memory or, channels_last, [d, 3, 3, d].
 
     Returns:
-        The matrix, and the strides of an input channel and of a kernel offset in its rows.
+        The weight, and the strides of an input channel and of a kernel offset in it.
     """
     weight = weights.conv3x3_weight
     if weight.is_contiguous():
-        return weight.flatten(1), {"INPUT": 9, "TAP": 1}
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        return weight.permute(0, 2, 3, 1).flatten(1), {"INPUT": 1, "TAP": weight.shape[1]}
-    return weight.contiguous().flatten(1), {"INPUT": 9, "TAP": 1}
+        return weight, {"INPUT": 9, "TAP": 1}
+    return weight, {"INPUT": 1, "TAP": weight.shape[1]}
 
 
 def multiply(
-    plan: Plan, site: str, a: Tensor, b: Tensor, bias: Tensor | None = None,
-    mask: Tensor | None = None, out: Tensor | None = None, relu: bool = False,
-) -> Tensor:  # fmt: skip
-    """Compute a [M, K] @ b [K, N] + bias [N] in one launch, after a relu or where mask > 0."""
-    M, K = a.shape
-    N = b.shape[1]
-    if out is None:
-        out = a.new_empty(M, N)
-    BM, BN = 32, min(32, max(16, power_of_two(N)))
-    plan.launch(
-        site, products.product, (-(-M // BM) * -(-N // BN),),
-        (a, b, bias, mask, out, M, N, K, a.stride(0), b.stride(0), b.stride(1), out.stride(0)),
-        {"BM": BM, "BN": BN, "BK": min(64, max(16, power_of_two(K))), "RELU": relu,
-         "PRECISION": config.PRECISION}, 4,
-    )  # fmt: skip
-    return out
+    plan: Plan, site: str, a: tuple[Tensor, int, int], b: tuple[Tensor, int, int],
+    out: tuple[Tensor, int], sizes: tuple[int, int, int], bias: Tensor | None = None,
+    mask: Tensor | None = None, relu: bool = False,
+) -> None:  # fmt: skip
+    """Compute a [M, K] @ b [K, N] + bias [N] in one launch, after a relu or where mask > 0.
+
+    Args:
+        plan: The plan.
+        site: A name for this launch.
+        a: The left matrix, and the strides of its rows and columns.
+        b: The right matrix, likewise.
+        out: The result, and the stride of its rows.
+        sizes: M, N and K.
+        bias: What to add to each row, or None.
+        mask: A matrix [M, N], or None.
+        relu: Whether to clamp at zero.
+    """
+
+    def product() -> Launch:
+        M, N, K = sizes
+        # Small tiles where there would be few.
+        tile = 32 if M * N >= 128 * 32 * 32 else 16
+        constants = {
+            "BM": tile, "BN": min(tile, max(16, power_of_two(N))),
+            "BK": min(128, max(16, power_of_two(K))), "RELU": relu,
+            "PRECISION": config.PRECISION,
+        }  # fmt: skip
+        grid = (-(-M // constants["BM"]) * -(-N // constants["BN"]),)
+        return Launch(products.product, grid, constants, 4)
+
+    plan.launch(site, (a[0], b[0], bias, mask, out[0], *sizes, *a[1:], *b[1:], out[1]), product)
+
+
+def pooled_sizes(plan: Plan) -> list[int]:
+    """Return the sizes of the tensors of `Pooled`."""
+    return [plan.strips, plan.strips, plan.b * plan.c * 9, 9 * plan.d + 1]
 
 
 def pool_and_gate(
-    features: Tensor, weights: EMAXWeights, plan: Plan, moments: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Pool the rows and columns, and compute what follows from one sample and group alone.
-
-    Returns:
-        The pooled rows and columns and their gates, [b, h + w, c] each; the vectors [4, b, c] of
-        `Saved`, without moments the first two alone; the border means, [b * F, d * 9]; the kernel
-        of the first term and its offset, [9 * d + 1].
-    """
-    b, c, h, w, d = plan.b, plan.c, plan.h, plan.w, plan.d
+    features: Tensor, weights: EMAXWeights, plan: Plan, vectors: Tensor, pooled: Pooled,
+    moments: bool,
+) -> None:  # fmt: skip
+    """Compute `Pooled`, and the vectors of `Saved`; without moments the first two of them alone."""
     matrix, strides = conv3x3_matrix(weights)
-    new = weights.gn_weight.new_empty
-    pooled, gates, vectors = new(b, h + w, c), new(b, h + w, c), new(4, b, c)
-    borders, kernel = new(b * plan.groups, 9 * d), new(9 * d + 1)
+
+    def launch() -> Launch:
+        constants = {
+            **plan.constants, **plan.rows, **strides, "STAGES": plan.tiles.row_stages,
+            "MOMENTS": moments, "PRECISION": config.PRECISION,
+        }  # fmt: skip
+        kernel = forward_kernels.pool_and_gate
+        return Launch(kernel, (plan.grid[0] + 1,), constants, plan.tiles.row_warps)
+
     plan.launch(
-        "moments" if moments else "pool", forward_kernels.pool_and_gate,
-        (plan.samples_grid[0] + 1,),
+        "moments" if moments else "pool",
         (features, weights.conv1x1_weight, weights.conv1x1_bias, matrix, weights.conv3x3_bias,
-         weights.gn_bias, pooled, gates, vectors, borders, kernel, b, h, w, weights.config.eps),
-        {**plan.constants, **plan.rows, **strides, "MOMENTS": moments,
-         "PRECISION": config.PRECISION}, config.ROWS[1],
+         weights.gn_bias, pooled.pooled, pooled.gates, vectors, pooled.borders, pooled.kernel,
+         plan.b, plan.h, plan.w, weights.config.eps),
+        launch,
     )  # fmt: skip
-    return pooled, gates, vectors, borders, kernel
 
 
 def mix(
-    maps: Tensor, score: Tensor, vectors: Tensor, weights: EMAXWeights, plan: Plan,
-    noise: Tensor | None, choice: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Compute the spatial attention [b, h * w, F], the group counts [b] and their softmax [b, K].
+    plan: Plan, weights: EMAXWeights, kept: Saved, noise: Tensor | None, spatial: Tensor,
+    choose: bool,
+) -> None:  # fmt: skip
+    """Compute the spatial attention [b, h * w, F].
 
-    With `choice` the groups are not chosen again. At the finest grouping there is nothing to choose.
+    With `choose` each sample chooses its group count; else it is as it was saved.
     """
-    candidates = weights.config.candidates
-    b, c, K = plan.b, plan.c, len(candidates)
-    spatial = maps.new_empty(b, plan.pixels, plan.groups)
-    softmax = counts = warmup = None
+    b, c, K = plan.b, plan.c, plan.candidates
+    warmup = counts = softmax = None
     controller = (None, None)
-    chosen, choose = choice, False
-    if mixes(weights):
+    chooses = choose and plan.controlled
+    if plan.mixes:
         warmup = weights.warmup
-        counts = counts_of(tuple(candidates), maps.device)
-        if chosen is None and weights.controller_weight is None:
-            chosen = counts.expand(b).contiguous()
-        elif chosen is None:
-            choose = not weights.config.batch_vote
-            controller = (weights.controller_weight, weights.controller_bias)
-            chosen, softmax = counts.new_empty(b), maps.new_empty(b, K)
-            if weights.config.batch_vote:
-                plan.launch(
-                    "vote", forward_kernels.vote, (1,),
-                    (vectors, *controller, noise, weights.temperature, counts, chosen, softmax, b),
-                    {"C": c, "K": K, "KP": power_of_two(K)}, 4,
-                )  # fmt: skip
-    tile = min(max(16, power_of_two(plan.pixels)), config.MIX[0])
+        counts = counts_of(weights, spatial.device)
+    if chooses:
+        controller = (weights.controller_weight, weights.controller_bias)
+        softmax = kept.softmax
+        if weights.config.batch_vote:
+            plan.launch(
+                "vote",
+                (kept.vectors, *controller, noise, weights.temperature, counts, kept.choice,
+                 softmax, b),
+                lambda: Launch(
+                    forward_kernels.vote, (1,), {"C": c, "K": K, "KP": power_of_two(K)}, 4
+                ),
+            )  # fmt: skip
+            chooses = False
+
+    def mix_groups() -> Launch:
+        tile = min(max(16, power_of_two(plan.pixels)), config.MIX[0])
+        constants = {
+            "C": c, "F": plan.groups, "K": K, "KP": power_of_two(K),
+            "FP": max(16, power_of_two(plan.groups)), "P": tile, "CHOOSE": chooses,
+            "PRECISION": config.PRECISION,
+        }  # fmt: skip
+        grid = (b, share_out(plan.pixels, tile, b))
+        return Launch(forward_kernels.mix_groups, grid, constants, config.MIX[1])
+
     plan.launch(
-        "mix" if choice is None else "mix again", forward_kernels.mix_groups,
-        (b, config.share_out(plan.pixels, tile, b)),
-        (maps, score, vectors, *controller, noise, weights.temperature, warmup, counts, chosen,
-         softmax, spatial, b, plan.pixels),
-        {"C": c, "F": plan.groups, "K": K, "KP": power_of_two(K),
-         "FP": max(16, power_of_two(plan.groups)), "P": tile, "CHOOSE": choose,
-         "PRECISION": config.PRECISION}, config.MIX[1],
+        "mix" if choose else "mix again",
+        (kept.maps, kept.score, kept.vectors, *controller, noise if chooses else None,
+         weights.temperature if chooses else None, warmup, counts, kept.choice, softmax, spatial,
+         b, plan.pixels),
+        mix_groups,
     )  # fmt: skip
-    return spatial, chosen, softmax
 
 
-def mixes(weights: EMAXWeights) -> bool:
-    """Say whether the maps of a layer are mixtures, and not those of the finest groups alone."""
-    return weights.warmup is not None and weights.config.candidates != [weights.config.groups]
-
-
-def counts_of(candidates: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return the candidate group counts as a tensor, [K], int32."""
-    if torch.compiler.is_compiling():
-        return _counts(candidates, device)
-    return _cached_counts(candidates, device)
-
-
-def _counts(candidates: tuple[int, ...], device: torch.device) -> Tensor:
-    # Filled on the device: a copy from the host would keep CUDA graphs from being recorded.
-    new = [torch.full([1], count, dtype=torch.int32, device=device) for count in candidates]
-    return torch.cat(new)
-
-
-_cached_counts = lru_cache(maxsize=256)(_counts)
-
-
-def _gate_logits(
-    plan: Plan, weights: EMAXWeights, name: str, means: Tensor
-) -> tuple[Tensor, Tensor]:
+def _gate(
+    plan: Plan, weights: EMAXWeights, name: str, means: Tensor, hidden: Tensor, logits: Tensor
+) -> None:
     """Compute the hidden units [b, r] and the logits [b, c] of a squeeze-and-excite gate."""
-    reduce, expand = (
-        present(getattr(weights, f"{name}_{step}_weight")).flatten(1)
-        for step in ("reduce", "expand")
-    )
-    reduce_bias = getattr(weights, f"{name}_reduce_bias")
-    hidden = multiply(plan, f"{name} hidden", means, reduce.t(), reduce_bias, relu=True)
-    expand_bias = getattr(weights, f"{name}_expand_bias")
-    return hidden, multiply(plan, f"{name} logits", hidden, expand.t(), expand_bias)
+    b, c, r = plan.b, plan.c, plan.hidden[name]
+    reduce = present(getattr(weights, f"{name}_reduce_weight"))
+    expand = present(getattr(weights, f"{name}_expand_weight"))
+    multiply(
+        plan, f"{name} hidden", (means, c, 1), (reduce, 1, c), (hidden, r), (b, r, c),
+        getattr(weights, f"{name}_reduce_bias"), relu=True,
+    )  # fmt: skip
+    multiply(
+        plan, f"{name} logits", (hidden, r, 1), (expand, 1, r), (logits, c), (b, c, r),
+        getattr(weights, f"{name}_expand_bias"),
+    )  # fmt: skip

@@ -20,11 +20,14 @@ from .tiles import (
 __all__ = [
     "apply_attention",
     "fine_maps",
+    "group_count",
     "group_matrices",
+    "mix_channels",
     "mix_groups",
     "output_factors",
     "pool_and_gate",
     "pool_attended",
+    "store_pixels",
     "vote",
 ]
 
@@ -70,6 +73,7 @@ def _first_kernel(
 def _pool(
     x, pooled, sample, channel, mask, H, W,
     C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, R: tl.constexpr, WB: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write the means over w and over h of one sample, and return the means over both, [G, D]."""
     base = x + sample.to(tl.int64) * H * W * C
@@ -78,7 +82,7 @@ def _pool(
     for left in range(0, W, WB):
         column = left + tl.arange(0, WB)
         sums = tl.zeros([WB, G, D], tl.float32)
-        for top in range(0, H, R):
+        for top in tl.range(0, H, R, num_stages=STAGES):
             row = top + tl.arange(0, R)
             pixel = row[:, None] * W + column[None, :]
             inside = (row < H)[:, None] & (column < W)[None, :]
@@ -203,6 +207,7 @@ def _border_means(
 def _moments(
     x, gates, sample, channel, mask, shift, H, W,
     C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, R: tl.constexpr, WB: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Return the mean and the variance of the deviations of one sample, [G, D] each."""
     base = x + sample.to(tl.int64) * H * W * C
@@ -213,7 +218,7 @@ def _moments(
         column = left + tl.arange(0, WB)
         of_column = strip + (H + column)[:, None, None] * C + channel[None]
         gate_w = tl.load(of_column, mask=(column < W)[:, None, None] & mask[None], other=0.0)
-        for top in range(0, H, R):
+        for top in tl.range(0, H, R, num_stages=STAGES):
             row = top + tl.arange(0, R)
             of_row = strip + row[:, None, None] * C + channel[None]
             gate_h = tl.load(of_row, mask=(row < H)[:, None, None] & mask[None], other=0.0)
@@ -238,7 +243,7 @@ def pool_and_gate(
     pooled, gates, vectors, borders, kernel, samples, H, W, eps,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, WB: tl.constexpr, N: tl.constexpr, INPUT: tl.constexpr, TAP: tl.constexpr,
-    MOMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, MOMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute what a program can know of x from its own channels alone.
 
@@ -251,7 +256,7 @@ def pool_and_gate(
         sample, group, group_mask, inner, channel, mask = channels_of_program(
             tl.program_id(0) - 1, F, d, D, G
         )
-        mean = _pool(x, pooled, sample, channel, mask, H, W, C, D, G, R, WB)
+        mean = _pool(x, pooled, sample, channel, mask, H, W, C, D, G, R, WB, STAGES)
         to = vectors + sample * C + channel
         tl.store(to + MEAN * samples * C, mean, mask=mask)
         shift = _gate(
@@ -266,25 +271,36 @@ def pool_and_gate(
         if MOMENTS:
             tl.debug_barrier()  # the gates are written by other threads
             gated_mean, variance = _moments(
-                x, gates, sample, channel, mask, shift, H, W, C, D, G, R, WB
+                x, gates, sample, channel, mask, shift, H, W, C, D, G, R, WB, STAGES
             )
             tl.store(to + GATED_MEAN * samples * C, gated_mean, mask=mask)
             tl.store(to + RSTD * samples * C, tl.rsqrt(variance + eps), mask=mask)
+
+
+@triton.jit
+def _seen(
+    x, kernel, sample, pixel, inside, channel, mask, row, column, dy, dx, H, W, C: tl.constexpr
+):
+    """Return the neighbours of pixels at a kernel offset times that offset's weights."""
+    near = kernel_offset_mask(row, column, dy, dx, H, W) & inside
+    tile = load_pixels(x, sample, pixel + dy * W + dx, near, channel, mask, H * W, C)
+    return tile * kernel[None]
 
 
 @triton.jit(do_not_specialize=["samples", "H", "W"])
 def fine_maps(
     x, gates, vectors, conv_means, gn_weight, gn_bias, kernel, maps, score, samples, H, W,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    P: tl.constexpr,
+    P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write the two cross-spatial terms of the finest groups, and the scores of the groups."""
     sample, group, group_mask, inner, channel, mask = channels_of_program(
         tl.program_id(0), F, d, D, G
     )
     pixels = H * W
-    weight = tl.load(gn_weight + inner, mask=inner < d, other=0.0).to(tl.float32)
-    bias = tl.load(gn_bias + inner, mask=inner < d, other=0.0).to(tl.float32)
+    exists = inner < d
+    weight = tl.load(gn_weight + inner, mask=exists, other=0.0)
+    bias = tl.load(gn_bias + inner, mask=exists, other=0.0)
     means = tl.load(conv_means + sample * C + channel, mask=mask, other=0.0)
     softmax, logsumexp = softmax_of_means(means, mask)
     if tl.program_id(1) == 0:
@@ -294,29 +310,42 @@ def fine_maps(
     shift += load_channels(vectors, GATED_MEAN, sample, samples, channel, mask, C)
     level = tl.sum(softmax * bias, 1)
     offset = tl.load(kernel + 9 * d)
+    k0 = tl.load(kernel + inner, mask=exists, other=0.0)
+    k1 = tl.load(kernel + d + inner, mask=exists, other=0.0)
+    k2 = tl.load(kernel + 2 * d + inner, mask=exists, other=0.0)
+    k3 = tl.load(kernel + 3 * d + inner, mask=exists, other=0.0)
+    k4 = tl.load(kernel + 4 * d + inner, mask=exists, other=0.0)
+    k5 = tl.load(kernel + 5 * d + inner, mask=exists, other=0.0)
+    k6 = tl.load(kernel + 6 * d + inner, mask=exists, other=0.0)
+    k7 = tl.load(kernel + 7 * d + inner, mask=exists, other=0.0)
+    k8 = tl.load(kernel + 8 * d + inner, mask=exists, other=0.0)
     strip = gates + sample * (H + W) * C
-    for start in range(tl.program_id(1) * P, pixels, tl.num_programs(1) * P):
+    step = tl.num_programs(1) * P
+    for start in tl.range(tl.program_id(1) * P, pixels, step, num_stages=STAGES):
         pixel = start + tl.arange(0, P)
-        pixel_mask = pixel < pixels
+        inside = pixel < pixels
         row = pixel // W
         column = pixel % W
-        sums = tl.zeros([P, G, D], tl.float32)
-        for k in tl.static_range(9):
-            near = kernel_offset_mask(row, column, k // 3 - 1, k % 3 - 1, H, W) & pixel_mask
-            moved = pixel + (k // 3 - 1) * W + k % 3 - 1
-            tap = tl.load(kernel + k * d + inner, mask=inner < d, other=0.0)
-            sums += load_pixels(x, sample, moved, near, channel, mask, pixels, C) * tap[None]
-        tile_mask = pixel_mask[:, None, None] & mask[None]
-        gate_h = tl.load(strip + row[:, None, None] * C + channel[None], mask=tile_mask, other=0.0)
+        tile_mask = inside[:, None, None] & mask[None]
+        gate = tl.load(strip + row[:, None, None] * C + channel[None], mask=tile_mask, other=0.0)
         address = strip + (H + column)[:, None, None] * C + channel[None]
-        gate_w = tl.load(address, mask=tile_mask, other=0.0)
-        tile = load_pixels(x, sample, pixel, pixel_mask, channel, mask, pixels, C)
-        deviation = tl.where(tile_mask, tile * (gate_h * gate_w) - shift[None], 0.0)
+        gate *= tl.load(address, mask=tile_mask, other=0.0)
+        tile = load_pixels(x, sample, pixel, inside, channel, mask, pixels, C)
+        deviation = tl.where(tile_mask, tile * gate - shift[None], 0.0)
         to = maps + sample.to(tl.int64) * pixels * F + pixel[:, None] * F + group[None, :]
-        map_mask = pixel_mask[:, None] & group_mask[None, :]
-        tl.store(to, tl.sum(sums, 2) + offset, mask=map_mask)
+        map_mask = inside[:, None] & group_mask[None, :]
         second = tl.sum(scale[None] * deviation, 2) + level[None, :]
         tl.store(to + samples.to(tl.int64) * pixels * F, second, mask=map_mask)
+        sums = tile * k4[None]
+        sums += _seen(x, k0, sample, pixel, inside, channel, mask, row, column, -1, -1, H, W, C)
+        sums += _seen(x, k1, sample, pixel, inside, channel, mask, row, column, -1, 0, H, W, C)
+        sums += _seen(x, k2, sample, pixel, inside, channel, mask, row, column, -1, 1, H, W, C)
+        sums += _seen(x, k3, sample, pixel, inside, channel, mask, row, column, 0, -1, H, W, C)
+        sums += _seen(x, k5, sample, pixel, inside, channel, mask, row, column, 0, 1, H, W, C)
+        sums += _seen(x, k6, sample, pixel, inside, channel, mask, row, column, 1, -1, H, W, C)
+        sums += _seen(x, k7, sample, pixel, inside, channel, mask, row, column, 1, 0, H, W, C)
+        sums += _seen(x, k8, sample, pixel, inside, channel, mask, row, column, 1, 1, H, W, C)
+        tl.store(to, tl.sum(sums, 2) + offset, mask=map_mask)
 
 
 @triton.jit
@@ -361,7 +390,17 @@ def vote(
         votes += (candidate == best).to(tl.int32)
     count = tl.load(counts + tl.argmax(votes, 0))
     for sample in range(samples):
-        tl.store(choice + sample, count)
+        tl.store(choice + sample, count.to(tl.float32))
+
+
+@triton.jit
+def group_count(choice, counts, sample, K: tl.constexpr):
+    """Return the group count that a sample chose; a single candidate is not written down."""
+    if K == 1:
+        count = tl.load(counts)
+    else:
+        count = tl.load(choice + sample).to(tl.int32)
+    return count
 
 
 @triton.jit
@@ -412,9 +451,9 @@ def mix_groups(
             count = tl.sum(tl.where(candidate == best, known, 0), 0)
             if tl.program_id(1) == 0:
                 tl.store(softmax + sample * K + candidate, soft, mask=candidate < K)
-                tl.store(choice + sample, count)
+                tl.store(choice + sample, count.to(tl.float32))
         else:
-            count = tl.load(choice + sample)
+            count = group_count(choice, counts, sample, K)
         s = tl.load(warmup)
         identity, equal, weighted = group_matrices(score, sample, count, F, FP)
         on_first = (1 - s) * identity + s * equal
@@ -438,7 +477,7 @@ def mix_groups(
 def pool_attended(
     x, spatial, vectors, channel_logits, gamma, fused, H, W,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    P: tl.constexpr,
+    P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write the means over the image of the fused features: of x * S, plus gamma * w_c * x."""
     sample, group, group_mask, _, channel, mask = channels_of_program(
@@ -446,7 +485,7 @@ def pool_attended(
     )
     pixels = H * W
     sums = tl.zeros([P, G, D], tl.float32)
-    for start in range(0, pixels, P):
+    for start in tl.range(0, pixels, P, num_stages=STAGES):
         pixel = start + tl.arange(0, P)
         inside = pixel < pixels
         tile = load_pixels(x, sample, pixel, inside, channel, mask, pixels, C)
@@ -510,7 +549,7 @@ def store_pixels(
 def apply_attention(
     x, spatial, channel_logits, global_logits, gamma, residual_gate, out, H, W,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    P: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    P: tl.constexpr, STAGES: tl.constexpr, CONTIGUOUS: tl.constexpr,
 ):  # fmt: skip
     """Write the output x * (scale * S + offset)."""
     sample, group, group_mask, _, channel, mask = channels_of_program(
@@ -520,7 +559,8 @@ def apply_attention(
     scale, offset, _, _, _ = output_factors(
         channel_logits, global_logits, gamma, residual_gate, sample, channel, mask, C
     )
-    for start in range(tl.program_id(1) * P, pixels, tl.num_programs(1) * P):
+    step = tl.num_programs(1) * P
+    for start in tl.range(tl.program_id(1) * P, pixels, step, num_stages=STAGES):
         pixel = start + tl.arange(0, P)
         inside = pixel < pixels
         tile = load_pixels(x, sample, pixel, inside, channel, mask, pixels, C)

@@ -1,13 +1,13 @@
-"""A plan: the sizes of a layer and its input, and the kernels that were compiled for them.
+"""A plan: the sizes of a layer and its input, how memory is laid out, and compiled kernels.
 
-A launch through Triton's own entry looks at every argument again, which takes longer than most of
-these kernels run. A plan does so the first time alone. That is safe because everything that a
-kernel is compiled for follows from the plan's key: the sizes, the dtype and the device, and that
-all tensors are aligned to 16 bytes.
+A launch through Triton's own entry looks at every argument again, and most of these kernels run
+for a shorter time than that takes. A plan does so the first time alone. That is safe because all
+that a kernel is compiled for follows from the plan's key: the sizes, the dtype, the device, which
+parts the layer has, and that every tensor is aligned to 16 bytes.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,20 +16,33 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ..weights import EMAXWeights, in_dtype
-from . import config
-from .config import tiles_for
+from .config import share_out, tiles_for
 
-__all__ = ["Launch", "Plan", "plan_for", "recorded_launches"]
+__all__ = [
+    "Launch",
+    "Plan",
+    "counts_of",
+    "new_buffer",
+    "pieces",
+    "plan_for",
+    "recorded_launches",
+    "split",
+]
 
 
 class Launch(NamedTuple):
     """One launch of a kernel."""
 
     kernel: Any
+    """The kernel."""
     grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
+    """The numbers of programs."""
     constants: dict[str, Any]
+    """The values that it is compiled for, in order; they follow the arguments."""
     warps: int
+    """The warps of a program."""
+    arguments: tuple[Any, ...] = ()
+    """The tensors and numbers that it takes, in order."""
 
 
 _recorded: list[Launch] | None = None
@@ -38,60 +51,68 @@ _recorded: list[Launch] | None = None
 class Plan:
     """The sizes of x [b, c, h, w] and of the layer, and its compiled kernels."""
 
-    def __init__(self, b: int, c: int, h: int, w: int, groups: int, keep: bool) -> None:
-        self.b, self.c, self.h, self.w, self.groups = b, c, h, w, groups
+    def __init__(self, shape: Sequence[int], weights: EMAXWeights, keep: bool) -> None:
+        self.b, self.c, self.h, self.w = b, c, h, w = shape
+        config = weights.config
+        self.groups = F = config.groups
         self.pixels = h * w
-        self.tiles = tiles_for(c, groups, h, w)
-        self.d = self.tiles.d
-        # What every kernel that works on tiles of x is compiled for, and those that walk on rows.
-        self.constants = {
-            "C": c, "F": groups, "d": self.d, "D": self.tiles.D, "G": self.tiles.G
-        }  # fmt: skip
-        self.rows = {"R": self.tiles.R, "WB": self.tiles.WB, "N": self.tiles.N}
-        self.samples_grid = (b * self.tiles.blocks,)
+        self.candidates = K = len(config.candidates)
+        self.mixes = weights.warmup is not None and config.candidates != [F]
+        self.controlled = self.mixes and weights.controller_weight is not None
+        self.hidden = {"channel": 0, "global": 0}
+        if weights.channel_reduce_weight is not None:
+            self.hidden["channel"] = weights.channel_reduce_weight.shape[0]
+        if weights.global_reduce_weight is not None:
+            self.hidden["global"] = weights.global_reduce_weight.shape[0]
+        self.tiles = tiles = tiles_for(c, F, h, w)
+        self.d = tiles.d
+        # The columns of the terms; see backward_kernels.
+        self.terms = 17 * c + K + sum(self.hidden.values())
+        # What kernels that work on tiles of x are compiled for, and those that walk along rows.
+        self.constants = {"C": c, "F": F, "d": tiles.d, "D": tiles.D, "G": tiles.G}
+        self.rows = {"R": tiles.R, "WB": tiles.WB, "N": tiles.N}
+        self.grid = (b * tiles.blocks,)
+        self.maps = b * self.pixels * F  # elements of a map
+        self.strips = b * (h + w) * c  # elements of pooled rows and columns
         self._keep = keep
-        self._compiled: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+        self._compiled: dict[str, tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {}
 
-    def shared_out(self, size: tuple[int, int]) -> tuple[tuple[int, int], int]:
-        """Return the grid of a kernel that shares out the pixels of a sample, and its tile."""
+    def share_out(self, size: tuple[int, int, int]) -> tuple[tuple[int, int], dict[str, int]]:
+        """Return the grid of a kernel that shares out the pixels of a sample, and its tiles."""
         tile = self.tiles.pixels(size, self.pixels)
         programs = self.b * self.tiles.blocks
-        return (programs, config.share_out(self.pixels, tile, programs)), tile
+        grid = (programs, share_out(self.pixels, tile, programs))
+        return grid, {**self.constants, "P": tile, "STAGES": size[2]}
 
-    def launch(
-        self,
-        site: str,
-        kernel: Any,
-        grid: tuple[int, ...],
-        arguments: tuple[Any, ...],
-        constants: dict[str, Any],
-        warps: int,
-    ) -> None:
-        """Launch a kernel.
-
-        While torch.compile traces, the launch becomes a part of its graph.
+    def launch(self, site: str, arguments: tuple[Any, ...], how: Callable[[], Launch]) -> None:
+        """Launch a kernel; while torch.compile traces, the launch becomes a part of its graph.
 
         Args:
-            site: A name for this launch, which with the plan determines the constants.
-            kernel: The kernel.
-            grid: The numbers of programs.
-            arguments: The tensors and numbers that it takes, in order.
-            constants: The values that it is compiled for; in order they follow the arguments.
-            warps: The warps of a program.
+            site: A name for this launch.
+            arguments: The tensors and numbers that the kernel takes, in order.
+            how: Returns the launch but for the arguments; the plan determines it.
         """
         known = self._compiled.get(site)
         if known is not None:
-            compiled, rest = known
-            compiled[grid + (1,) * (3 - len(grid))](*arguments, *rest)
+            run, before, constants = known
+            # No hooks: this is `compiled[grid](...)` without the look at the stream's metadata.
+            run(*before[:3], _stream(), *before[3:], None, None, None, *arguments, *constants)
             return
+        launch = how()
+        kernel, grid, constants, warps, _ = launch
         if _recorded is not None:
-            _recorded.append(Launch(kernel, grid, arguments, constants, warps))
+            _recorded.append(launch._replace(arguments=arguments))
             return
         run = wrap_triton(kernel) if torch.compiler.is_compiling() else kernel
         compiled = run[grid](*arguments, **constants, num_warps=warps)
         if self._keep and compiled is not None:
             rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-            self._compiled[site] = compiled, rest
+            before = (*grid, *(1,) * (3 - len(grid)), compiled.function, compiled.packed_metadata)
+            self._compiled[site] = compiled.run, before, rest
+
+
+def _stream() -> int:
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
 
 
 def plan_for(x: Tensor, weights: EMAXWeights, *others: Tensor | None) -> tuple[EMAXWeights, Plan]:
@@ -99,46 +120,58 @@ def plan_for(x: Tensor, weights: EMAXWeights, *others: Tensor | None) -> tuple[E
 
     `others` are the tensors, besides x and the weights, that kernels are given.
     """
-    groups = weights.config.groups
-    for tensor in weights[1:]:
-        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
-            weights = _float_and_contiguous(weights)
-            break
+    weights = _float_and_contiguous(weights)
     if x.device.type != "cuda" or torch.compiler.is_compiling():
-        return weights, Plan(*x.shape, groups, False)
+        return weights, Plan(x.shape, weights, False)
     tensors = (x, *weights[1:], *others)
+    there = []
     for tensor in tensors:
+        there.append(tensor is not None)
         if tensor is not None and tensor.data_ptr() % 16:
-            return weights, Plan(*x.shape, groups, False)
-    reduce, global_reduce = weights.channel_reduce_weight, weights.global_reduce_weight
-    return weights, _plan(
-        x.shape,
-        groups,
-        tuple(weights.config.candidates),
-        weights.config.batch_vote,
-        x.dtype,
-        x.device.index,
+            return weights, Plan(x.shape, weights, False)
+    layout = (
         x.is_contiguous(memory_format=torch.channels_last),
         weights.conv3x3_weight.is_contiguous(),
-        None if reduce is None else reduce.shape[0],
-        None if global_reduce is None else global_reduce.shape[0],
-        tuple([tensor is not None for tensor in tensors]),
     )
+    key = (x.shape, x.dtype, x.get_device(), layout, tuple(there), _hidden(weights))
+    config = weights.config
+    key = (*key, config.groups, config.batch_vote, tuple(config.candidates))
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = Plan(x.shape, weights, True)
+    return weights, plan
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+_MOST_PLANS = 4096
+
+
+def _hidden(weights: EMAXWeights) -> tuple[int, int]:
+    reduce = (weights.channel_reduce_weight, weights.global_reduce_weight)
+    return tuple([0 if weight is None else weight.shape[0] for weight in reduce])  # type: ignore[return-value]
 
 
 def _float_and_contiguous(weights: EMAXWeights) -> EMAXWeights:
-    """Convert the weights; that of conv3x3 may be channels_last, as in a model that is."""
+    """Convert the weights if need be; that of conv3x3 may be channels_last."""
+    conv3x3 = weights.conv3x3_weight
+    fits = conv3x3.is_contiguous() or conv3x3.is_contiguous(memory_format=torch.channels_last)
+    for tensor in weights[1:]:
+        if tensor is None or tensor is conv3x3:
+            continue
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            fits = False
+            break
+    if fits and conv3x3.dtype == torch.float32:
+        return weights
     weights = in_dtype(weights, torch.float32)
     conv3x3 = weights.conv3x3_weight
     if not conv3x3.is_contiguous(memory_format=torch.channels_last):
         conv3x3 = conv3x3.contiguous()
-    tensors = [None if t is None else t.contiguous() for t in weights[1:]]
-    return EMAXWeights(weights.config, *tensors)._replace(conv3x3_weight=conv3x3)  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=4096)
-def _plan(shape: torch.Size, groups: int, *_: Any) -> Plan:
-    return Plan(*shape, groups, True)
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in weights[1:]]
+    weights = EMAXWeights(weights.config, *tensors)  # type: ignore[arg-type]
+    return weights._replace(conv3x3_weight=conv3x3)
 
 
 @contextlib.contextmanager
@@ -152,3 +185,38 @@ def recorded_launches() -> Iterator[list[Launch]]:
         _recorded = None
 
 
+@lru_cache(maxsize=256)
+def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    return _filled(values, device)
+
+
+def _filled(values: tuple[int, ...], device: torch.device) -> Tensor:
+    # Filled on the device: a copy from the host would keep CUDA graphs from being recorded.
+    return torch.cat([torch.full([1], value, dtype=torch.int32, device=device) for value in values])
+
+
+def counts_of(weights: EMAXWeights, device: torch.device) -> Tensor:
+    """Return the candidate group counts as a tensor, [K], int32."""
+    candidates = tuple(weights.config.candidates)
+    filled = _filled if torch.compiler.is_compiling() else _constant
+    return filled(candidates, device)
+
+
+def pieces(like: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Return flat float32 tensors of these sizes, aligned, in one piece of memory."""
+    return split(new_buffer(like, sizes), sizes)
+
+
+def new_buffer(like: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return memory for flat float32 tensors of these sizes, on the device of `like`."""
+    return like.new_empty(sum(_padded(size) for size in sizes), dtype=torch.float32)
+
+
+def split(buffer: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Take a buffer apart into flat tensors, each with its padding."""
+    return list(buffer.split([_padded(size) for size in sizes]))
+
+
+def _padded(size: int) -> int:
+    """Round up so that what follows is aligned to 128 bytes."""
+    return -(-size // 32) * 32

@@ -35,15 +35,15 @@ def _tile(
     return result, row, column
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "K"])
 def product(
-    a, b, bias, mask, out, M, N, K, a_row, b_row, b_column, out_row,
+    a, b, bias, mask, out, M, N, K, a_row, a_column, b_row, b_column, out_row,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write a [M, K] @ b [K, N] + bias [N], after a relu or where mask [M, N] is positive."""
     result, row, column = _tile(
-        a, b, tl.program_id(0), M, N, K, a_row, 1, b_row, b_column, BM, BN, BK, PRECISION
+        a, b, tl.program_id(0), M, N, K, a_row, a_column, b_row, b_column, BM, BN, BK, PRECISION
     )
     inside = (row < M)[:, None] & (column < N)[None, :]
     if bias is not None:
@@ -97,7 +97,8 @@ def gate_products(
 
 @triton.jit(do_not_specialize=["samples"])
 def batch_sums(
-    terms, means, totals, grad_controller, samples, T, C: tl.constexpr, K: tl.constexpr,
+    terms, means, totals, grad_controller, samples, T,
+    C: tl.constexpr, K: tl.constexpr,
     B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum the columns of the terms [b, T] over the batch; and the products with the controller.
@@ -107,27 +108,24 @@ def batch_sums(
     """
     blocks = tl.cdiv(T, BLOCK)
     program = tl.program_id(0)
-    if program < blocks:
-        column = program * BLOCK + tl.arange(0, BLOCK)
-        factor = terms
-    else:
-        rest = program - blocks
-        column = (rest // K) * BLOCK + tl.arange(0, BLOCK)
-        factor = terms + 17 * C + rest % K
+    inner = tl.arange(0, BLOCK)
     sums = tl.zeros([B, BLOCK], tl.float32)
-    for start in range(0, samples, B):
-        sample = start + tl.arange(0, B)
-        exists = (sample < samples)[:, None]
-        if program < blocks:
-            place = sample[:, None] * T + column[None, :]
-            sums += tl.load(terms + place, mask=exists & (column < T)[None, :], other=0.0)
-        else:
-            place = sample[:, None] * C + column[None, :]
-            value = tl.load(means + place, mask=exists & (column < C)[None, :], other=0.0)
-            sums += value * tl.load(factor + sample[:, None] * T, mask=exists, other=0.0)
-    total = tl.sum(sums, 0)
     if program < blocks:
-        tl.store(totals + column, total, mask=column < T)
-    else:
-        to = grad_controller + ((program - blocks) % K) * C + column
-        tl.store(to, total, mask=column < C)
+        column = program * BLOCK + inner
+        for start in range(0, samples, B):
+            sample = start + tl.arange(0, B)
+            mask = (sample < samples)[:, None] & (column < T)[None, :]
+            place = terms + sample[:, None] * T + column[None, :]
+            sums += tl.load(place, mask=mask, other=0.0)
+        tl.store(totals + column, tl.sum(sums, 0), mask=column < T)
+    elif grad_controller is not None:
+        candidate = (program - blocks) % K
+        channel = ((program - blocks) // K) * BLOCK + inner
+        for start in range(0, samples, B):
+            sample = start + tl.arange(0, B)
+            exists = (sample < samples)[:, None]
+            mask = exists & (channel < C)[None, :]
+            value = tl.load(means + sample[:, None] * C + channel[None, :], mask=mask, other=0.0)
+            factor = terms + sample[:, None] * T + 17 * C + candidate
+            sums += value * tl.load(factor, mask=exists, other=0.0)
+        tl.store(grad_controller + candidate * C + channel, tl.sum(sums, 0), mask=channel < C)
