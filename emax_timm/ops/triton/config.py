@@ -22,9 +22,11 @@ INPUT_GRADIENT = (512, 1, 1)
 # The same for kernels that walk along rows, from this number of pixels on.
 ROWS = {512: (2048, 4, 2), 128: (1024, 2, 2), 0: (512, 2, 1)}
 # Pixels of a tile of maps, and its warps.
-MIX = (128, 4)
+MIX = (64, 4)
 UNMIX = (16, 2)
-CONV1X1 = (64, 2)
+CONV1X1 = (16, 2)
+# Terms of a step of a small product, and its warps.
+PRODUCT = (64, 4)
 # So many programs, if there is work for them, fill a GPU with 132 multiprocessors.
 PROGRAMS = 4096
 # Of matrix products: three products of parts in tf32 are as exact as one in float32.

@@ -207,11 +207,11 @@ def multiply(
         tile = 32 if M * N >= 128 * 32 * 32 else 16
         constants = {
             "BM": tile, "BN": min(tile, max(16, power_of_two(N))),
-            "BK": min(128, max(16, power_of_two(K))), "RELU": relu,
+            "BK": min(config.PRODUCT[0], max(16, power_of_two(K))), "RELU": relu,
             "PRECISION": config.PRECISION,
         }  # fmt: skip
         grid = (-(-M // constants["BM"]) * -(-N // constants["BN"]),)
-        return Launch(products.product, grid, constants, 4)
+        return Launch(products.product, grid, constants, config.PRODUCT[1])
 
     plan.launch(site, (a[0], b[0], bias, mask, out[0], *sizes, *a[1:], *b[1:], out[1]), product)
 
