@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from .backend import Backend
 from .portable.forward import emax_plain
@@ -23,10 +24,50 @@ def differentiable(
 ) -> Tensor:
     """Apply a layer to x [b, c, h, w]; the backend computes the forward and the backward pass."""
     config, *tensors = weights
-    return _EMAX.apply(x, noise, backend, config, *tensors)[0]
+    if peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
+        return _TransformedEMAX.apply(x, noise, backend, config, *tensors)[0]
+    return _EMAX.apply(x, noise, backend, config, *tensors)
 
 
 class _EMAX(torch.autograd.Function):
+    """The node. A forward pass that gets the context costs less than one beside `setup_context`,
+    for which every call would look at the signature.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        noise: Tensor | None,
+        backend: Backend,
+        config: Any,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        out, saved = backend.forward(x, EMAXWeights(config, *tensors), noise, True)  # type: ignore[arg-type]
+        ctx.backend, ctx.config = backend, config
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, noise, *tensors, *saved)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = grad_outputs[0]
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, noise, *kept = ctx.saved_tensors
+        tensors, saved = kept[: len(TENSORS)], kept[len(TENSORS) :]
+        weights = EMAXWeights(ctx.config, *tensors)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _differentiable_gradients(grad, x, weights, noise)
+        else:
+            grads = _gradients(ctx.backend, grad, x, weights, noise, saved)
+        # In the order of the arguments of `forward`; noise, backend and config have no gradient.
+        return grads["x"], None, None, None, *[grads.get(name) for name in TENSORS]
+
+
+class _TransformedEMAX(_EMAX):
+    """The same for the transforms of torch.func, which need all that is saved as outputs."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -43,21 +84,6 @@ class _EMAX(torch.autograd.Function):
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, noise, *tensors, *saved)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad = grad_outputs[0]
-        if grad is None:
-            return (None,) * len(ctx.needs_input_grad)
-        x, noise, *kept = ctx.saved_tensors
-        tensors, saved = kept[: len(TENSORS)], kept[len(TENSORS) :]
-        weights = EMAXWeights(ctx.config, *tensors)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _differentiable_gradients(grad, x, weights, noise)
-        else:
-            grads = _gradients(ctx.backend, grad, x, weights, noise, saved)
-        # In the order of the arguments of `forward`; noise, backend and config have no gradient.
-        return grads["x"], None, None, None, *[grads.get(name) for name in TENSORS]
 
 
 def _gradients(

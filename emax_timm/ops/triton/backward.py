@@ -11,15 +11,15 @@ from .forward import (
     Pooled,
     Saved,
     as_channels_last,
-    conv3x3_matrix,
     mix,
     multiply,
+    output_factors,
     output_like,
     pool_and_gate,
     pooled_sizes,
     saved_of,
 )
-from .plan import Launch, Plan, counts_of, pieces, plan_for
+from .plan import Launch, Plan, conv3x3_matrix, counts_of, pieces, plan_for
 
 __all__ = ["backward"]
 
@@ -172,26 +172,15 @@ def _gradients(like: Tensor, weights: EMAXWeights, plan: Plan) -> dict[str, Tens
 
 def _output_backward(step: _Pass) -> None:
     """Go back through the output and the gates, to the mixed map before its sigmoid."""
-    x, grad, weights, plan, saved, scratch, _, _ = step
+    x, grad, weights, plan, saved, scratch, pooled, _ = step
     c, h, w, width = plan.c, plan.h, plan.w, plan.terms
-    has_global_gate = weights.global_reduce_weight is not None
-    factors = (
-        None if weights.gamma is None else saved.channel_logits,
-        saved.global_logits if has_global_gate else None,
-        weights.gamma,
-        weights.residual_gate,
-    )
-    plan.launch(
-        "output_gradient",
-        (x, grad, scratch.spatial, *factors, scratch.of_map, scratch.of_offset, scratch.terms, h,
-         w, width),
-        lambda: Launch(
-            backward_kernels.output_gradient, plan.grid, plan.share_out(config.STREAMING)[1],
-            config.STREAMING[1],
-        ),
+    factors = output_factors(weights, saved)
+    pool_and_gate(
+        x, weights, plan, scratch.shifts, pooled, grad, scratch.spatial, *factors,
+        scratch.of_map, scratch.of_offset, scratch.terms,
     )  # fmt: skip
     of_fused = None
-    if has_global_gate:
+    if weights.global_reduce_weight is not None:
         of_fused = scratch.of_fused
         _gate_backward(step, "global", saved.fused, saved.global_hidden, of_fused)
     if weights.gamma is not None:
@@ -208,8 +197,8 @@ def _output_backward(step: _Pass) -> None:
         _gate_backward(step, "channel", saved.vectors, saved.channel_hidden, scratch.of_mean)
 
     def map_gradient() -> Launch:
-        grid, constants = plan.share_out(config.STREAMING)
-        return Launch(backward_kernels.map_gradient, grid, constants, config.STREAMING[1])
+        grid, constants = plan.share_out(config.MAP_GRADIENT)
+        return Launch(backward_kernels.map_gradient, grid, constants, config.MAP_GRADIENT[1])
 
     plan.launch(
         "map_gradient", (x, scratch.spatial, of_fused, scratch.of_map, h, w), map_gradient
@@ -294,12 +283,11 @@ def _fine_maps_backward(step: _Pass, like: Tensor) -> Tensor:
     """Go back through the fine maps: the gradient of x, laid out like `like`."""
     x, grad, weights, plan, saved, scratch, pooled, _ = step
     b, h, w, d, width = plan.b, plan.h, plan.w, plan.d, plan.terms
-    pool_and_gate(x, weights, plan, scratch.shifts, pooled, False)
-    matrix, strides = conv3x3_matrix(weights)
+    matrix = weights.conv3x3_weight
     of_first = of_second = scratch.of_map
     if plan.mixes:
         of_first, of_second = scratch.of_maps, scratch.of_maps[plan.maps :]
-    grid, _ = plan.share_out(config.PIXEL_SUMS)
+    parts = plan.share_out(config.PIXEL_SUMS)[0][1]
 
     def pixel_sums() -> Launch:
         grid, constants = plan.share_out(config.PIXEL_SUMS)
@@ -315,7 +303,7 @@ def _fine_maps_backward(step: _Pass, like: Tensor) -> Tensor:
         "second_term_gradient",
         (scratch.sums, saved.vectors, saved.conv_means, weights.gn_weight, weights.gn_bias,
          scratch.of_score if plan.mixes else None, scratch.of_conv_means, scratch.of_gated,
-         scratch.terms, b, grid[1], plan.pixels, width),
+         scratch.terms, b, parts, plan.pixels, width),
         lambda: Launch(backward_kernels.second_term_gradient, plan.grid, plan.constants, 2),
     )  # fmt: skip
     rows = b * plan.groups
@@ -327,6 +315,12 @@ def _fine_maps_backward(step: _Pass, like: Tensor) -> Tensor:
         plan, "conv3x3", (scratch.of_conv_means, 1, d), (pooled.borders, 9 * d, 1),
         (scratch.of_conv3x3, 9 * d), (d, 9 * d, rows),
     )  # fmt: skip
+
+    def pooled_gradient() -> Launch:
+        size = config.POOLED_GRADIENT[plan.large]
+        constants = {**plan.walk(size, weights), "PRECISION": config.PRECISION}
+        return Launch(backward_kernels.pooled_gradient, plan.grid, constants, size[1])
+
     has_mean = weights.gamma is not None or plan.controlled
     plan.launch(
         "pooled_gradient",
@@ -334,12 +328,7 @@ def _fine_maps_backward(step: _Pass, like: Tensor) -> Tensor:
          of_second, scratch.of_borders, scratch.of_mean if has_mean else None,
          weights.conv1x1_weight, scratch.of_before, scratch.of_pooled, scratch.of_corners, b, h,
          w, width),
-        lambda: Launch(
-            backward_kernels.pooled_gradient, plan.grid,
-            {**plan.constants, **plan.rows, **strides, "STAGES": plan.tiles.row_stages,
-             "PRECISION": config.PRECISION},
-            plan.tiles.row_warps,
-        ),
+        pooled_gradient,
     )  # fmt: skip
     _conv1x1_backward(step)
     grad_x, contiguous = output_like(like)
@@ -353,8 +342,7 @@ def _fine_maps_backward(step: _Pass, like: Tensor) -> Tensor:
     has_global_gate = weights.global_reduce_weight is not None
     plan.launch(
         "input_gradient",
-        (x, grad, scratch.spatial, None if weights.gamma is None else saved.channel_logits,
-         saved.global_logits if has_global_gate else None, weights.gamma, weights.residual_gate,
+        (x, grad, scratch.spatial, *output_factors(weights, saved),
          scratch.of_fused if has_global_gate else None, pooled.gates, saved.vectors,
          scratch.shifts, scratch.of_gated, scratch.terms, scratch.of_corners, pooled.kernel,
          of_first, of_second, scratch.of_pooled, grad_x, b, h, w, width),
@@ -371,7 +359,7 @@ def _conv1x1_backward(step: _Pass) -> None:
         (scratch.of_before, step.pooled.pooled, scratch.of_conv1x1, plan.strips // plan.d),
         lambda: Launch(
             backward_kernels.conv1x1_gradient, (_conv1x1_parts(plan),),
-            {"d": plan.d, "DP": max(16, plan.tiles.D), "N": config.CONV1X1[0],
+            {"d": plan.d, "DP": max(16, plan.tiles.D), "N": config.CONV1X1[0] // (2 if plan.tiles.D > 32 else 1),
              "PRECISION": config.PRECISION}, config.CONV1X1[1],
         ),
     )  # fmt: skip

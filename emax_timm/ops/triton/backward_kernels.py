@@ -46,56 +46,12 @@ __all__ = [
     "conv1x1_gradient",
     "input_gradient",
     "map_gradient",
-    "output_gradient",
     "parameter_gradients",
     "pixel_sums",
     "pooled_gradient",
     "second_term_gradient",
     "unmix_groups",
 ]
-
-
-@triton.jit(do_not_specialize=["H", "W"])
-def output_gradient(
-    x, grad, spatial, channel_logits, global_logits, gamma, residual_gate, grad_spatial,
-    grad_offset, terms, H, W, T,
-    C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    P: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Compute the gradients of S, as far as they come from the output, of offset and of scale.
-
-    The last goes through the residual gate and the global gate at once: into `terms`.
-    """
-    sample, group, group_mask, _, channel, mask = channels_of_program(
-        tl.program_id(0), F, d, D, G
-    )
-    pixels = H * W
-    scale, _, global_, branch, _ = output_factors(
-        channel_logits, global_logits, gamma, residual_gate, sample, channel, mask, C
-    )
-    with_map = tl.zeros([P, G, D], tl.float32)
-    without = tl.zeros([P, G, D], tl.float32)
-    for start in tl.range(0, pixels, P, num_stages=STAGES):
-        pixel = start + tl.arange(0, P)
-        inside = pixel < pixels
-        product = load_pixels(x, sample, pixel, inside, channel, mask, pixels, C)
-        product *= load_pixels(grad, sample, pixel, inside, channel, mask, pixels, C)
-        attention = load_map(spatial, sample, pixel, inside, group, group_mask, pixels, F)
-        with_map += product * attention[:, :, None]
-        without += product
-        to = grad_spatial + sample.to(tl.int64) * pixels * F + pixel[:, None] * F + group[None, :]
-        weighted = tl.sum(product * scale[None], 2)
-        tl.store(to, weighted, mask=inside[:, None] & group_mask[None, :])
-    of_offset = tl.sum(without, 0)
-    of_scale = tl.sum(with_map, 0) + of_offset * branch
-    tl.store(grad_offset + sample * C + channel, of_offset, mask=mask)
-    to = terms + sample * T + channel
-    of_global = of_scale
-    if residual_gate is not None:
-        tl.store(to, of_scale * global_ - of_offset, mask=mask)
-        alpha = tl.load(residual_gate + channel, mask=mask, other=0.0).to(tl.float32)
-        of_global = of_scale * alpha
-    tl.store(to + 2 * C, of_global * global_ * (1.0 - global_), mask=mask)
 
 
 @triton.jit

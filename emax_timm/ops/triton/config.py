@@ -15,16 +15,22 @@ __all__ = ["Tiles", "power_of_two", "share_out", "tiles_for"]
 CHANNELS = 64
 # Pixels times channels of a tile, its warps, and the tiles that are loaded ahead. Kernels with many
 # sums take small tiles.
-FINE_MAPS = (512, 2, 1)
-STREAMING = (2048, 4, 2)
+FINE_MAPS = (256, 1, 1)
+POOL_ATTENDED = (2048, 4, 1)
+APPLY = (1024, 2, 2)
+MAP_GRADIENT = (4096, 4, 1)
 PIXEL_SUMS = (256, 1, 1)
-INPUT_GRADIENT = (512, 1, 1)
-# The same for kernels that walk along rows, from this number of pixels on.
-ROWS = {512: (2048, 4, 2), 128: (1024, 2, 2), 0: (512, 2, 1)}
+INPUT_GRADIENT = (256, 1, 1)
+# The same for kernels that walk along rows, in large and small images.
+ROWS = {True: (2048, 4, 1), False: (1024, 2, 2)}
+POOLED_GRADIENT = {True: (1024, 4, 1), False: (1024, 2, 2)}
 # Pixels of a tile of maps, and its warps.
-MIX = (64, 4)
+MIX = {True: (16, 2), False: (64, 8)}
 UNMIX = (16, 2)
-CONV1X1 = (16, 2)
+# Rows of a step, and its warps.
+CONV1X1 = (32, 2)
+# From this number of pixels on an image is large.
+LARGE = 512
 # Terms of a step of a small product, and its warps.
 PRODUCT = (64, 4)
 # So many programs, if there is work for them, fill a GPU with 132 multiprocessors.
@@ -44,16 +50,15 @@ class Tiles(NamedTuple):
     """Fine groups of a tile."""
     blocks: int
     """Tiles along the groups."""
-    WB: int
-    """Columns of a tile that walks along rows."""
-    R: int
-    """Rows of such a tile."""
     N: int
     """Rows and columns of a tile of pooled values."""
-    row_warps: int
-    """Warps of a program that walks along rows."""
-    row_stages: int
-    """Tiles that it loads ahead."""
+
+    def rows(self, size: tuple[int, int, int], height: int, width: int) -> dict[str, int]:
+        """Return the tile of `size` of a kernel that walks along rows: its rows and columns."""
+        pixels = max(1, size[0] // (self.G * self.D))
+        columns = min(power_of_two(width), pixels)
+        rows = min(power_of_two(height), max(1, pixels // columns))
+        return {"R": rows, "WB": columns, "N": self.N, "STAGES": size[2]}
 
     def pixels(self, size: tuple[int, int, int], image: int) -> int:
         """Return the pixels of a tile of `size` (elements, warps, stages) for an image of so many."""
@@ -70,12 +75,8 @@ def tiles_for(channels: int, groups: int, height: int, width: int) -> Tiles:
     d = channels // groups
     D = power_of_two(d)
     G = min(power_of_two(groups), max(1, CHANNELS // D))
-    rows = next(size for least, size in ROWS.items() if height * width >= least)
-    pixels = max(1, rows[0] // (G * D))
-    WB = min(power_of_two(width), pixels)
-    R = min(power_of_two(height), max(1, pixels // WB))
     N = min(power_of_two(height + width), max(1, 1024 // (G * D)))
-    return Tiles(d, D, G, -(-groups // G), WB, R, N, *rows[1:])
+    return Tiles(d, D, G, -(-groups // G), N)
 
 
 def share_out(pixels: int, tile: int, programs: int) -> int:

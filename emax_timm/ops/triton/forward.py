@@ -8,16 +8,16 @@ from torch import Tensor
 from ..weights import EMAXWeights, present
 from . import config, forward_kernels, products
 from .config import power_of_two, share_out
-from .plan import Launch, Plan, counts_of, new_buffer, pieces, plan_for, split
+from .plan import Launch, Plan, conv3x3_matrix, counts_of, new_buffer, pieces, plan_for, split
 
 __all__ = [
     "Pooled",
     "Saved",
     "as_channels_last",
-    "conv3x3_matrix",
     "forward",
     "mix",
     "multiply",
+    "output_factors",
     "output_like",
     "pool_and_gate",
     "pooled_sizes",
@@ -80,7 +80,7 @@ def forward(
     kept = Saved(*split(saved, saved_sizes))
     *strips, spatial = pieces(x, [*pooled_sizes(plan), plan.maps])
     pooled = Pooled(*strips)
-    pool_and_gate(features, weights, plan, kept.vectors, pooled, True)
+    pool_and_gate(features, weights, plan, kept.vectors, pooled)
     matrix, _ = conv3x3_matrix(weights)
     multiply(
         plan, "conv_means", (pooled.borders, 9 * plan.d, 1), (matrix, 1, 9 * plan.d),
@@ -100,23 +100,23 @@ def forward(
     mix(plan, weights, kept, noise, spatial, choose=True)
     if weights.gamma is not None:
         _gate(plan, weights, "channel", kept.vectors, kept.channel_hidden, kept.channel_logits)
-    factors = _factors(weights, kept)
+    factors = output_factors(weights, kept)
     if weights.global_reduce_weight is not None:
         plan.launch(
             "pool_attended",
             (features, spatial, kept.vectors, factors[0], weights.gamma, kept.fused, h, w),
             lambda: Launch(
-                forward_kernels.pool_attended, plan.grid, plan.share_out(config.STREAMING)[1],
-                config.STREAMING[1],
+                forward_kernels.pool_attended, plan.grid, plan.share_out(config.POOL_ATTENDED)[1],
+                config.POOL_ATTENDED[1],
             ),
         )  # fmt: skip
         _gate(plan, weights, "global", kept.fused, kept.global_hidden, kept.global_logits)
     out, contiguous = output_like(x)
 
     def apply_attention() -> Launch:
-        grid, constants = plan.share_out(config.STREAMING)
+        grid, constants = plan.share_out(config.APPLY)
         constants["CONTIGUOUS"] = contiguous
-        return Launch(forward_kernels.apply_attention, grid, constants, config.STREAMING[1])
+        return Launch(forward_kernels.apply_attention, grid, constants, config.APPLY[1])
 
     plan.launch("apply", (features, spatial, *factors, out, h, w), apply_attention)
     return out, [saved] if keep else []
@@ -145,7 +145,7 @@ def saved_of(plan: Plan, saved: Tensor) -> Saved:
     return Saved(*split(saved, _saved_sizes(plan)))
 
 
-def _factors(weights: EMAXWeights, kept: Saved) -> tuple[Tensor | None, ...]:
+def output_factors(weights: EMAXWeights, kept: Saved) -> tuple[Tensor | None, ...]:
     """Return what the scale and the offset of the output follow from."""
     return (
         None if weights.gamma is None else kept.channel_logits,
@@ -168,18 +168,6 @@ def output_like(x: Tensor) -> tuple[Tensor, bool]:
     if x.is_contiguous(memory_format=torch.channels_last):
         return torch.empty_like(x), False
     return torch.empty_like(x, memory_format=torch.contiguous_format), True
-
-
-def conv3x3_matrix(weights: EMAXWeights) -> tuple[Tensor, dict[str, int]]:
-    """Return the weight of conv3x3, [d, d, 3, 3] in memory or, channels_last, [d, 3, 3, d].
-
-    Returns:
-        The weight, and the strides of an input channel and of a kernel offset in it.
-    """
-    weight = weights.conv3x3_weight
-    if weight.is_contiguous():
-        return weight, {"INPUT": 9, "TAP": 1}
-    return weight, {"INPUT": 1, "TAP": weight.shape[1]}
 
 
 def multiply(
@@ -223,24 +211,24 @@ def pooled_sizes(plan: Plan) -> list[int]:
 
 def pool_and_gate(
     features: Tensor, weights: EMAXWeights, plan: Plan, vectors: Tensor, pooled: Pooled,
-    moments: bool,
+    *backward: Tensor | None,
 ) -> None:  # fmt: skip
-    """Compute `Pooled`, and the vectors of `Saved`; without moments the first two of them alone."""
-    matrix, strides = conv3x3_matrix(weights)
+    """Compute `Pooled`, and the vectors of `Saved`.
+
+    For the backward pass, with the tensors that the kernel takes then, the first two vectors alone.
+    """
 
     def launch() -> Launch:
-        constants = {
-            **plan.constants, **plan.rows, **strides, "STAGES": plan.tiles.row_stages,
-            "MOMENTS": moments, "PRECISION": config.PRECISION,
-        }  # fmt: skip
-        kernel = forward_kernels.pool_and_gate
-        return Launch(kernel, (plan.grid[0] + 1,), constants, plan.tiles.row_warps)
+        size = config.ROWS[plan.large]
+        constants = plan.walk(size, weights)
+        constants |= {"BACKWARD": bool(backward), "PRECISION": config.PRECISION}
+        return Launch(forward_kernels.pool_and_gate, (plan.grid[0] + 1,), constants, size[1])
 
     plan.launch(
-        "moments" if moments else "pool",
-        (features, weights.conv1x1_weight, weights.conv1x1_bias, matrix, weights.conv3x3_bias,
-         weights.gn_bias, pooled.pooled, pooled.gates, vectors, pooled.borders, pooled.kernel,
-         plan.b, plan.h, plan.w, weights.config.eps),
+        "pool again" if backward else "pool",
+        (features, weights.conv1x1_weight, weights.conv1x1_bias, weights.conv3x3_weight,
+         weights.conv3x3_bias, weights.gn_bias, *pooled[:2], vectors, *pooled[2:],
+         *(backward or (None,) * 9), plan.b, plan.h, plan.w, plan.terms, weights.config.eps),
         launch,
     )  # fmt: skip
 
@@ -275,14 +263,15 @@ def mix(
             chooses = False
 
     def mix_groups() -> Launch:
-        tile = min(max(16, power_of_two(plan.pixels)), config.MIX[0])
+        pixels, warps = config.MIX[plan.large]
+        tile = min(max(16, power_of_two(plan.pixels)), pixels)
         constants = {
             "C": c, "F": plan.groups, "K": K, "KP": power_of_two(K),
             "FP": max(16, power_of_two(plan.groups)), "P": tile, "CHOOSE": chooses,
             "PRECISION": config.PRECISION,
         }  # fmt: skip
         grid = (b, share_out(plan.pixels, tile, b))
-        return Launch(forward_kernels.mix_groups, grid, constants, config.MIX[1])
+        return Launch(forward_kernels.mix_groups, grid, constants, warps)
 
     plan.launch(
         "mix" if choose else "mix again",

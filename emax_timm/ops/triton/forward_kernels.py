@@ -71,14 +71,25 @@ def _first_kernel(
 
 @triton.jit
 def _pool(
-    x, pooled, sample, channel, mask, H, W,
-    C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, R: tl.constexpr, WB: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, grad, spatial, grad_spatial, scale, pooled, sample, group, group_mask, channel, mask, H, W,
+    C: tl.constexpr, F: tl.constexpr, D: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
+    WB: tl.constexpr, STAGES: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Write the means over w and over h of one sample, and return the means over both, [G, D]."""
+    """Write the means over w and over h of one sample, and return the means over both, [G, D].
+
+    BACKWARD reads the gradient of the output as well, in the same pass over x: it writes the
+    gradient of S, as far as it comes from the output, and returns the sums of x * grad * S and of
+    x * grad.
+    """
     base = x + sample.to(tl.int64) * H * W * C
     strip = pooled + sample * (H + W) * C
+    if BACKWARD:
+        of_output = grad + sample.to(tl.int64) * H * W * C
+        attention = spatial + sample.to(tl.int64) * H * W * F
+        of_attention = grad_spatial + sample.to(tl.int64) * H * W * F
     mean = tl.zeros([G, D], tl.float32)
+    with_map = tl.zeros([WB, G, D], tl.float32)
+    without = tl.zeros([WB, G, D], tl.float32)
     for left in range(0, W, WB):
         column = left + tl.arange(0, WB)
         sums = tl.zeros([WB, G, D], tl.float32)
@@ -86,9 +97,9 @@ def _pool(
             row = top + tl.arange(0, R)
             pixel = row[:, None] * W + column[None, :]
             inside = (row < H)[:, None] & (column < W)[None, :]
-            at = base + pixel[:, :, None, None] * C + channel[None, None]
+            at = pixel[:, :, None, None] * C + channel[None, None]
             tile_mask = inside[:, :, None, None] & mask[None, None]
-            tile = tl.load(at, mask=tile_mask, other=0.0).to(tl.float32)
+            tile = tl.load(base + at, mask=tile_mask, other=0.0).to(tl.float32)
             rows = tl.sum(tile, 1)
             to_row = strip + row[:, None, None] * C + channel[None]
             row_mask = (row < H)[:, None, None] & mask[None]
@@ -98,13 +109,22 @@ def _pool(
                 rows = rows / W
             tl.store(to_row, rows, mask=row_mask)
             sums += tl.sum(tile, 0)
+            if BACKWARD:
+                tile *= tl.load(of_output + at, mask=tile_mask, other=0.0).to(tl.float32)
+                place = pixel[:, :, None] * F + group[None, None, :]
+                map_mask = inside[:, :, None] & group_mask[None, None, :]
+                here = tl.load(attention + place, mask=map_mask, other=0.0)
+                with_map += tl.sum(tile * here[:, :, :, None], 0)
+                without += tl.sum(tile, 0)
+                weighted = tl.sum(tile * scale[None, None], 3)
+                tl.store(of_attention + place, weighted, mask=map_mask)
         means = sums / H
         to_column = strip + (H + column)[:, None, None] * C + channel[None]
         tl.store(to_column, means, mask=(column < W)[:, None, None] & mask[None])
         mean += tl.sum(means, 0)
         # The next block of columns adds to rows that other threads may have written.
         tl.debug_barrier()
-    return mean / W
+    return mean / W, tl.sum(with_map, 0), tl.sum(without, 0)
 
 
 @triton.jit
@@ -237,18 +257,41 @@ def _moments(
     return mean, tl.maximum(square - mean * mean, 0.0)
 
 
+@triton.jit
+def _output_gradient(
+    with_map, without, global_, branch, residual_gate, grad_offset, terms, sample, channel, mask,
+    T, C: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of the offset, of the residual gate and of the global gate's logits.
+
+    From the gradients of x * S and of x, summed over the pixels, [G, D] each.
+    """
+    of_scale = with_map + without * branch
+    tl.store(grad_offset + sample * C + channel, without, mask=mask)
+    to = terms + sample * T + channel
+    of_global = of_scale
+    if residual_gate is not None:
+        tl.store(to, of_scale * global_ - without, mask=mask)
+        alpha = tl.load(residual_gate + channel, mask=mask, other=0.0).to(tl.float32)
+        of_global = of_scale * alpha
+    tl.store(to + 2 * C, of_global * global_ * (1.0 - global_), mask=mask)
+
+
 @triton.jit(do_not_specialize=["samples", "H", "W"])
 def pool_and_gate(
     x, conv1x1_weight, conv1x1_bias, conv3x3_weight, conv3x3_bias, gn_bias,
-    pooled, gates, vectors, borders, kernel, samples, H, W, eps,
+    pooled, gates, vectors, borders, kernel, grad, spatial, channel_logits, global_logits, gamma,
+    residual_gate, grad_spatial, grad_offset, terms, samples, H, W, T, eps,
     C: tl.constexpr, F: tl.constexpr, d: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, WB: tl.constexpr, N: tl.constexpr, INPUT: tl.constexpr, TAP: tl.constexpr,
-    STAGES: tl.constexpr, MOMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute what a program can know of x from its own channels alone.
 
-    The pooled rows and columns, their gates, the shift of the deviations, the border means and,
-    with MOMENTS, the moments of the gated features. One program more writes the kernel.
+    The pooled rows and columns, their gates, the shift of the deviations and the border means. In
+    the forward pass also the moments of the gated features; in the backward pass, for which
+    the tensors from `grad` on are, the gradients of the output's factors. One program more writes
+    the kernel.
     """
     if tl.program_id(0) == 0:
         _first_kernel(conv3x3_weight, conv3x3_bias, gn_bias, kernel, d, D, INPUT, TAP)
@@ -256,7 +299,15 @@ def pool_and_gate(
         sample, group, group_mask, inner, channel, mask = channels_of_program(
             tl.program_id(0) - 1, F, d, D, G
         )
-        mean = _pool(x, pooled, sample, channel, mask, H, W, C, D, G, R, WB, STAGES)
+        scale = tl.zeros([G, D], tl.float32)
+        if BACKWARD:
+            scale, _, global_, branch, _ = output_factors(
+                channel_logits, global_logits, gamma, residual_gate, sample, channel, mask, C
+            )
+        mean, with_map, without = _pool(
+            x, grad, spatial, grad_spatial, scale, pooled, sample, group, group_mask, channel,
+            mask, H, W, C, F, D, G, R, WB, STAGES, BACKWARD,
+        )  # fmt: skip
         to = vectors + sample * C + channel
         tl.store(to + MEAN * samples * C, mean, mask=mask)
         shift = _gate(
@@ -268,7 +319,12 @@ def pool_and_gate(
             x, pooled, borders, mean, sample, group, inner, channel, mask, H, W, C, F, d, INPUT,
             TAP,
         )  # fmt: skip
-        if MOMENTS:
+        if BACKWARD:
+            _output_gradient(
+                with_map, without, global_, branch, residual_gate, grad_offset, terms, sample,
+                channel, mask, T, C,
+            )  # fmt: skip
+        else:
             tl.debug_barrier()  # the gates are written by other threads
             gated_mean, variance = _moments(
                 x, gates, sample, channel, mask, shift, H, W, C, D, G, R, WB, STAGES

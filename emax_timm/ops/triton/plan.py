@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from ..weights import EMAXWeights, in_dtype
+from . import config as config_
 from .config import share_out, tiles_for
 
 __all__ = [
     "Launch",
     "Plan",
+    "conv3x3_matrix",
     "counts_of",
     "new_buffer",
     "pieces",
@@ -68,9 +70,9 @@ class Plan:
         self.d = tiles.d
         # The columns of the terms; see backward_kernels.
         self.terms = 17 * c + K + sum(self.hidden.values())
-        # What kernels that work on tiles of x are compiled for, and those that walk along rows.
+        # What kernels that work on tiles of x are compiled for.
         self.constants = {"C": c, "F": F, "d": tiles.d, "D": tiles.D, "G": tiles.G}
-        self.rows = {"R": tiles.R, "WB": tiles.WB, "N": tiles.N}
+        self.large = self.pixels >= config_.LARGE
         self.grid = (b * tiles.blocks,)
         self.maps = b * self.pixels * F  # elements of a map
         self.strips = b * (h + w) * c  # elements of pooled rows and columns
@@ -83,6 +85,11 @@ class Plan:
         programs = self.b * self.tiles.blocks
         grid = (programs, share_out(self.pixels, tile, programs))
         return grid, {**self.constants, "P": tile, "STAGES": size[2]}
+
+    def walk(self, size: tuple[int, int, int], weights: EMAXWeights) -> dict[str, int]:
+        """Return what a kernel that walks along rows is compiled for."""
+        _, strides = conv3x3_matrix(weights)
+        return {**self.constants, **self.tiles.rows(size, self.h, self.w), **strides}
 
     def launch(self, site: str, arguments: tuple[Any, ...], how: Callable[[], Launch]) -> None:
         """Launch a kernel; while torch.compile traces, the launch becomes a part of its graph.
@@ -193,6 +200,18 @@ def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
 def _filled(values: tuple[int, ...], device: torch.device) -> Tensor:
     # Filled on the device: a copy from the host would keep CUDA graphs from being recorded.
     return torch.cat([torch.full([1], value, dtype=torch.int32, device=device) for value in values])
+
+
+def conv3x3_matrix(weights: EMAXWeights) -> tuple[Tensor, dict[str, int]]:
+    """Return the weight of conv3x3, [d, d, 3, 3] in memory or, channels_last, [d, 3, 3, d].
+
+    Returns:
+        The weight, and the strides of an input channel and of a kernel offset in it.
+    """
+    weight = weights.conv3x3_weight
+    if weight.is_contiguous():
+        return weight, {"INPUT": 9, "TAP": 1}
+    return weight, {"INPUT": 1, "TAP": weight.shape[1]}
 
 
 def counts_of(weights: EMAXWeights, device: torch.device) -> Tensor:
