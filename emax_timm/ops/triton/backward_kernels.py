@@ -405,7 +405,7 @@ def pooled_gradient(
     every_row = t0 + t1 + t2 + t3 + t4 + t5 + t6 + t7 + t8
     if grad_mean is not None:
         every_row += tl.load(grad_mean + sample * C + channel, mask=mask, other=0.0) * one
-    for start in range(0, H + W, N):
+    for start in tl.range(0, H + W, N, num_stages=1):
         place = start + tl.arange(0, N)
         place_mask = place < H + W
         result = mix_channels(

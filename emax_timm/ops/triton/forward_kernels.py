@@ -175,7 +175,7 @@ def _gate(
     over_rows = tl.zeros([G, D], tl.float32)
     over_columns = tl.zeros([G, D], tl.float32)
     bias = tl.load(conv1x1_bias + inner, mask=inner < d, other=0.0).to(tl.float32)
-    for start in range(0, H + W, N):
+    for start in tl.range(0, H + W, N, num_stages=1):
         place = start + tl.arange(0, N)
         place_mask = place < H + W
         before = mix_channels(
