@@ -86,6 +86,7 @@ def _models(options: argparse.Namespace) -> Result:
         options.rounds,
         _compiled_too(options, setting),
         training=not options.no_training,
+        evaluation=not options.no_inference,
     )
     return found, report_models(found)
 
@@ -185,7 +186,9 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
     one = _command(commands, _models, "whole networks", rounds=7)
     add_systems(one, networks.CHOICES)
     text = "leave out the training step, which torch.compile takes minutes to compile"
-    one.add_argument("--no-training", action="store_true", help=text)
+    some = one.add_mutually_exclusive_group()
+    some.add_argument("--no-training", action="store_true", help=text)
+    some.add_argument("--no-inference", action="store_true", help="leave out the inference")
     text = "measure each under torch.compile too, with the seconds that it takes"
     one.add_argument("--compile", action="store_true", help=text)
     text = "measure each as CUDA graphs too, as torch.compile's mode reduce-overhead makes them"

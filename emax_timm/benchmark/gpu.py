@@ -17,8 +17,6 @@ from .timing import Measured, measured
 __all__ = ["Event", "Kernels", "Span", "flushing", "kernels", "peak_bytes", "spans"]
 
 LEAST_BUFFER = 256 * 2**20
-MARK = "bitwise_not"
-"""Part of the name of the kernel that flushes the cache, which no attention uses."""
 
 Name = TypeVar("Name")
 
@@ -57,7 +55,7 @@ class Span(NamedTuple):
 
 
 def flushing(device: torch.device) -> Callable[[], object]:
-    """Return a function that overwrites the L2 cache of a GPU, by one kernel named by `MARK`."""
+    """Return a function that overwrites the L2 cache of a GPU by a kernel of a name of its own."""
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
     size = max(LEAST_BUFFER, 2 * cache)
     buffer = torch.zeros(size // 4, dtype=torch.int32, device=device)
@@ -78,8 +76,9 @@ def kernels(
     names = list(calls)
     order = [name for n in range(rounds) for name in _rotated(names, n)]
     _profiled([flush], device)  # the first profile of a process sets the profiler up
+    marks = [event.name for event in _profiled([flush], device)]
     events = _profiled([step for name in order for step in (flush, calls[name])], device)
-    found = spans(events)
+    found = spans(events, marks[0]) if marks else []
     if len(found) != len(order) or not any(span.launches for span in found):
         return _by_events(calls, order, flush, device)
     by_name = {name: [s for n, s in zip(order, found, strict=True) if n == name] for name in names}
@@ -93,11 +92,11 @@ def kernels(
     }
 
 
-def spans(events: Iterable[Event]) -> list[Span]:
-    """Sum up the events between each flush of the cache and the next one."""
+def spans(events: Iterable[Event], mark: str) -> list[Span]:
+    """Sum up the events between each flush of the cache, the kernel named `mark`, and the next."""
     found: list[list[Event]] = []
     for event in sorted(events, key=lambda event: event.start):
-        if MARK in event.name:
+        if event.name == mark:
             found.append([])
         elif found:
             found[-1].append(event)

@@ -3,7 +3,7 @@
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +52,8 @@ CHOICES = list(
 )
 """Every method that can be asked for."""
 GPU_ROUNDS = 3
+Kinds = Mapping[str, Callable[[nn.Module, Any], Callable[[], Any]]]
+"""What is measured, and how a call of it is made from a network and the setting."""
 
 
 class Setting(NamedTuple):
@@ -73,6 +75,7 @@ def measure_models(
     rounds: int,
     systems: Sequence[str] | None = None,
     training: bool = True,
+    evaluation: bool = True,
 ) -> dict[str, Any]:
     """Time inference and a training step of each network, and measure the step's peak memory.
 
@@ -84,7 +87,8 @@ def measure_models(
         setting: The inputs and the device.
         rounds: How often each time is measured.
         systems: The methods, of `CHOICES`; None for the usual ones that are available.
-        training: Whether to measure a training step and its peak memory too.
+        training: Whether to measure a training step and its peak memory.
+        evaluation: Whether to measure inference.
 
     Returns:
         `models[base][system]` with `inference` and `training step`, seconds as in `Measured`, and
@@ -100,10 +104,12 @@ def measure_models(
         systems = available(usual, setting.device, setting.amp or setting.dtype)
     check_networks(bases, systems)
     measure = _on_gpu if gpu else _on_cpu
+    kinds = {STEP: _training_step} if training else {}
+    kinds |= {INFERENCE: inference} if evaluation else {}
     models: dict[str, Any] = {}
     for base in bases:
         torch.compiler.reset()
-        models[base] = measure(base, setting, rounds, systems, training)
+        models[base] = measure(base, setting, rounds, systems, kinds)
     return {
         **conditions(setting.device, setting.dtype, setting.memory_format, rounds, setting.amp),
         "batch": setting.batch,
@@ -113,24 +119,23 @@ def measure_models(
 
 
 def _on_cpu(
-    base: str, setting: Setting, rounds: int, systems: Sequence[str], training: bool
+    base: str, setting: Setting, rounds: int, systems: Sequence[str], kinds: Kinds
 ) -> dict[str, dict[str, Any]]:
-    measurable = [system for system in systems if training and "compiled" not in system]
+    measurable = [system for system in systems if STEP in kinds and "compiled" not in system]
     peaks = {
         system: _peak_of_a_process(base, system, setting)
         for system in tqdm(measurable, f"{base}, {PEAK}", leave=False, disable=None)
     }
     networks = {system: make_network(base, system, setting) for system in systems}
     times: dict[str, dict[str, Measured]] = {}
-    for what, make in ((INFERENCE, inference), (STEP, _training_step))[: 1 + training]:
+    for what, make in kinds.items():
         calls = {
             system: computed(system, make(network, setting)) for system, network in networks.items()
         }
         times[what] = interleaved(calls, rounds, setting.device)
     return {
         system: {
-            INFERENCE: times[INFERENCE][system],
-            STEP: times[STEP][system] if training else None,
+            **{what: times[what][system] if what in kinds else None for what in (INFERENCE, STEP)},
             PEAK: peaks.get(system),
         }
         for system in systems
@@ -138,7 +143,7 @@ def _on_cpu(
 
 
 def _on_gpu(
-    base: str, setting: Setting, rounds: int, systems: Sequence[str], training: bool
+    base: str, setting: Setting, rounds: int, systems: Sequence[str], kinds: Kinds
 ) -> dict[str, dict[str, Any]]:
     """Measure the networks of one baseline on a GPU.
 
@@ -146,15 +151,13 @@ def _on_gpu(
         For each method what `measure_models` says, its `network`, and by what is measured `first
         call`, the seconds of the call that compiles, `images per second`, and `kernels`.
     """
-    kinds = {STEP: _training_step, INFERENCE: inference}
-    if not training:
-        del kinds[STEP]
     calls: dict[str, dict[str, Callable[[], Any]]] = {what: {} for what in kinds}
     found: dict[str, dict[str, Any]] = {}
     for system in tqdm(systems, f"{base}, first calls", leave=False, disable=None):
         before = torch.cuda.memory_allocated(setting.device)
         network = make_network(base, system, setting)
-        own = {"network": network_name(base, system), STEP: None, PEAK: None, "first call": {}}
+        own: dict[str, Any] = {"network": network_name(base, system), "first call": {}}
+        own |= dict.fromkeys([INFERENCE, STEP, PEAK])
         for what, make in kinds.items():
             call = calls[what][system] = computed(system, make(network, setting))
             own["first call"][what] = _first_calls(call, setting.device)

@@ -29,7 +29,7 @@ def test_events_belong_to_the_call_after_the_flush() -> None:
         Event(FLUSH, 300.0, 50.0),
         Event("scale", 360.0, 7.0),
     ]
-    first, second, third = spans(reversed(events))
+    first, second, third = spans(reversed(events), FLUSH)
     assert (first[1:], second, third[1:]) == ((1, 2), Span(0, 0, 0), (1, 0))
     assert (first.seconds, third.seconds) == pytest.approx((8e-6, 7e-6))
 
@@ -87,7 +87,10 @@ def test_report_on_networks(training: bool) -> None:
         2, 32, torch.device("cpu"), torch.float32, torch.channels_last, torch.bfloat16
     )
     systems = ["plain", "SE", "EMAX"]
-    models = {"resnet18": networks._on_gpu("resnet18", setting, 1, systems, training)}
+    kinds = {networks.INFERENCE: networks.inference}
+    if training:
+        kinds[networks.STEP] = networks._training_step
+    models = {"resnet18": networks._on_gpu("resnet18", setting, 1, systems, kinds)}
     found = networks.measure_models(["resnet18"], setting, 1, ["plain"], training=False)
     found |= {"models": models, "machine": {"device": "invented", "cuda": "13.0"}}
     for own in models["resnet18"].values():
