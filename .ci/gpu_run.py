@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import site
 import subprocess
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
     begin = time.monotonic()
     out = Path(os.environ.get("OUT") or ROOT / "build" / "gpu").resolve()
     folders = Folders(out, Path(os.environ.get("EMAX_GPU_CACHE") or out / "cache").resolve())
+    for name in ("results", "resume", "runs"):  # what an earlier call has left
+        shutil.rmtree(folders.cache / name, ignore_errors=True)
     for folder in (out, *(folders.cache / name for name in ("home", "tmp", "results"))):
         folder.mkdir(parents=True, exist_ok=True)
     (out / "gpu.log").write_text("")

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from ..attention import ATTENTIONS, EMAX
 from ..ops import reference
 from .gpu import Kernels, kernels, peak_bytes
-from .systems import autocast, available, compiled, computed, differ_in_groups, split_system
+from .systems import (
+    Tensors,
+    autocast,
+    available,
+    compiled,
+    computed,
+    differ_in_groups,
+    split_system,
+    works,
+)
 from .timing import Measured, conditions, interleaved
 
 __all__ = [
@@ -118,10 +127,12 @@ def measure_modules(
         BackendError: If a backend is requested that cannot serve.
     """
     gpu = device.type == "cuda"
-    if systems is None:
-        systems = available(GPU_SYSTEMS if gpu else SYSTEMS, device, amp or dtype)
     if shapes is None:
         shapes = GPU_SHAPES if gpu else SHAPES
+    if systems is None:
+        systems = available(GPU_SYSTEMS if gpu else SYSTEMS, device, amp or dtype)
+        if gpu:
+            systems = _working(systems, shapes, Tensors(device, dtype, memory_format, amp))
     found: dict[str, Any] = {"times": {passes: {} for passes in PASSES}, "saved": {}}
     if gpu:
         found |= {"gpu": {passes: {} for passes in PASSES}, "peak": {}}
@@ -142,6 +153,23 @@ def measure_modules(
         "shapes": [list(shape) for shape in shapes],
         **found,
     }
+
+
+def _working(
+    systems: Sequence[str], shapes: Sequence[tuple[int, ...]], tensors: Tensors
+) -> list[str]:
+    """Select the methods that compute both passes on every shape."""
+    device, dtype, layout, amp = tensors
+
+    def both(name: str, shape: Sequence[int]) -> None:
+        layer = _layer(name, shape[1], None).to(device, dtype)
+        x = random_features(shape, device, amp or dtype, layout)
+        computed(name, _both(layer, x, amp))()
+        torch.cuda.synchronize(device)
+
+    return [
+        name for name in systems if all(works(name, partial(both, name, shape)) for shape in shapes)
+    ]
 
 
 def random_features(

@@ -4,6 +4,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,15 @@ from tqdm import tqdm
 
 from ..training.config import UsageError, nearest
 from .gpu import kernels, peak_bytes
-from .systems import autocast, available, compiled, computed, differ_in_groups, split_system
+from .systems import (
+    autocast,
+    available,
+    compiled,
+    computed,
+    differ_in_groups,
+    split_system,
+    works,
+)
 from .timing import Measured, conditions, interleaved
 
 __all__ = [
@@ -99,9 +108,10 @@ def measure_models(
         UsageError: If a network does not exist.
     """
     gpu = setting.device.type == "cuda"
+    usual = systems is None
     if systems is None:
-        usual = GPU_SYSTEMS if gpu else SYSTEMS
-        systems = available(usual, setting.device, setting.amp or setting.dtype)
+        systems = GPU_SYSTEMS if gpu else SYSTEMS
+        systems = available(systems, setting.device, setting.amp or setting.dtype)
     check_networks(bases, systems)
     measure = _on_gpu if gpu else _on_cpu
     kinds = {STEP: _training_step} if training else {}
@@ -109,7 +119,8 @@ def measure_models(
     models: dict[str, Any] = {}
     for base in bases:
         torch.compiler.reset()
-        models[base] = measure(base, setting, rounds, systems, kinds)
+        own = _working(base, setting, systems, kinds) if gpu and usual else systems
+        models[base] = measure(base, setting, rounds, own, kinds)
     return {
         **conditions(setting.device, setting.dtype, setting.memory_format, rounds, setting.amp),
         "batch": setting.batch,
@@ -173,6 +184,19 @@ def _on_gpu(
             own["images per second"][what] = setting.batch / times[system].median
             own["kernels"][what] = costs[system]
     return found
+
+
+def _working(base: str, setting: Setting, systems: Sequence[str], kinds: Kinds) -> list[str]:
+    """Select the methods whose networks compute what is measured, on two images."""
+    few = setting._replace(batch=2)
+
+    def every(system: str) -> None:
+        network = make_network(base, system, few)
+        for make in kinds.values():
+            computed(system, make(network, few))()
+        torch.cuda.synchronize(setting.device)
+
+    return [system for system in systems if works(system, partial(every, system))]
 
 
 def _first_calls(call: Callable[[], Any], device: torch.device) -> float:

@@ -1,6 +1,7 @@
 """The methods that benchmarks compare: a layer, and how it is computed, as in "EMAX, C++"."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = [
     "computed",
     "differ_in_groups",
     "split_system",
+    "works",
 ]
 
 CPP, TRITON, COMPILED, GRAPH = "C++", "Triton", "compiled", "CUDA graph"
@@ -59,6 +61,17 @@ def available(systems: Sequence[str], device: torch.device, dtype: torch.dtype) 
     """Select the methods whose backends can serve here."""
     served = {way: backend_serves(way, device, dtype) for way in BACKENDS}
     return [name for name in systems if all(served.get(way, True) for way in split_system(name)[1])]
+
+
+def works(system: str, call: Callable[[], Any]) -> bool:
+    """Tell whether a call of a method succeeds; if not, say on stderr why it is left out."""
+    try:
+        call()
+    except Exception as error:  # compilers of kernels may raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"{system} is left out: {reason}", file=sys.stderr)
+        return False
+    return True
 
 
 def computed(system: str, call: Callable[[], Any]) -> Callable[[], Any]:

@@ -11,6 +11,7 @@ from emax_timm.benchmark.command import benchmark
 from emax_timm.benchmark.gpu import Event, Kernels, Span, kernels, peak_bytes, spans
 from emax_timm.benchmark.layers_report import report_modules
 from emax_timm.benchmark.networks_report import report_models
+from emax_timm.benchmark.systems import Tensors
 from emax_timm.benchmark.timing import Measured
 
 FLUSH = "void at::native::vectorized_elementwise_kernel<4, bitwise_not_kernel_cuda>"
@@ -100,6 +101,23 @@ def test_report_on_networks(training: bool) -> None:
     assert words in report
     assert ("| peak, GiB |" in report) == training
     assert ("training step, images/s" in report) == training
+
+
+@pytest.mark.usefixtures("_invented")
+def test_a_method_that_cannot_compute_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(torch.nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("no kernel of 8 channels\nand more")
+
+    monkeypatch.setitem(layers.LAYERS, "CBAM", Broken)
+    tensors = Tensors(torch.device("cpu"), torch.float32, torch.contiguous_format)
+    assert layers._working(["SE", "CBAM", "EMAX"], [(1, 8, 4, 4)], tensors) == ["SE", "EMAX"]
+    assert capsys.readouterr().err == "CBAM is left out: no kernel of 8 channels\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
