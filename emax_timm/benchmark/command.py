@@ -17,6 +17,22 @@ from ..tables import marks, text_around, write_between
 from ..training.config import Parser, TrainConfig, UsageError
 from ..training.distributed import open_world
 from . import growth, layers, loop, networks, onnx, settings, startup, threads
+from .arguments import (
+    a_count,
+    a_shape,
+    add_amp,
+    add_device,
+    add_images,
+    add_networks,
+    add_shapes,
+    add_systems,
+    add_tensors,
+    device_of,
+    tensors_of,
+)
+from .layers_report import report_modules
+from .networks_report import report_models
+from .systems import COMPILED, GRAPH, available, split_system
 
 __all__ = ["benchmark", "benchmark_parser"]
 
@@ -55,22 +71,43 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
 
 
 def _modules(options: argparse.Namespace) -> Result:
+    device, dtype, layout, amp = tensors_of(options)
     found = layers.measure_modules(
-        options.shapes, options.rounds, *_tensors(options), options.systems
+        options.shapes, options.rounds, device, dtype, layout, options.systems, amp
     )
-    return found, layers.report_modules(found)
+    return found, report_modules(found)
 
 
 def _models(options: argparse.Namespace) -> Result:
-    setting = networks.Setting(options.batch_size, options.img_size, *_tensors(options))
+    setting = networks.Setting(options.batch_size, options.img_size, *tensors_of(options))
     found = networks.measure_models(
-        options.models, setting, options.rounds, options.systems, training=not options.no_training
+        options.models,
+        setting,
+        options.rounds,
+        _compiled_too(options, setting),
+        training=not options.no_training,
+        evaluation=not options.no_inference,
     )
-    return found, networks.report_models(found)
+    return found, report_models(found)
+
+
+def _compiled_too(options: argparse.Namespace, setting: networks.Setting) -> list[str] | None:
+    """Return the methods to measure, with those that --compile and --cuda-graph add to them."""
+    flags = {COMPILED: options.compile, GRAPH: options.cuda_graph}
+    ways = [way for way, wanted in flags.items() if wanted]
+    if not ways:
+        return options.systems
+    systems = options.systems
+    if systems is None:
+        gpu = setting.device.type == "cuda"
+        usual = networks.GPU_SYSTEMS if gpu else list(networks.NETWORKS)
+        systems = available(usual, setting.device, setting.amp or setting.dtype)
+    eager = [name for name in systems if not {COMPILED, GRAPH} & set(split_system(name)[1])]
+    return list(dict.fromkeys([*systems, *(f"{name}, {way}" for way in ways for name in eager)]))
 
 
 def _onnx(options: argparse.Namespace) -> Result:
-    tensors = _device(options), torch.float32, torch.contiguous_format
+    tensors = device_of(options), torch.float32, torch.contiguous_format
     setting = networks.Setting(options.batch_size, options.img_size, *tensors)
     found = onnx.measure_onnx(options.models, setting, options.rounds, options.systems)
     return found, onnx.report_onnx(found)
@@ -103,7 +140,7 @@ def _growth(options: argparse.Namespace) -> Result:
         growth.check_drawing()
     base = growth.Point(*options.shape, factor=options.factor)
     found = growth.measure_growth(
-        base, options.steps, options.rounds, *_tensors(options), options.systems
+        base, options.steps, options.rounds, *tensors_of(options)[:3], options.systems
     )
     report = growth.report_growth(found)
     if options.plot is not None:
@@ -115,8 +152,9 @@ def _growth(options: argparse.Namespace) -> Result:
 
 
 def _settings(options: argparse.Namespace) -> Result:
-    device = _device(options)
-    found = settings.measure_settings(options.shapes, options.rounds, device, options.systems)
+    device = device_of(options)
+    shapes = options.shapes or layers.SHAPES
+    found = settings.measure_settings(shapes, options.rounds, device, options.systems)
     return found, settings.report_settings(found)
 
 
@@ -130,15 +168,6 @@ def _threads(options: argparse.Namespace) -> Result:
     return found, threads.report_threads(found)
 
 
-def _device(options: argparse.Namespace) -> torch.device:
-    return torch.empty(1, device=options.device).device  # raises if there is no such device
-
-
-def _tensors(options: argparse.Namespace) -> tuple[torch.device, torch.dtype, torch.memory_format]:
-    layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    return _device(options), getattr(torch, options.dtype), layout
-
-
 def benchmark_parser(prog: str) -> argparse.ArgumentParser:
     """Make the parser of `emax benchmark`."""
     parser = Parser(
@@ -149,55 +178,63 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="what is measured", required=True, metavar="WHAT")
 
     one = _command(commands, _modules, "single layers", rounds=21)
-    _add_systems(one, layers.SYSTEMS)
-    _add_tensors(one)
-    _add_shapes(one)
+    add_systems(one, layers.SYSTEMS)
+    add_tensors(one)
+    add_amp(one)
+    add_shapes(one)
 
     one = _command(commands, _models, "whole networks", rounds=7)
-    _add_systems(one, networks.SYSTEMS)
+    add_systems(one, networks.CHOICES)
     text = "leave out the training step, which torch.compile takes minutes to compile"
-    one.add_argument("--no-training", action="store_true", help=text)
-    _add_tensors(one)
-    _add_networks(one)
-    _add_images(one, batch=8, size=224)
+    some = one.add_mutually_exclusive_group()
+    some.add_argument("--no-training", action="store_true", help=text)
+    some.add_argument("--no-inference", action="store_true", help="leave out the inference")
+    text = "measure each under torch.compile too, with the seconds that it takes"
+    one.add_argument("--compile", action="store_true", help=text)
+    text = "measure each as CUDA graphs too, as torch.compile's mode reduce-overhead makes them"
+    one.add_argument("--cuda-graph", action="store_true", help=text)
+    add_tensors(one)
+    add_amp(one)
+    add_networks(one)
+    add_images(one, batch=8, size=224)
 
     one = _command(commands, _onnx, "whole networks in ONNX Runtime", rounds=21)
-    _add_systems(one, onnx.SYSTEMS)
+    add_systems(one, onnx.SYSTEMS)
     one.set_defaults(systems=onnx.SYSTEMS)
-    _add_device(one)
-    _add_networks(one)
-    _add_images(one, batch=1, size=224)
+    add_device(one)
+    add_networks(one)
+    add_images(one, batch=1, size=224)
 
     one = _command(commands, _train, "the training loop, against timm's", rounds=5)
     one.add_argument("--model", default="resnet10t_emax", metavar="NAME", help="of a timm model")
-    _add_device(one)
-    _add_images(one, batch=64, size=32)
+    add_device(one)
+    add_images(one, batch=64, size=32)
     one.add_argument("--workers", "-j", type=int, default=0, metavar="N", help="of the loaders")
     one.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
     text = "with train/ of classes; else the sample of Fashion-MNIST"
     one.add_argument("--data-dir", type=Path, metavar="DIR", help=text)
 
     one = _command(commands, _growth, "how time and memory grow with the input", rounds=5)
-    _add_systems(one, layers.SYSTEMS)
-    _add_tensors(one)
+    add_systems(one, layers.SYSTEMS)
+    add_tensors(one)
     text = "from which channels, side and batch are halved and doubled"
     shape = (8, 256, 28, 28)
-    one.add_argument("--shape", type=_shape, default=shape, metavar="BxCxHxW", help=text)
-    one.add_argument("--factor", type=_count, default=32, metavar="N", help="likewise")
-    one.add_argument("--steps", type=_count, default=2, metavar="N", help="how often")
+    one.add_argument("--shape", type=a_shape, default=shape, metavar="BxCxHxW", help=text)
+    one.add_argument("--factor", type=a_count, default=32, metavar="N", help="likewise")
+    one.add_argument("--steps", type=a_count, default=2, metavar="N", help="how often")
     one.add_argument("--plot", type=Path, metavar="FILE", help="also draw the curves, an SVG")
 
     text = "single layers in other layouts, types and instructions"
     one = _command(commands, _settings, text, rounds=21)
-    _add_systems(one, layers.SYSTEMS)
-    _add_device(one)
-    _add_shapes(one)
+    add_systems(one, layers.SYSTEMS)
+    add_device(one)
+    add_shapes(one)
 
     one = _command(commands, _startup, "import and creation in fresh processes", rounds=7)
-    _add_networks(one)
+    add_networks(one)
 
     one = _command(commands, _threads, "training beside a busy process, on the CPU", rounds=5)
-    one.add_argument("--steps", type=_count, default=10, metavar="N", help="of each turn")
+    one.add_argument("--steps", type=a_count, default=10, metavar="N", help="of each turn")
     return parser
 
 
@@ -213,7 +250,7 @@ def _command(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--rounds", type=_count, default=rounds, metavar="N", help="of turns")
+    parser.add_argument("--rounds", type=a_count, default=rounds, metavar="N", help="of turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     mark = f"benchmark {name}"
     begin, end = marks(mark)
@@ -221,55 +258,3 @@ def _command(
     parser.add_argument("--write", type=Path, metavar="FILE", help=text)
     parser.set_defaults(run=run, mark=mark)
     return parser
-
-
-def _add_systems(parser: argparse.ArgumentParser, systems: Sequence[str]) -> None:
-    text = f"of {'; '.join(systems)}; the usual ones that can be had"
-    parser.add_argument("--systems", nargs="+", choices=systems, metavar="NAME", help=text)
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, …")
-
-
-def _add_tensors(parser: argparse.ArgumentParser) -> None:
-    _add_device(parser)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
-    parser.add_argument("--channels-last", action="store_true", help="instead of contiguous")
-
-
-def _add_shapes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shapes",
-        nargs="+",
-        type=_shape,
-        default=layers.SHAPES,
-        metavar="BxCxHxW",
-        help="of the input; ResNet-50's",
-    )
-
-
-def _add_networks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--models", nargs="+", default=networks.BASES, metavar="NAME", help="plain twins' names"
-    )
-
-
-def _add_images(parser: argparse.ArgumentParser, batch: int, size: int) -> None:
-    parser.add_argument(
-        "--batch-size", "-b", type=_count, default=batch, metavar="N", help="of images"
-    )
-    parser.add_argument("--img-size", type=_count, default=size, metavar="N", help="side in pixels")
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = text.split("x")
-    if len(sizes) != 4 or not all(size.isdecimal() and int(size) for size in sizes):
-        raise argparse.ArgumentTypeError(f"a shape is four sizes such as 8x64x56x56, not {text}")
-    return tuple(map(int, sizes))
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)

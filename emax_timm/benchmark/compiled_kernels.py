@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..attention import ATTENTIONS
 from ..ops import use_backend
 from ..tables import heading, row
-from .layers import SHAPES, differ_in_groups
+from .layers import SHAPES
+from .systems import differ_in_groups
 
 __all__ = ["Loop", "compiled_kernels", "kernel_times", "scheduled_loops"]
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..files import replace_file
 from ..tables import heading, row
 from ..training.config import UsageError
-from .layers import PASSES, SAVED, available, has_factor, measure_shape, random_features
+from .layers import PASSES, SAVED, Costs, has_factor, measure_shape, random_features
+from .systems import available
 from .timing import conditions, described
 
 __all__ = ["Exponent", "Point", "check_drawing", "draw_growth", "exponent", "measure_growth"]
@@ -83,7 +84,7 @@ def measure_growth(
         systems = available(SYSTEMS, device, dtype)
     on_axis = {axis: [n for n in systems if axis != "factor" or has_factor(n)] for axis in AXES}
     series = {axis: _series(axis, base, steps) for axis, names in on_axis.items() if names}
-    found: dict[Point, Any] = {}
+    found: dict[Point, Costs] = {}
     # All axes share the base.
     points = list(dict.fromkeys(point for along in series.values() for point in along))
     for point in tqdm(points, "points", leave=False, disable=None):
@@ -95,10 +96,10 @@ def measure_growth(
         names = on_axis[axis]
         results = [found[point] for point in along]
         costs: dict[str, Any] = {
-            passes: {name: [times[passes][name].median for times, _ in results] for name in names}
+            passes: {name: [one.times[passes][name].median for one in results] for name in names}
             for passes in PASSES
         }
-        costs[SAVED] = {name: [saved[name] for _, saved in results] for name in names}
+        costs[SAVED] = {name: [one.saved[name] for one in results] for name in names}
         sizes = [getattr(point, AXES[axis][0]) for point in along]
         axes[axis] = {"sizes": sizes, "costs": costs}
     return {

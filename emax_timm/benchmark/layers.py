@@ -1,42 +1,39 @@
 """`emax benchmark modules`: time and memory of attention layers, compared in the same run."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import geometric_mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..attention import ATTENTIONS, EMAX
-from ..ops import explain, reference, use_backend
-from ..tables import heading, row
-from .bounds import Bound, verdict
-from .timing import (
-    Measured,
-    conditions,
-    described,
-    interleaved,
-    mean_ratio,
-    milliseconds,
+from ..ops import reference
+from .gpu import Kernels, kernels, peak_bytes
+from .systems import (
+    Tensors,
+    autocast,
+    available,
+    compiled,
+    computed,
+    differ_in_groups,
+    split_system,
+    works,
 )
+from .timing import Measured, conditions, interleaved
 
 __all__ = [
+    "GPU_SHAPES",
     "IN_CPP",
     "PASSES",
     "SAVED",
     "SHAPES",
     "SYSTEMS",
-    "available",
-    "computed",
-    "cpp_serves",
-    "differ_in_groups",
+    "Costs",
     "has_factor",
     "measure_modules",
     "measure_shape",
     "random_features",
-    "report_modules",
     "saved_bytes",
 ]
 
@@ -50,6 +47,7 @@ class NaiveEMAX(EMAX):
 
 # Batch, channels, height and width of ResNet-50's four stages at 224 x 224.
 SHAPES = [(8, 256, 56, 56), (8, 512, 28, 28), (8, 1024, 14, 14), (8, 2048, 7, 7)]
+GPU_SHAPES = [(128, *shape[1:]) for shape in SHAPES]
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "copy": lambda channels: Copy(),
     "naive EMAX": NaiveEMAX,
@@ -62,13 +60,20 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
 }
 COMPILED = ("EMAX", "SE", "CBAM", "CoordAttn")
 IN_CPP = ("EMAX", "EMA")
-# The methods to measure: every layer in PyTorch, and some of them compiled or in C++ too.
-SYSTEMS = [
-    f"{name}{way}"
-    for name in LAYERS
-    for way, names in (("", LAYERS), (", compiled", COMPILED), (", C++", IN_CPP))
-    if name in names
+# The methods to measure: every layer in PyTorch, and some of them compiled or in another backend.
+WAYS = {
+    "": tuple(LAYERS),
+    ", compiled": COMPILED,
+    ", C++": IN_CPP,
+    ", Triton": ("EMAX", "EMA"),
+    ", Triton, compiled": ("EMAX",),
+}
+SYSTEMS = [f"{name}{way}" for name in LAYERS for way, names in WAYS.items() if name in names]
+# On a GPU the naive formulas are far too slow, and compiling the portable backend takes minutes.
+GPU_SYSTEMS = [
+    *("copy", "SE", "CBAM", "CoordAttn", "EMA", "EMA, Triton", "EMAX", "EMAX, Triton"),
 ]
+GPU_ROUNDS = 7
 PASSES = ("forward", "forward + backward")
 SAVED = "saved activations"
 
@@ -80,71 +85,91 @@ class Copy(nn.Module):
         return x * 2
 
 
-# A bound on `SAVED` is one on the bytes kept for the backward pass, relative to those of x.
-BOUNDS = [
-    Bound("forward", "EMAX, C++", "naive EMAX", 1 / 8),
-    Bound("forward", "EMAX, C++", "SE", 1.5),
-    Bound("forward", "EMAX, C++", "CBAM", 0.6),
-    Bound("forward", "EMAX, C++", "CBAM, compiled", 1.0),
-    Bound("forward + backward", "EMAX, C++", "naive EMAX", 1 / 6),
-    Bound("forward + backward", "EMAX, C++", "SE", 1.6),
-    Bound("forward + backward", "EMAX, C++", "CBAM", 0.6),
-    Bound("forward + backward", "EMAX, C++", "CBAM, compiled", 1.0),
-    Bound(SAVED, "EMAX, C++", "x", 1.2),
-    Bound("forward", "EMAX, compiled", "naive EMAX", 1 / 4.5),
-    Bound("forward", "EMAX, compiled", "SE", 2.8),
-    Bound("forward", "EMAX, compiled", "CBAM", 1.2),
-    Bound("forward + backward", "EMAX, compiled", "naive EMAX", 1 / 3),
-    Bound("forward + backward", "EMAX, compiled", "CBAM", 0.9),
-    Bound(SAVED, "EMAX, compiled", "x", 1.2),
-    Bound("forward", "EMAX", "naive EMAX", 1 / 2),
-]
-# A bound holds for the geometric mean over the shapes; one shape may exceed it by this factor.
-WORST_SHAPE = 1.5
+class Costs(NamedTuple):
+    """What methods cost on one input; the keys are methods, those of `times` and `gpu` passes."""
+
+    times: dict[str, dict[str, Measured]]
+    """Wall time per call, in seconds."""
+    saved: dict[str, int]
+    """Bytes that are kept for the backward pass."""
+    gpu: dict[str, dict[str, Kernels]]
+    """What the GPU does in a call; empty without a GPU."""
+    peak: dict[str, int]
+    """Bytes that both passes allocate at most; empty without a GPU."""
 
 
 def measure_modules(
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Sequence[tuple[int, ...]] | None,
     rounds: int,
     device: torch.device,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
     systems: Sequence[str] | None = None,
+    amp: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Time every method on every shape: forward in eval mode, and both passes in training mode.
 
     Args:
-        shapes: Sizes [b, c, h, w] of the inputs.
+        shapes: Sizes [b, c, h, w] of the inputs; None for those of ResNet-50.
         rounds: How often each time is measured.
         device: The device of the inputs and the layers.
         dtype: Their dtype.
         memory_format: The memory format of the inputs.
-        systems: The methods, of `SYSTEMS`; None for all that are available.
+        systems: The methods, of `SYSTEMS`; None for the usual ones that are available.
+        amp: The dtype of the inputs in mixed precision, or None.
 
     Returns:
         `times[passes][system][shape]`, seconds as in `Measured`, and `saved[system][shape]`, bytes
-        kept for the backward pass relative to those of x.
+        kept for the backward pass relative to those of x. From a GPU also
+        `gpu[passes][system][shape]` as in `Kernels`, and `peak[system][shape]`, bytes.
 
     Raises:
-        BackendError: If the C++ backend is requested, but is not built.
+        BackendError: If a backend is requested that cannot serve.
     """
+    gpu = device.type == "cuda"
+    if shapes is None:
+        shapes = GPU_SHAPES if gpu else SHAPES
     if systems is None:
-        systems = available(SYSTEMS, device, dtype)
-    times: dict[str, dict[str, list[Measured]]] = {passes: {} for passes in PASSES}
-    saved: dict[str, list[float]] = {}
+        systems = available(GPU_SYSTEMS if gpu else SYSTEMS, device, amp or dtype)
+        if gpu:
+            systems = _working(systems, shapes, Tensors(device, dtype, memory_format, amp))
+    found: dict[str, Any] = {"times": {passes: {} for passes in PASSES}, "saved": {}}
+    if gpu:
+        found |= {"gpu": {passes: {} for passes in PASSES}, "peak": {}}
     for shape in shapes:
-        x = random_features(shape, device, dtype, memory_format)
-        measured, kept = measure_shape(systems, x, rounds)
+        x = random_features(shape, device, amp or dtype, memory_format)
+        costs = measure_shape(systems, x, rounds, dtype=dtype, amp=amp, gpu=gpu)
         for name in systems:
-            saved.setdefault(name, []).append(kept[name] / (x.numel() * x.element_size()))
+            size = x.numel() * x.element_size()
+            found["saved"].setdefault(name, []).append(costs.saved[name] / size)
             for passes in PASSES:
-                times[passes].setdefault(name, []).append(measured[passes][name])
+                found["times"][passes].setdefault(name, []).append(costs.times[passes][name])
+                if gpu:
+                    found["gpu"][passes].setdefault(name, []).append(costs.gpu[passes][name])
+            if gpu:
+                found["peak"].setdefault(name, []).append(costs.peak[name])
     return {
-        **conditions(device, dtype, memory_format, rounds),
+        **conditions(device, dtype, memory_format, rounds, amp),
         "shapes": [list(shape) for shape in shapes],
-        "times": times,
-        "saved": saved,
+        **found,
     }
+
+
+def _working(
+    systems: Sequence[str], shapes: Sequence[tuple[int, ...]], tensors: Tensors
+) -> list[str]:
+    """Select the methods that compute both passes on every shape."""
+    device, dtype, layout, amp = tensors
+
+    def both(name: str, shape: Sequence[int]) -> None:
+        layer = _layer(name, shape[1], None).to(device, dtype)
+        x = random_features(shape, device, amp or dtype, layout)
+        computed(name, _both(layer, x, amp))()
+        torch.cuda.synchronize(device)
+
+    return [
+        name for name in systems if all(works(name, partial(both, name, shape)) for shape in shapes)
+    ]
 
 
 def random_features(
@@ -158,8 +183,14 @@ def random_features(
 
 
 def measure_shape(
-    systems: Sequence[str], x: Tensor, rounds: int, factor: int | None = None
-) -> tuple[dict[str, dict[str, Measured]], dict[str, int]]:
+    systems: Sequence[str],
+    x: Tensor,
+    rounds: int,
+    factor: int | None = None,
+    dtype: torch.dtype | None = None,
+    amp: torch.dtype | None = None,
+    gpu: bool = False,
+) -> Costs:
     """Time methods on one input, and count the bytes that they keep for the backward pass.
 
     Args:
@@ -167,92 +198,64 @@ def measure_shape(
         x: The input, [b, c, h, w].
         rounds: How often each time is measured.
         factor: The factor of the layers that have one; None for their default.
-
-    Returns:
-        `times[passes][system]`, seconds as in `Measured`, and the bytes by method.
+        dtype: The dtype of the layers; None for that of x.
+        amp: The dtype of mixed precision, or None.
+        gpu: Whether to measure kernels and peak memory too, which needs x on a GPU.
     """
     torch.compiler.reset()
-    layers = {name: _layer(name, x.shape[1], factor).to(x.device, x.dtype) for name in systems}
-    saved = {
-        name: computed(name, partial(saved_bytes, layer.train(), x))()
-        for name, layer in layers.items()
+    layers = {
+        name: _layer(name, x.shape[1], factor).to(x.device, dtype or x.dtype) for name in systems
     }
-    times = {}
+    costs = Costs({}, {}, {}, {})
+    for name, layer in layers.items():
+        call = computed(name, partial(saved_bytes, layer.train(), x, amp))
+        costs.saved[name] = call()
     for passes, make in zip(PASSES, (_forward, _both), strict=True):
-        calls = {name: computed(name, make(layer, x)) for name, layer in layers.items()}
-        times[passes] = interleaved(calls, rounds, x.device)
-    return times, saved
-
-
-def cpp_serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether the C++ backend serves tensors of this device and dtype in this process."""
-    x = torch.empty(1, 1, 1, 1, device=device, dtype=dtype)
-    return explain(x, EMAX(1, device=device).weights())["cpp"] is None
-
-
-def available(systems: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Select the methods that can run here: those in C++ need the C++ backend."""
-    served = cpp_serves(device, dtype)
-    return [name for name in systems if served or "C++" not in name]
+        calls = {name: computed(name, make(layer, x, amp)) for name, layer in layers.items()}
+        costs.times[passes] = interleaved(calls, rounds, x.device)
+        if gpu:
+            costs.gpu[passes] = kernels(calls, min(rounds, GPU_ROUNDS), x.device)
+            costs.peak.update({name: peak_bytes(call, x.device) for name, call in calls.items()})
+    return costs
 
 
 def has_factor(system: str) -> bool:
     """Tell whether a method has a `factor`, the upper bound of its number of channel groups."""
-    return system.partition(", ")[0] in ("naive EMAX", "EMAX", "EMA")
+    return split_system(system)[0] in ("naive EMAX", "EMAX", "EMA")
 
 
 def _layer(system: str, channels: int, factor: int | None) -> nn.Module:
-    name, _, way = system.partition(", ")
     options = {} if factor is None or not has_factor(system) else {"factor": factor}
-    layer: Any = LAYERS[name](channels, **options)
+    layer = LAYERS[split_system(system)[0]](channels, **options)
     differ_in_groups(layer)
-    if way == "compiled":
-        layer = torch.compile(layer, dynamic=False, fullgraph=True)
-    return layer
+    return compiled(layer, system, fullgraph=True)
 
 
-def differ_in_groups(network: nn.Module) -> None:
-    """Randomise the group controllers, so that samples choose different group counts."""
-    for layer in network.modules():
-        controller: Any = getattr(layer, "group_controller", None)
-        if controller is not None:
-            nn.init.normal_(controller.weight)
-            nn.init.zeros_(controller.bias)
-
-
-def computed(system: str, call: Callable[[], Any]) -> Callable[[], Any]:
-    """Wrap a call to run with the backend that belongs to the method: C++ or portable."""
-    backend = "cpp" if system.endswith("C++") else "portable"
-
-    def run() -> Any:
-        with use_backend(backend):
-            return call()
-
-    return run
-
-
-def _forward(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+def _forward(layer: nn.Module, x: Tensor, amp: torch.dtype | None) -> Callable[[], Any]:
     @torch.no_grad()
     def call() -> Tensor:
-        return layer(x)
+        with autocast(x.device, amp):
+            return layer(x)
 
     layer.eval()
     return call
 
 
-def _both(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+def _both(layer: nn.Module, x: Tensor, amp: torch.dtype | None) -> Callable[[], Any]:
     x = x.detach().requires_grad_()
     gradient = torch.ones_like(x)
     inputs = [x, *layer.parameters()]
 
     def call() -> Any:
-        return torch.autograd.grad(layer(x), inputs, gradient, allow_unused=True)
+        with autocast(x.device, amp):
+            out = layer(x)
+        return torch.autograd.grad(out, inputs, gradient, allow_unused=True)
 
     layer.train()
     return call
 
 
-def saved_bytes(layer: nn.Module, x: Tensor) -> int:
+def saved_bytes(layer: nn.Module, x: Tensor, amp: torch.dtype | None = None) -> int:
     """Count the bytes kept for the backward pass, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in [*layer.parameters(), *layer.buffers()]}
     sizes: dict[int, int] = {}
@@ -264,49 +267,10 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
         return tensor
 
     x = x.detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with (
+        autocast(x.device, amp),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
         out = layer(x)
     del out
     return sum(sizes.values())
-
-
-def report_modules(found: dict[str, Any]) -> str:
-    """Format the result of `measure_modules` as Markdown."""
-    shapes = ["x".join(map(str, shape)) for shape in found["shapes"]]
-    lines: list[str] = []
-    for passes, times in found["times"].items():
-        peers = [name for name in ("naive EMAX", "SE", "CBAM") if name in times]
-        saved = [SAVED + " / x"] if passes == PASSES[1] else []
-        head = [f"{passes}, ms", *shapes, *(f"/ {peer}" for peer in peers), *saved]
-        lines += heading(head)
-        for name, measured in times.items():
-            cells = [name, *map(milliseconds, measured)]
-            cells += [f"{mean_ratio(measured, times[peer]):.2f}" for peer in peers]
-            # Some methods save nothing, and geometric_mean refuses zeros.
-            cells += [f"{math.prod(found['saved'][name]) ** (1 / len(shapes)):.2f}" for _ in saved]
-            lines.append(row(cells))
-        lines.append("")
-    held = [_verdict(bound, ratios) for bound in BOUNDS if (ratios := _ratios(bound, found))]
-    if held:
-        lines += [*heading(["bound", "at most", "mean", "worst shape", ""]), *held, ""]
-    lines.append(
-        f"Medians of {found['rounds']} interleaved rounds, quartiles in brackets; ratios and "
-        f"{SAVED} are geometric means over the shapes. {found['dtype']}, "
-        f"{found['memory_format']}; {described(found['machine'])}."
-    )
-    return "\n".join(lines)
-
-
-def _ratios(bound: Bound, found: dict[str, Any]) -> list[float]:
-    """Return the ratio that a bound limits, for each shape; empty if it was not measured."""
-    if bound.what == SAVED:
-        return found["saved"].get(bound.system, [])
-    times = found["times"][bound.what]
-    pairs = zip(times.get(bound.system, []), times.get(bound.over, []), strict=False)
-    return [ours.median / theirs.median for ours, theirs in pairs]
-
-
-def _verdict(bound: Bound, ratios: list[float]) -> str:
-    mean, worst = geometric_mean(ratios), max(ratios)
-    holds = mean <= bound.ratio and worst <= WORST_SHAPE * bound.ratio
-    return verdict(str(bound), bound.ratio, [mean, worst], holds)

@@ -1,9 +1,10 @@
 """`emax benchmark models`: what attention costs in whole networks, against their baselines."""
 
-import math
 import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,31 +14,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..tables import heading, row
 from ..training.config import UsageError, nearest
-from .bounds import Bound, verdict
-from .layers import available, computed, differ_in_groups
-from .timing import Measured, described, interleaved, machine, milliseconds
+from .gpu import kernels, peak_bytes
+from .systems import (
+    autocast,
+    available,
+    compiled,
+    computed,
+    differ_in_groups,
+    split_system,
+    works,
+)
+from .timing import Measured, conditions, interleaved
 
 __all__ = [
     "BASES",
+    "GPU_SYSTEMS",
+    "INFERENCE",
     "NETWORKS",
+    "PEAK",
+    "STEP",
     "SYSTEMS",
     "Setting",
     "check_networks",
     "inference",
     "make_network",
     "measure_models",
+    "network_name",
     "random_images",
-    "report_models",
 ]
 
 BASES = ["resnet50", "convnext_tiny"]
 INFERENCE, STEP, PEAK = "inference", "training step", "peak memory"
-UNITS = {INFERENCE: "ms", STEP: "ms", PEAK: "MB"}
 # Methods by the suffix of a model's name. All but EMAX are built without the residual gate.
 NETWORKS = {"plain": "", "SE": "_se", "CBAM": "_cbam", "EMA": "_ema", "EMAX": "_emax"}
 SYSTEMS = [*NETWORKS, "EMAX, C++", "plain, compiled", "SE, compiled", "EMAX, compiled"]
+GPU_SYSTEMS = [*NETWORKS, "EMA, Triton", "EMAX, Triton"]
+CHOICES = list(
+    dict.fromkeys(
+        [
+            *SYSTEMS,
+            *GPU_SYSTEMS,
+            *(f"{name}, {way}" for way in ("compiled", "CUDA graph") for name in GPU_SYSTEMS),
+        ]
+    )
+)
+"""Every method that can be asked for."""
+GPU_ROUNDS = 3
+Kinds = Mapping[str, Callable[[nn.Module, Any], Callable[[], Any]]]
+"""What is measured, and how a call of it is made from a network and the setting."""
 
 
 class Setting(NamedTuple):
@@ -49,15 +74,8 @@ class Setting(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     memory_format: torch.memory_format
-
-
-# Each bound must hold for every network.
-BOUNDS = [
-    Bound(INFERENCE, "EMAX, C++", "plain", 1.1),
-    Bound(INFERENCE, "EMAX, compiled", "plain, compiled", 1.2),
-    Bound(STEP, "EMAX, C++", "SE", 1.15),
-    Bound(PEAK, "EMAX, C++", "SE", 1.05),
-]
+    amp: torch.dtype | None = None
+    """The dtype of mixed precision, or None."""
 
 
 def measure_models(
@@ -66,85 +84,159 @@ def measure_models(
     rounds: int,
     systems: Sequence[str] | None = None,
     training: bool = True,
+    evaluation: bool = True,
 ) -> dict[str, Any]:
     """Time inference and a training step of each network, and measure the step's peak memory.
 
-    The peak is that of a process that only trains or, on a GPU, that of its allocations. It is not
-    measured for compiled networks, because it would be the compiler's.
+    The peak is that of a process that only trains or, on a GPU, that of its allocations. On a CPU
+    it is not measured for compiled networks, because it would be the compiler's.
 
     Args:
         bases: Names of baselines that have variants with attention.
         setting: The inputs and the device.
         rounds: How often each time is measured.
-        systems: The methods, of `SYSTEMS`; None for all that are available.
-        training: Whether to measure a training step and its peak memory too.
+        systems: The methods, of `CHOICES`; None for the usual ones that are available.
+        training: Whether to measure a training step and its peak memory.
+        evaluation: Whether to measure inference.
 
     Returns:
         `models[base][system]` with `inference` and `training step`, seconds as in `Measured`, and
-        `peak memory`, bytes; None for what was not measured.
+        `peak memory`, bytes; None for what was not measured. On a GPU also what `_on_gpu` returns.
 
     Raises:
-        BackendError: If the C++ backend is requested, but is not built.
+        BackendError: If a backend is requested that cannot serve.
         UsageError: If a network does not exist.
     """
+    gpu = setting.device.type == "cuda"
+    usual = systems is None
     if systems is None:
-        systems = available(SYSTEMS, setting.device, setting.dtype)
+        systems = GPU_SYSTEMS if gpu else SYSTEMS
+        systems = available(systems, setting.device, setting.amp or setting.dtype)
     check_networks(bases, systems)
+    measure = _on_gpu if gpu else _on_cpu
+    kinds = {STEP: _training_step} if training else {}
+    kinds |= {INFERENCE: inference} if evaluation else {}
     models: dict[str, Any] = {}
     for base in bases:
         torch.compiler.reset()
-        measurable = [system for system in systems if training and "compiled" not in system]
-        peaks = {
-            system: _peak_of_a_process(base, system, setting)
-            for system in tqdm(measurable, f"{base}, {PEAK}", leave=False, disable=None)
-        }
-        networks = {system: make_network(base, system, setting) for system in systems}
-        times: dict[str, dict[str, Measured]] = {}
-        for what, make in ((INFERENCE, inference), (STEP, _training_step))[: 1 + training]:
-            calls = {
-                system: computed(system, make(network, setting))
-                for system, network in networks.items()
-            }
-            times[what] = interleaved(calls, rounds, setting.device)
-        models[base] = {
-            system: {
-                INFERENCE: times[INFERENCE][system],
-                STEP: times[STEP][system] if training else None,
-                PEAK: peaks.get(system),
-            }
-            for system in systems
-        }
+        own = _working(base, setting, systems, kinds) if gpu and usual else systems
+        models[base] = measure(base, setting, rounds, own, kinds)
     return {
-        "machine": machine(setting.device),
+        **conditions(setting.device, setting.dtype, setting.memory_format, rounds, setting.amp),
         "batch": setting.batch,
         "size": setting.size,
-        "dtype": str(setting.dtype).removeprefix("torch."),
-        "memory_format": str(setting.memory_format).removeprefix("torch."),
-        "rounds": rounds,
         "models": models,
     }
 
 
+def _on_cpu(
+    base: str, setting: Setting, rounds: int, systems: Sequence[str], kinds: Kinds
+) -> dict[str, dict[str, Any]]:
+    measurable = [system for system in systems if STEP in kinds and "compiled" not in system]
+    peaks = {
+        system: _peak_of_a_process(base, system, setting)
+        for system in tqdm(measurable, f"{base}, {PEAK}", leave=False, disable=None)
+    }
+    networks = {system: make_network(base, system, setting) for system in systems}
+    times: dict[str, dict[str, Measured]] = {}
+    for what, make in kinds.items():
+        calls = {
+            system: computed(system, make(network, setting)) for system, network in networks.items()
+        }
+        times[what] = interleaved(calls, rounds, setting.device)
+    return {
+        system: {
+            **{what: times[what][system] if what in kinds else None for what in (INFERENCE, STEP)},
+            PEAK: peaks.get(system),
+        }
+        for system in systems
+    }
+
+
+def _on_gpu(
+    base: str, setting: Setting, rounds: int, systems: Sequence[str], kinds: Kinds
+) -> dict[str, dict[str, Any]]:
+    """Measure the networks of one baseline on a GPU.
+
+    Returns:
+        For each method what `measure_models` says, its `network`, and by what is measured `first
+        call`, the seconds of the call that compiles, `images per second`, and `kernels`.
+    """
+    calls: dict[str, dict[str, Callable[[], Any]]] = {what: {} for what in kinds}
+    found: dict[str, dict[str, Any]] = {}
+    for system in tqdm(systems, f"{base}, first calls", leave=False, disable=None):
+        before = torch.cuda.memory_allocated(setting.device)
+        network = make_network(base, system, setting)
+        own: dict[str, Any] = {"network": network_name(base, system), "first call": {}}
+        own |= dict.fromkeys([INFERENCE, STEP, PEAK])
+        for what, make in kinds.items():
+            call = calls[what][system] = computed(system, make(network, setting))
+            own["first call"][what] = _first_calls(call, setting.device)
+            if what == STEP:
+                kept = torch.cuda.memory_allocated(setting.device) - before
+                own[PEAK] = kept + peak_bytes(call, setting.device)
+        found[system] = own | {"images per second": {}, "kernels": {}}
+    for what, by_system in calls.items():
+        times = interleaved(by_system, rounds, setting.device)
+        costs = kernels(by_system, GPU_ROUNDS, setting.device)
+        for system, own in found.items():
+            own[what] = times[system]
+            own["images per second"][what] = setting.batch / times[system].median
+            own["kernels"][what] = costs[system]
+    return found
+
+
+def _working(base: str, setting: Setting, systems: Sequence[str], kinds: Kinds) -> list[str]:
+    """Select the methods whose networks compute what is measured, on two images."""
+    few = setting._replace(batch=2)
+
+    def every(system: str) -> None:
+        network = make_network(base, system, few)
+        for make in kinds.values():
+            computed(system, make(network, few))()
+        torch.cuda.synchronize(setting.device)
+
+    return [system for system in systems if works(system, partial(every, system))]
+
+
+def _first_calls(call: Callable[[], Any], device: torch.device) -> float:
+    """Call a function three times, and return the seconds of the first call."""
+    begin = time.perf_counter()
+    call()
+    torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - begin
+    call()
+    call()  # CUDA graphs are recorded in the second call, and replayed from the third one on
+    return seconds
+
+
 def check_networks(bases: Sequence[str], systems: Sequence[str]) -> None:
     """Raise UsageError with the nearest name if one of the networks does not exist."""
-    names = [base + NETWORKS[system.partition(", ")[0]] for base in bases for system in systems]
+    names = [network_name(base, system) for base in bases for system in systems]
     for name in names:
         if not timm.is_model(name):
             spelt = nearest(name, timm.list_models())
             raise UsageError(f"there is no model {name}; the nearest name is {spelt}")
 
 
+def network_name(base: str, system: str) -> str:
+    """Return the name of a method's variant of the baseline `base`: timm's own where it has one."""
+    name, _ = split_system(system)
+    if name == "SE" and base.startswith("resnet") and timm.is_model(f"se{base}"):
+        return f"se{base}"
+    return base + NETWORKS[name]
+
+
 def make_network(base: str, system: str, setting: Setting) -> nn.Module:
     """Create a method's variant of the baseline `base`, in training mode."""
-    name, _, way = system.partition(", ")
-    compared = name not in ("plain", "EMAX")
-    options: dict[str, Any] = {"attn_kwargs": {"gate_init": None}} if compared else {}
-    network: Any = timm.create_model(base + NETWORKS[name], **options)
+    name = network_name(base, system)
+    ours = name.endswith(tuple(filter(None, NETWORKS.values())))
+    gated = not ours or split_system(system)[0] == "EMAX"
+    options: dict[str, Any] = {} if gated else {"attn_kwargs": {"gate_init": None}}
+    network: Any = timm.create_model(name, **options)
     differ_in_groups(network)
     network = network.to(setting.device, setting.dtype, memory_format=setting.memory_format)
-    if way == "compiled":
-        network = torch.compile(network, dynamic=False)
-    return network
+    return compiled(network, system)
 
 
 def random_images(setting: Setting) -> Tensor:
@@ -159,7 +251,8 @@ def inference(network: nn.Module, setting: Setting) -> Callable[[], Any]:
 
     @torch.no_grad()
     def call() -> Tensor:
-        return network.eval()(images)
+        with autocast(setting.device, setting.amp):
+            return network.eval()(images)
 
     return call
 
@@ -170,7 +263,9 @@ def _training_step(network: nn.Module, setting: Setting) -> Callable[[], Any]:
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
 
     def call() -> None:
-        loss = F.cross_entropy(network.train()(images).float(), labels)
+        with autocast(setting.device, setting.amp):
+            logits = network.train()(images)
+        loss = F.cross_entropy(logits.float(), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -189,8 +284,6 @@ def _peak(base: str, system: str, setting: Setting) -> int:
     step = computed(system, _training_step(network, setting))
     for _ in range(3):
         step()
-    if setting.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(setting.device)
     # /proc is preferred, because getrusage's peak starts at that of the parent process.
     status = Path("/proc/self/status")
     if status.is_file():
@@ -202,65 +295,3 @@ def _peak(base: str, system: str, setting: Setting) -> int:
         raise RuntimeError("this system does not tell the peak memory of a process") from None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def report_models(found: dict[str, Any]) -> str:
-    """Format the result of `measure_models` as Markdown."""
-    lines: list[str] = []
-    for base, systems in found["models"].items():
-        peers = [peer for peer in ("plain", "SE", "plain, compiled") if peer in systems]
-        head = [base]
-        measured = [
-            what
-            for what in (INFERENCE, STEP, PEAK)
-            if any(figures[what] is not None for figures in systems.values())
-        ]
-        for what in measured:
-            head += [f"{what}, {UNITS[what]}", *(f"/ {peer}" for peer in peers)]
-        lines += heading(head)
-        for system, figures in systems.items():
-            cells = [system]
-            for what in measured:
-                cells.append(_cell(figures[what]))
-                ratios = (_ratio(figures[what], systems[peer][what]) for peer in peers)
-                cells += ["-" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios]
-            lines.append(row(cells))
-        lines.append("")
-    held = [
-        verdict(str(bound), bound.ratio, ratios, max(ratios) <= bound.ratio)
-        for bound in BOUNDS
-        if (ratios := _ratios(bound, found["models"]))
-    ]
-    if held:
-        lines += [*heading(["bound", "at most", *found["models"], ""]), *held, ""]
-    lines.append(
-        f"Batch {found['batch']}, {found['size']} x {found['size']}. Medians of {found['rounds']} "
-        f"interleaved rounds, quartiles in brackets. {found['dtype']}, {found['memory_format']}; "
-        f"{described(found['machine'])}."
-    )
-    return "\n".join(lines)
-
-
-def _ratios(bound: Bound, models: dict[str, Any]) -> list[float]:
-    """Return the ratio that a bound limits, by network; empty if one was not measured."""
-    pairs = [(systems.get(bound.system), systems.get(bound.over)) for systems in models.values()]
-    ratios = [
-        _ratio(ours[bound.what], theirs[bound.what]) for ours, theirs in pairs if ours and theirs
-    ]
-    if len(ratios) < len(models) or any(math.isnan(ratio) for ratio in ratios):
-        return []
-    return ratios
-
-
-def _ratio(ours: Any, theirs: Any) -> float:
-    if ours is None or theirs is None:
-        return math.nan
-    if isinstance(ours, int):
-        return ours / theirs
-    return Measured(*ours).median / Measured(*theirs).median
-
-
-def _cell(figure: Any) -> str:
-    if figure is None:
-        return "-"
-    return f"{figure / 1e6:.0f}" if isinstance(figure, int) else milliseconds(Measured(*figure))

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from ..models.export_file import check_target, export_model
 from ..tables import heading, row
 from ..training.config import UsageError
-from .layers import IN_CPP, computed, cpp_serves
+from .layers import IN_CPP
 from .networks import NETWORKS, Setting, check_networks, inference, make_network, random_images
+from .systems import CPP, backend_serves, computed
 from .timing import Measured, described, interleaved, machine, milliseconds
 
 __all__ = ["SYSTEMS", "measure_onnx", "report_onnx"]
@@ -59,7 +60,7 @@ def measure_onnx(
                 calls[system, ONNX] = _session(file, random_images(setting))
                 call = inference(network.to(setting.device), setting)
                 calls[system, EAGER] = computed(EAGER, call)
-                if system in IN_CPP and cpp_serves(setting.device, setting.dtype):
+                if system in IN_CPP and backend_serves(CPP, setting.device, setting.dtype):
                     calls[system, IN_CPP_TOO] = computed(IN_CPP_TOO, call)
             models[base] = {system: {} for system in systems}
             for (system, runtime), times in interleaved(calls, rounds, setting.device).items():

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from ..tables import heading, row
 from ..training.config import UsageError
-from .layers import PASSES, cpp_serves
+from .layers import PASSES
+from .systems import CPP, backend_serves
 from .timing import Measured, described, digits
 
 __all__ = ["measure_settings", "report_settings"]
@@ -67,7 +68,7 @@ def measure_settings(
         UsageError: If a measuring process fails.
     """
     if systems is None:
-        fastest = "EMAX, C++" if cpp_serves(device, torch.float32) else "EMAX, compiled"
+        fastest = "EMAX, C++" if backend_serves(CPP, device, torch.float32) else "EMAX, compiled"
         systems = [fastest, "EMAX", *PEERS]
     settings = list(SETTINGS)
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":

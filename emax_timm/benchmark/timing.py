@@ -1,5 +1,6 @@
 """Interleaved timing of functions, for machines that run other processes as well."""
 
+import contextlib
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,9 @@ def interleaved(
     Args:
         calls: Functions by name. Each is called twice before it is timed, which compiles it.
         rounds: How often each is measured.
-        device: The device that the functions use; on a GPU, CUDA events measure the time.
+        device: The device that the functions use. Calls of a measurement on a GPU follow each
+            other without waiting, so that the time per call is the host's or the GPU's, whichever
+            is longer.
         seconds: Shortest measurement; a faster function is called several times in it.
 
     Returns:
@@ -79,20 +82,18 @@ def interleaved(
 
 
 def _duration(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Measure the seconds per call."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.device(device):  # events record on this device's current stream
-            start.record()
-            for _ in range(repeats):
-                call()
-            end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000 / repeats
+    """Measure the seconds per call, from an idle device until it is idle again."""
+    _synchronise(device)
     begin = time.perf_counter()
     for _ in range(repeats):
         call()
+    _synchronise(device)
     return (time.perf_counter() - begin) / repeats
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def measured(times: Sequence[float]) -> Measured:
@@ -113,7 +114,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
-        **({} if gpu else {"instructions": torch.backends.cpu.get_cpu_capability()}),
+        **(_gpu_versions() if gpu else {"instructions": torch.backends.cpu.get_cpu_capability()}),
         "threads": torch.get_num_threads(),
         "emax_timm": __version__,
         "torch": torch.__version__,
@@ -122,13 +123,29 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def _gpu_versions() -> dict[str, Any]:
+    versions = {"cuda": torch.version.cuda}
+    with contextlib.suppress(ImportError):
+        import triton
+
+        versions["triton"] = triton.__version__
+    return versions
+
+
 def conditions(
-    device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format, rounds: int
+    device: torch.device,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    rounds: int,
+    amp: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Describe the machine, the tensors, and the number of rounds."""
+    words = str(dtype).removeprefix("torch.")
+    if amp is not None:
+        words += f" with autocast to {str(amp).removeprefix('torch.')}"
     return {
         "machine": machine(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": words,
         "memory_format": str(memory_format).removeprefix("torch."),
         "rounds": rounds,
     }

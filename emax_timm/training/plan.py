@@ -7,15 +7,7 @@ and no images are used.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import timm
-import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from torch import nn
-
-from ..models.cost import cost_on_paper
 from ..runner import command
 from .config import (
     Parser,
@@ -23,11 +15,11 @@ from .config import (
     UsageError,
     from_mapping,
     learning_rate,
-    model_arguments,
     parse_settings,
 )
 from .config.checks import check_config
-from .data import data_config_of
+from .plan_costs import model_costs, optimizer_and_epochs
+from .speeds import CARD, SETTING, SIZE, measured_speed
 
 __all__ = ["Plan", "make_plan", "plan", "report"]
 
@@ -54,6 +46,8 @@ class Plan:
         learning_rate: Learning rate after scaling, at the end of warm-up.
         epochs: Number of epochs, with those that the schedule adds to --epochs.
         images_per_epoch: Training images read in an epoch, over all ranks.
+        images_per_second: Training speed of all GPUs together; None if it is unknown.
+        speed_measured: Whether that speed is from `speeds`, not given.
         hours: Hours of training, without validation; None if the speed is unknown.
     """
 
@@ -75,6 +69,8 @@ class Plan:
     epochs: int
     steps_per_epoch: int
     images_per_epoch: int
+    images_per_second: float | None
+    speed_measured: bool
     hours: float | None
 
     @property
@@ -115,7 +111,8 @@ def make_plan(
     Args:
         gpus: Number of GPUs, with one rank on each.
         train_images: Number of images in the training split.
-        images_per_second: Training speed of all GPUs together, as measured.
+        images_per_second: Training speed of all GPUs together; None for that of `speeds`, if the
+            model is there.
 
     Raises:
         UsageError: If the configuration is invalid, or the numbers are too small for a run.
@@ -138,11 +135,15 @@ def make_plan(
         )
     config = dataclasses.replace(config, lr=learning_rate(config, gpus))
     steps = -(-batches // config.grad_accum_steps)
-    states, epochs = _optimizer_and_epochs(config, steps)
-    model, costs = _model_costs(config)
+    states, epochs = optimizer_and_epochs(config, steps)
+    model, costs = model_costs(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = FLOAT * (parameters + sum(buffer.numel() for buffer in model.buffers()))
     images = batches * ranks_batch
+    given, speed = images_per_second is not None, images_per_second
+    if speed is None and not config.model_kwargs:  # which may make another model of it
+        one = measured_speed(config.model, *costs["input_size"][1:])
+        speed = None if one is None else gpus * one
     return Plan(
         **costs,
         model=config.model,
@@ -159,7 +160,9 @@ def make_plan(
         epochs=epochs,
         steps_per_epoch=steps,
         images_per_epoch=images,
-        hours=None if images_per_second is None else images * epochs / images_per_second / 3600,
+        images_per_second=speed,
+        speed_measured=speed is not None and not given,
+        hours=None if speed is None else images * epochs / speed / 3600,
     )
 
 
@@ -168,65 +171,16 @@ def _kept(config: TrainConfig, train_images: int) -> int:
     return train_images - round(train_images * config.val_fraction)
 
 
-def _optimizer_and_epochs(config: TrainConfig, steps: int) -> tuple[float, int]:
-    """Return the number of values that the optimizer keeps per parameter, and the epochs.
-
-    An optimizer creates its states in its first step, so one small convolution makes a step.
-    """
-    layer = nn.Conv2d(64, 64, 3, bias=False)
-    # Layer decay depends on a layer's depth in its model, which this layer does not have.
-    alone = dataclasses.replace(config, layer_decay=None)
-    try:
-        optimizer = create_optimizer_v2(layer, **optimizer_kwargs(alone), **config.opt_kwargs)
-        layer.weight.grad = torch.ones_like(layer.weight)
-        optimizer.step()
-    except Exception as error:  # optimizers may raise anything
-        raise UsageError(f"optimizer {config.opt}: {str(error) or type(error).__name__}") from None
-    kept = sum(
-        value.numel()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.dim() > 0  # not the count of steps
-    )
-    schedule: dict[str, Any] = scheduler_kwargs(
-        config,  # type: ignore[arg-type]
-        decreasing_metric=config.eval_metric == "loss",
-    )
-    _, epochs = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=steps)
-    return kept / layer.weight.numel(), epochs
-
-
-def _model_costs(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
-    """Return the model on the meta device, and the fields of `Plan` that depend on it alone."""
-    # The data set would give the number of classes, but it is not read.
-    classes = config.num_classes or timm.get_pretrained_cfg_value(config.model, "num_classes")
-    arguments = model_arguments(config, classes or 1000)
-    with torch.device("meta"):
-        model: Any = timm.create_model(config.model, **arguments)
-    size = data_config_of(config, model)["input_size"]
-    try:
-        macs, kept = cost_on_paper(model, size)
-    except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0]
-        shape = " x ".join(map(str, size))
-        raise UsageError(f"model {config.model} on images of {shape}: {reason}") from None
-    costs = {
-        "num_classes": arguments["num_classes"],
-        "input_size": tuple(size),
-        "macs": macs,
-        "activation_bytes": round(kept),
-    }
-    return model, costs
-
-
 def report(made: Plan) -> str:
     """Format the plan as aligned lines: a name, a value and what the value means."""
     gpus = "1 GPU" if made.gpus == 1 else f"{made.gpus} GPUs"
     batch = f"{gpus} x {made.batch_size} images x {made.grad_accum_steps}"
     volume = made.images_per_epoch * IMAGE_BYTES
     sends = " and the copy that is sent" if made.gpus > 1 else ""
-    hours = "unknown", "time an epoch, then give --images-per-second: see below"
-    if made.hours is not None:
+    speed = hours = "unknown", "time an epoch, then give --images-per-second: see below"
+    if made.hours is not None and made.images_per_second is not None:
+        where = f"measured on one {CARD}, times {made.gpus}" if made.speed_measured else "as given"
+        speed = f"{made.images_per_second:,.0f}", where
         hours = f"{made.hours:.1f}", "of training, without validation"
     rows = [
         ("model", made.model, f"{made.num_classes} classes"),
@@ -252,13 +206,21 @@ def report(made: Plan) -> str:
         ("images", f"{made.images:,}", "in all, without validation"),
         ("data per epoch", _giga(volume), f"an estimate: {IMAGE_BYTES // 1000} kB per image"),
         ("data", f"{volume * made.epochs / 1e12:.1f} TB", "an estimate, likewise"),
+        ("images/s", *speed),
         ("hours", *hours),
     ]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [
         f"{name:<{widths[0]}}  {value:>{widths[1]}}  {note}".rstrip() for name, value, note in rows
     ]
-    if made.hours is None:
+    if made.speed_measured:
+        lines += [
+            "",
+            f"That speed is of {SETTING},",
+            f"images of {SIZE} x {SIZE} pixels (others by their pixels) that need no loading, and",
+            "GPUs that do not wait for each other. Other cards and small batches take longer.",
+        ]
+    if made.hours is None or made.speed_measured:
         lines += [
             "",
             "To measure the speed, train on these GPUs with --epochs 2 --val-split '': it is the",

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from interpreters import ROOT
+from recipe_hours import with_estimate
 
 import emax_timm  # noqa: F401  (registers the models)
 from emax_timm.training import TrainConfig
@@ -58,6 +59,12 @@ def test_recipe_names_its_source_and_marks_its_estimates(path: Path) -> None:
     text = head(path)
     assert re.search(r"arxiv\.org/abs/\d{4}\.\d{5}|[Oo]ur own choice", text)
     assert "Estimates, not measurements" in text
+
+
+@imagenet
+def test_recipe_has_the_estimate_that_follows_from_the_measured_speeds(path: Path) -> None:
+    """If not, `python .ci/recipe_hours.py` writes it anew."""
+    assert path.read_text(encoding="utf-8") == with_estimate(path)
 
 
 @imagenet
