@@ -7,11 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from no_curves import draw_curves
 from PIL import Image
 from training_testing import MakeTrainer, files_in, only_line
 
 from emax_cli import main
-from emax_timm.training.curves import draw_curves
+from emax_timm.training import curves
+
+
+@pytest.fixture(autouse=True)
+def _drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs draw their curves, which they do not in other tests."""
+    monkeypatch.setattr(curves, "draw_curves", draw_curves)
 
 
 def write_log(folder: Path, gates: list[float] | None = None, **columns: list[Any]) -> Path:
