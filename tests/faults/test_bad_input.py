@@ -72,7 +72,7 @@ def run_copy(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("script", mostly_slow([TRAIN, VALIDATE], 0))
+@pytest.mark.parametrize("script", mostly_slow([TRAIN, VALIDATE]))
 def test_program_started_as_users_do_refuses_an_unknown_flag(script: str, tmp_path: Path) -> None:
     # The other cases go through the server; this one shows that it leaves nothing out.
     import interpreters

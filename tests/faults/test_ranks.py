@@ -85,7 +85,7 @@ def wait_for(path: Path, seconds: float) -> str:
 @pytest.mark.parametrize(
     ("fault", "number", "workers", "epoch", "step"),
     [
-        pytest.param(IN_STEP, signal.SIGTERM, 0, 1, 3, id="step"),
+        pytest.param(IN_STEP, signal.SIGTERM, 0, 1, 3, id="step", marks=SLOW),
         pytest.param(IN_STEP, signal.SIGINT, 1, 1, 3, id="SIGINT", marks=SLOW),
         pytest.param(IN_VALIDATION, signal.SIGTERM, 0, 1, 4, id="validation", marks=SLOW),
         pytest.param(IN_SAVE, signal.SIGTERM, 0, 1, 4, id="save", marks=SLOW),
@@ -165,6 +165,7 @@ Trainer.train_step = dies
 """
 
 
+@pytest.mark.slow
 def test_rank_that_dies_is_restarted_and_nothing_is_lost(
     images: Path, whole_on_two_ranks: Path, tmp_path: Path
 ) -> None:

@@ -38,6 +38,7 @@ checkpoint.save_checkpoint = signal_in
 """
 
 
+@pytest.mark.slow
 def test_error_ends_a_run_with_workers(images: Path, tmp_path: Path) -> None:
     # Its traceback holds the loader, so that it is the end of the interpreter that ends them.
     script = with_fault(tmp_path, "Trainer.train_step = lambda self, batches: 1 / 0")
@@ -46,7 +47,7 @@ def test_error_ends_a_run_with_workers(images: Path, tmp_path: Path) -> None:
     assert result.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", mostly_slow([1, 2], 1))
 def test_number_of_workers_changes_nothing(
     programs: Interpreter, images: Path, whole: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -67,7 +68,7 @@ def test_number_of_workers_changes_nothing(
             (SIGNAL_IN_VALIDATION, 143, 8),
             (SIGNAL_IN_SAVE, 143, 7),
         ],
-        *(2, 4, 5, 6),
+        *(4, 5),
     ),
     ids=["step 1", "step 3", "last of epoch", "step 6", "SIGINT", "validation", "save"],
 )

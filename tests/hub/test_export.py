@@ -28,7 +28,7 @@ FAMILIES = {
     "resnet18_cbam": (3,),
 }
 MODELS = (
-    pytest.param(("resnet10t_emax", SMALL), id="small"),
+    pytest.param(("resnet10t_emax", SMALL), id="small", marks=SLOW),
     *(
         pytest.param((name, {"num_classes": 5, "attn_stages": stages}), id=name, marks=SLOW)
         for name, stages in FAMILIES.items()
@@ -196,6 +196,7 @@ def test_export_with_fixed_axes_takes_one_shape(small: nn.Module, tmp_path: Path
             program(images(*shape))
 
 
+@pytest.mark.slow
 def test_export_of_small_images_says_which_it_takes(small: nn.Module, tmp_path: Path) -> None:
     report = export_model(small, tmp_path / "model.pt2", input_size=(3, 28, 28))
     least, most = report.ranges["height"]

@@ -121,12 +121,13 @@ def test_forward_mode_gives_the_difference_quotient(name: str) -> None:
     "name",
     [
         "test_convnext_emax",
-        pytest.param("convnext_atto_se", marks=pytest.mark.slow),
-        pytest.param("convnext_atto_emax", marks=pytest.mark.slow),
-        pytest.param("resnet18_emax", marks=pytest.mark.slow),
-        pytest.param("mobilenetv2_100_emax", marks=pytest.mark.slow),
+        "convnext_atto_se",
+        "convnext_atto_emax",
+        "resnet18_emax",
+        "mobilenetv2_100_emax",
     ],
 )
+@pytest.mark.slow
 def test_export_takes_any_height_and_width_from_a_least_one(name: str) -> None:
     model = model_named(name)
     dims = {0: torch.export.Dim("batch", max=4096)}
