@@ -5,8 +5,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-import pytest
 import timm_suite
 
 ROOT = Path(__file__).parents[1]

@@ -236,6 +236,7 @@ def test_run_of_another_model_than_its_config_is_not_published(
     assert "which the model lacks" in refused(capsys, run)
 
 
+@pytest.mark.slow
 def test_run_in_training_is_not_published(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = (
         "import sys, time; from pathlib import Path; from emax_timm.files import lock_folder\n"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from faults_testing import NAN_AT, RUN, assert_same_run, keep_only, with_fault
 from interpreters import ENVIRONMENT, ROOT, Interpreter, Result
+from tiers import mostly_slow
 from training_testing import TRAIN, VALIDATE, rows_without_seconds, run_on_two_ranks, state_of
 
 SLOW = pytest.mark.slow
@@ -254,14 +255,22 @@ def test_run_goes_on_with_a_warning_where_the_number_of_ranks_changes(
         assert [row["epoch"] for row in rows] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("torchrun", mostly_slow([False, True], 0))
 def test_images_that_do_not_divide_are_counted_once_each(
-    programs: Interpreter, images: Path, whole: Path, tmp_path: Path
+    torchrun: bool,
+    programs: Interpreter,
+    images: Path,
+    whole: Path,
+    tmp_path: Path,
 ) -> None:
     data = Path(shutil.copytree(images, tmp_path / "images"))
     (data / "validation" / "cat" / "0.png").unlink()
     command = ["--checkpoint", whole / "model.safetensors", "--data-dir", data, "-b", "2"]
     alone = programs.run(VALIDATE, *command, cwd=tmp_path)
-    together = run_on_two_ranks(ROOT / VALIDATE, *command, cwd=tmp_path)
+    if torchrun:
+        together = run_on_two_ranks(ROOT / VALIDATE, *command, cwd=tmp_path)
+    else:
+        together = programs.run(VALIDATE, *command, cwd=tmp_path, ranks=2)
     assert (alone.status, together.status) == (0, 0), together.stderr
     assert together.last_line == alone.last_line
     ninths = {f"top1: {100 * right / 9:.3f}" for right in range(10)}

@@ -1,14 +1,13 @@
 """The families of models as timm users meet them."""
 
-import os
 import re
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from hub_testing import in_new_process
 from tiers import mostly_slow
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -324,7 +323,7 @@ def test_model_is_rebuilt_from_a_saved_folder(name: str, tmp_path: Any) -> None:
 
 
 TAKEN = """
-import logging, timm
+import logging, warnings, timm
 from timm.models import register_model
 logging.basicConfig(format="%(levelname)s %(message)s")
 
@@ -333,20 +332,15 @@ def resnet50_cbam(pretrained=False, **kwargs):
 
 resnet50_cbam.__module__ = "timm.models.resnet"
 register_model(resnet50_cbam)
+warnings.simplefilter("error")
 import emax_timm
 print(timm.model_entrypoint("resnet50_cbam") is resnet50_cbam)
 print(timm.is_model("resnet50_emax"), timm.is_model("resnet50_se"))
 """
 
 
-def test_name_that_timm_has_taken_is_left_to_it() -> None:
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", TAKEN],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_name_that_timm_has_taken_is_left_to_it(tmp_path: Path) -> None:
+    result = in_new_process(TAKEN, tmp_path)
     assert result.stdout.split() == ["True", "True", "True"], result.stderr
     assert result.stderr.startswith("ERROR resnet50_cbam is a model of timm.models.resnet")
     assert result.stderr.count("\n") == 1

@@ -83,7 +83,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
         return model(images)
 
 
-@pytest.mark.parametrize("inserted", mostly_slow([False, True], 1))
+@pytest.mark.parametrize("inserted", mostly_slow([False, True]))
 def test_a_model_can_be_sent_to_a_spawned_process(inserted: bool) -> None:
     if inserted:
         model = emax_timm.insert_attention(make("densenet121").eval(), "emax")

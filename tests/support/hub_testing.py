@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import importlib.util
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,9 @@ class Published(NamedTuple):
 @functools.cache
 def _interpreter() -> Interpreter:
     """One without the hub's client, which reads its environment when it is imported."""
-    interpreter = Interpreter("torch", "torchvision", "safetensors.torch")
+    # timm imports wandb where it is installed, which takes as long as all of timm.
+    optional = [name for name in ("wandb",) if importlib.util.find_spec(name)]
+    interpreter = Interpreter("torch", "torchvision", "safetensors.torch", *optional)
     atexit.register(interpreter.close)
     return interpreter
 
