@@ -146,7 +146,7 @@ class CompileContract(Subject):
 
     @pytest.mark.parametrize(
         ("training", "autocast"),
-        mostly_slow([(False, False), (True, False), (True, True)], 2),
+        mostly_slow([(False, False), (True, False), (True, True)]),
         ids=["eval", "training", "training_autocast"],
     )
     def test_compile_traces_one_graph_with_eagers_gradients(
