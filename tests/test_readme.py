@@ -176,8 +176,14 @@ def commands() -> list[str]:
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
+# `emax plan` builds a whole model; test_plan.py has smaller ones.
 @pytest.mark.parametrize(
-    "line", [line for block in blocks("bash", TRAINING) for line in block.splitlines()]
+    "line",
+    [
+        pytest.param(line, marks=pytest.mark.slow if line.startswith("emax plan") else ())
+        for block in blocks("bash", TRAINING)
+        for line in block.splitlines()
+    ],
 )
 def test_command_of_the_page_on_training_is_understood(
     line: str, monkeypatch: pytest.MonkeyPatch

@@ -56,6 +56,7 @@ def test_figures_of_resnet50_are_the_known_ones() -> None:
     assert row.activation_bytes == pytest.approx(85.9e6, rel=0.01)
 
 
+@pytest.mark.slow
 def test_swin_is_measured_as_its_authors_state_it() -> None:
     row = measure(model_table.REFERENCE)  # 28.3 M and 4.5 G in arXiv 2103.14030
     assert row.reference

@@ -115,6 +115,7 @@ def test_too_many_broken_images_stop_all_ranks(folder: Path, tmp_path: Path) -> 
     assert state_of(tmp_path / "run")["epoch"] == 0
 
 
+@pytest.mark.slow
 def test_broken_validation_image_is_an_error_that_names_it(
     programs: Interpreter, images: Path, folder: Path, tmp_path: Path
 ) -> None:

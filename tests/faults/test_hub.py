@@ -200,6 +200,7 @@ def test_damaged_download_is_made_anew(action: str, tmp_path: Path) -> None:
     assert second == str(bias)
 
 
+@pytest.mark.slow
 def test_unreachable_and_offline_hub_with_and_without_a_cache(tmp_path: Path) -> None:
     content, bias = weights(0)
     with serve(Hub({"me/model/model.safetensors": content})) as hub:

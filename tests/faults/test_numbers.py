@@ -31,6 +31,7 @@ def test_loss_that_is_not_finite_keeps_the_last_good_step(
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_step_that_is_not_finite_is_skipped_if_asked(
     programs: Interpreter, images: Path, tmp_path: Path
 ) -> None:
@@ -79,7 +80,7 @@ Trainer._loss = spike
 """
 
 
-@pytest.mark.parametrize("policy", mostly_slow(["warn", "skip", "stop"], 1))
+@pytest.mark.parametrize("policy", mostly_slow(["warn", "skip", "stop"]))
 def test_spike_of_the_loss_meets_the_policy_and_names_its_samples(
     programs: Interpreter, images: Path, tmp_path: Path, policy: str
 ) -> None:

@@ -51,7 +51,7 @@ def test_error_ends_a_run_with_workers(images: Path, tmp_path: Path) -> None:
     assert result.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
 
 
-@pytest.mark.parametrize("workers", mostly_slow([1, 2], 1))
+@pytest.mark.parametrize("workers", mostly_slow([1, 2]))
 def test_number_of_workers_changes_nothing(
     programs: Interpreter, images: Path, whole: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -72,7 +72,7 @@ def test_number_of_workers_changes_nothing(
             (SIGNAL_IN_VALIDATION, 143, 8),
             (SIGNAL_IN_SAVE, 143, 7),
         ],
-        *(4, 5),
+        4,
     ),
     ids=["step 1", "step 3", "last of epoch", "step 6", "SIGINT", "validation", "save"],
 )

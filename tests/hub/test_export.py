@@ -175,6 +175,7 @@ def test_pt2_computes_the_model_in_a_process_without_this_package(
         assert_near(outputs[str(key)], model(inputs[str(key)]))
 
 
+@pytest.mark.slow
 def test_onnx_names_its_axes(onnx_file: Path) -> None:
     model = onnx.load(onnx_file)
     onnx.checker.check_model(model)
@@ -185,6 +186,7 @@ def test_onnx_names_its_axes(onnx_file: Path) -> None:
     assert [entry.version for entry in model.opset_import if not entry.domain] == [18]
 
 
+@pytest.mark.slow
 def test_export_with_fixed_axes_takes_one_shape(small: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     report = export_model(small, path, input_size=SIZE, fixed_size=True, fixed_batch=True)
@@ -228,6 +230,7 @@ def test_export_of_features_has_an_output_per_stage(tmp_path: Path) -> None:
 # Verification that fails ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_verification_finds_one_changed_weight_in_an_onnx_file(
     small: nn.Module, onnx_file: Path, tmp_path: Path
 ) -> None:
@@ -244,6 +247,7 @@ def test_verification_finds_one_changed_weight_in_an_onnx_file(
         verify(tmp_path / "changed.onnx", small, "onnx", shapes)
 
 
+@pytest.mark.slow
 def test_verification_finds_another_choice_of_groups(onnx_file: Path) -> None:
     other = randomised("resnet10t_emax", **SMALL)
     layer = next(module for module in other.modules() if isinstance(module, EMAX))
@@ -274,6 +278,7 @@ def test_failed_verification_leaves_the_target_as_it_was(
     assert path.read_bytes() != b"precious"
 
 
+@pytest.mark.slow
 def test_failed_verification_exits_with_one_line(
     small: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,6 +117,7 @@ def test_damaged_file_of_a_repository_is_named(published: Published, tmp_path: P
     assert "README.md is damaged" in done.stderr
 
 
+@pytest.mark.slow
 def test_transformers_load_what_is_published(published: Published, tmp_path: Path) -> None:
     program = """
 import sys, torch, emax_timm

@@ -90,7 +90,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
 @pytest.mark.parametrize(
     "variant",
-    mostly_slow(VARIANTS, 0, 2),
+    mostly_slow(VARIANTS, 0),
 )
 def test_resumed_run_equals_one_that_never_stopped(trainer_for: MakeTrainer, variant: str) -> None:
     options = {"epochs": 4, "warmup_epochs": 1, "warmup_lr": 0.01, **VARIANTS[variant]}
