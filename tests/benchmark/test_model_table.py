@@ -96,6 +96,7 @@ def test_model_that_looks_at_values_is_measured_for_real(
     assert (row.parameters, row.tags, row.licences) == (16, (), ())
 
 
+@pytest.mark.slow
 def test_measuring_leaves_no_trace() -> None:
     state = torch.get_rng_state()
     assert measure("resnet10t_emax") == measure("resnet10t_emax")

@@ -210,6 +210,7 @@ def test_linear_probe_compares_a_checkpoint(tmp_path: Path) -> None:
     assert model.eval()(images).shape == (1, 10)  # the same folder, as any model of timm's
 
 
+@pytest.mark.slow
 def test_linear_probe_without_checkpoint_is_repeatable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

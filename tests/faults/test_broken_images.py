@@ -60,7 +60,7 @@ def test_training_skips_and_counts_a_broken_image_whatever_the_workers(
     assert_same_run(*runs)
 
 
-@pytest.mark.parametrize("workers", mostly_slow([0, 2], 0))
+@pytest.mark.parametrize("workers", mostly_slow([0, 2]))
 def test_too_many_broken_images_stop_the_run_and_mended_ones_let_it_go_on(
     programs: Interpreter, images: Path, folder: Path, tmp_path: Path, workers: int
 ) -> None:

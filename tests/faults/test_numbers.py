@@ -11,6 +11,7 @@ from tiers import mostly_slow
 from training_testing import TRAIN, left_by, state_of
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_keeps_the_last_good_step(
     programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -115,6 +115,7 @@ def test_run_that_goes_on_elsewhere_warns_of_what_is_not_to_the_bit(
 @pytest.mark.parametrize(
     "kills", [1, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
+@pytest.mark.slow
 def test_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     programs: Interpreter, images: Path, whole: Path, tmp_path: Path, kills: int
 ) -> None:
