@@ -90,7 +90,7 @@ with torch.no_grad():
             ("convnext_atto_emax", "convnext_atto"),
             ("mobilenetv2_100_emax", "mobilenetv2_100"),
         ],
-        *(1, 4),
+        1,
     ),
 )
 def test_warm_start_from_a_hub_computes_what_the_twin_computes(

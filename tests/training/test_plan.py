@@ -121,6 +121,7 @@ def test_plan_prints_the_figures(made: Plan) -> None:
     assert "To measure the speed" in report(dataclasses.replace(made, hours=None))
 
 
+@pytest.mark.slow
 def test_plan_program_lets_flags_win(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["quickstart", "--gpus", "2", "-b", "32", "--train-images", "4000"]
     assert emax_cli.main(["plan", *arguments]) == 0
