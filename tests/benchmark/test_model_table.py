@@ -66,7 +66,7 @@ def test_swin_is_measured_as_its_authors_state_it() -> None:
     assert set(row.licences) == {"mit"}
 
 
-@pytest.mark.parametrize("name", mostly_slow(["resnet10t_emax", "resnet18_msa"], 0))
+@pytest.mark.parametrize("name", mostly_slow(["resnet10t_emax", "resnet18_msa"]))
 def test_figures_agree_with_a_real_run_and_with_the_allocator(name: str) -> None:
     row = measure(name)
     model, x = timm.create_model(name), torch.randn(2, *row.input_size)

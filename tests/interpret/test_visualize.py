@@ -169,6 +169,7 @@ def test_run_has_its_course_and_svg_figures(
     assert all((p["src"] or "").startswith("data:image/svg+xml;base64,") for p in page.pictures)
 
 
+@pytest.mark.slow
 def test_odd_names_do_not_break_the_page(clothes: Path, tmp_path: Path) -> None:
     name = "<b>&\"x' $title.png"
     shutil.copy(files(clothes / "8_bag")[0], tmp_path / name)
@@ -292,7 +293,7 @@ def test_missing_package_is_named_before_anything_else(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("earlier", mostly_slow([False, True], 1))
+@pytest.mark.parametrize("earlier", mostly_slow([False, True]))
 def test_full_disk_leaves_what_was_there(
     earlier: bool, clothes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,7 +112,7 @@ def test_default_config_is_the_twins(name: str) -> None:
     assert bool(ours.has_weights) == (warm is not None)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", mostly_slow(SMALL, 0))
 def test_seed_gives_the_backbone_the_weights_of_its_twin(name: str) -> None:
     torch.manual_seed(0)
     model = small_model(name)
@@ -123,7 +123,7 @@ def test_seed_gives_the_backbone_the_weights_of_its_twin(name: str) -> None:
 
 
 @pytest.mark.parametrize("system", mostly_slow(ATTENTIONS, 0, 3))
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", mostly_slow(SMALL, 0, 1))
 def test_attention_by_name_behind_a_closed_gate_changes_nothing(name: str, system: str) -> None:
     model = small_model(name, attn_layer=system, attn_kwargs={"gate_init": 0.0}).eval()
     open_gates(model)
@@ -270,7 +270,7 @@ def test_features_are_the_intermediates(name: str) -> None:
         assert feature.shape[1:] == (info["num_chs"], *[64 // info["reduction"]] * 2)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", mostly_slow(SMALL, 0, 1))
 def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     # Batch norm sees other statistics when a block is recomputed, so its momentum is not compared.
     model = small_model(name)

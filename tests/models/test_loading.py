@@ -94,6 +94,7 @@ def test_a_model_can_be_sent_to_a_spawned_process(inserted: bool) -> None:
     torch.testing.assert_close(there, _logits(model, images()))
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_that_holds_one_survives_from_pretrained(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
 

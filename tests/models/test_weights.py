@@ -131,7 +131,7 @@ except RuntimeError as error:
 """
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", mostly_slow([401, 403, 404], 0))
 def test_warm_start_from_a_hub_that_refuses(status: int, tmp_path: Path) -> None:
     with serve(Hub(status=status)) as hub:
         result = in_new_process(LOAD, tmp_path, HF_ENDPOINT=hub.url)
