@@ -288,6 +288,7 @@ def test_readme_set_up_commands_are_two() -> None:
     assert "readme_command pytest" in ci
 
 
+@pytest.mark.slow
 def test_readme_picture_is_what_its_command_draws(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

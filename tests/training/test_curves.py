@@ -65,7 +65,6 @@ def test_curves_show_the_data(tmp_path: Path) -> None:
             {"lr": [0.1, 0.02, 0.0]},
             {"gates": [0.1, 0.1, 0.3]},
         ],
-        5,
     ),
     ids=lambda other: next(iter(other)),
 )
