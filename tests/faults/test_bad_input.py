@@ -57,7 +57,8 @@ def refused(
             patch.chdir(folder)
             command = {TRAIN: train, VALIDATE: validate}[script]
             status = command([str(argument) for argument in arguments])
-        line = message(Result(status, *capsys.readouterr()), script)
+        printed = capsys.readouterr()
+        line = message(Result(status, printed.out, printed.err), script)
         assert files_in(tmp_path) == before
         assert not any(folder.iterdir())
         return line
