@@ -1,5 +1,6 @@
 """Fixtures of the tests that train, and of those that publish what was trained."""
 
+import importlib
 import os
 import shutil
 import tempfile
@@ -21,10 +22,15 @@ _no_kernels = tempfile.TemporaryDirectory(prefix="emax-kernels-")
 os.environ.setdefault("EMAX_KERNELS_DIR", _no_kernels.name)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_curves() -> None:
+    importlib.import_module("no_curves")
+
+
 @pytest.fixture(scope="session")
 def programs() -> Iterator[Interpreter]:
     """Runs train.py and validate.py in processes of their own."""
-    programs = Interpreter("emax_timm.training")
+    programs = Interpreter("emax_timm.training", "no_curves")
     yield programs
     programs.close()
 

@@ -56,6 +56,15 @@ def test_script_is_executable_and_has_no_error_of_syntax(name: str) -> None:
     subprocess.run(["bash", "-n", CI / name], check=True)
 
 
+def test_what_runs_in_the_background_can_fail_the_run() -> None:
+    lines = [line.partition(" #")[0] for line in (CI / "run").read_text().splitlines()]
+    begun = [number for number, line in enumerate(lines) if line.endswith(" &")]
+    assert begun
+    for number in begun:
+        name = lines[number + 1].removesuffix("=$!")
+        assert f'wait "${name}"' in lines[number:]
+
+
 def test_every_test_runs_in_a_script() -> None:
     """The default suite, and by their markers all that it leaves out."""
     settings = (ROOT / "pyproject.toml").read_text()

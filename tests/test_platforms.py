@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 from interpreters import ROOT
-from tiers import mostly_slow
 from training_testing import run_program
 
 # What Windows lacks, taken away before anything else is imported. The locks that filelock has for
@@ -57,8 +56,9 @@ print("refused:", refused.count("link"), "open a folder" in refused)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("links", "refused"), mostly_slow([("hard links", 1), ("neither", 2)], 1))
+@pytest.mark.parametrize(("links", "refused"), [("hard links", 1), ("neither", 2)])
 def test_quickstart_trains_a_step_without_what_linux_has(
     links: str, refused: int, tmp_path: Path
 ) -> None:

@@ -38,14 +38,33 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the README's commands and code take, small.
-
-    It has runs of the quickstart and of "Your own images", cut short, photos of two classes, an
-    ImageNet of eight images, and two images of the sample.
-    """
+    """A folder with two images of the sample, `boot.png` and `coat.png`."""
     folder = tmp_path_factory.mktemp("readme")
-    options = ["--epochs", "1", "--val-fraction", "0.9", "--output", str(folder / "runs")]
-    assert train(["-c", "quickstart", *options]) == 0
+    with tarfile.open(SAMPLES / "fashion_mnist" / "test.tar") as archive:
+        files = [member for member in archive if member.isfile()]
+        for name, member in (("boot.png", files[-1]), ("coat.png", files[500])):
+            source = archive.extractfile(member)
+            assert source is not None
+            (folder / name).write_bytes(source.read())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quickstart(workplace: Path) -> Path:
+    """That folder, with a run of the quickstart cut short, of a smaller model."""
+    options = "--epochs 1 --val-fraction 0.9 --model-kwargs channels=[8,8,8,8] --output"
+    assert train(["-c", "quickstart", *options.split(), str(workplace / "runs")]) == 0
+    return workplace
+
+
+@pytest.fixture(scope="module")
+def all_data(quickstart: Path) -> Path:
+    """That folder, with all else that the README's commands take, small.
+
+    It has a run of "Your own images", cut short, photos of two classes and an ImageNet of eight
+    images.
+    """
+    folder = quickstart
     for split in ("train", "validation"):
         for label in ("cat", "dog"):
             (folder / "imagenet" / split / label).mkdir(parents=True)
@@ -63,17 +82,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words[words.index("--data-dir") + 1] = str(folder / "photos")
     words[words.index("--output") + 1] = str(folder / "runs")
     assert train([*words, "--epochs", "1", "-b", "4"]) == 0
-    with tarfile.open(SAMPLES / "fashion_mnist" / "test.tar") as archive:
-        files = [member for member in archive if member.isfile()]
-        for name, member in (("boot.png", files[-1]), ("coat.png", files[500])):
-            source = archive.extractfile(member)
-            assert source is not None
-            (folder / name).write_bytes(source.read())
     return folder
 
 
-def test_readme_python_runs(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(workplace)
+def test_readme_python_runs(quickstart: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(quickstart)
     source = "\n".join(blocks("python"))
     assert "create_model" in source
     exec(compile(source, "README.md", "exec"), {})
@@ -163,8 +176,14 @@ def commands() -> list[str]:
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
+# `emax plan` builds a whole model; test_plan.py has smaller ones.
 @pytest.mark.parametrize(
-    "line", [line for block in blocks("bash", TRAINING) for line in block.splitlines()]
+    "line",
+    [
+        pytest.param(line, marks=pytest.mark.slow if line.startswith("emax plan") else ())
+        for block in blocks("bash", TRAINING)
+        for line in block.splitlines()
+    ],
 )
 def test_command_of_the_page_on_training_is_understood(
     line: str, monkeypatch: pytest.MonkeyPatch
@@ -199,7 +218,7 @@ WEIGHTS = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
-def test_commands_of_the_page_on_weights_run(workplace: Path) -> None:
+def test_commands_of_the_page_on_weights_run(all_data: Path) -> None:
     lines = [line for block in blocks("bash", WEIGHTS) for line in block.splitlines()]
     lines.sort(key=lambda line: "verify" in line)  # of what the other lines publish
     assert sum("publish" in line for line in lines) == 2
@@ -208,8 +227,8 @@ def test_commands_of_the_page_on_weights_run(workplace: Path) -> None:
             line = line.replace("ORG/NAME", "me/resnet10t_emax.clothes")
             program, *words = shlex.split(line)
             assert program == "emax"
-            words = [str(workplace / w) if w.startswith("runs/") else w for w in words]
-            done = emax(*words, hub=hub, home=workplace)
+            words = [str(all_data / w) if w.startswith("runs/") else w for w in words]
+            done = emax(*words, hub=hub, home=all_data)
             assert done.returncode == 0, done.stderr
         assert hub.repos["me/resnet10t_emax.clothes"].tags
 
@@ -219,13 +238,13 @@ INTERPRETABILITY = (ROOT / "docs" / "interpretability.md").read_text(encoding="u
 
 @pytest.mark.slow
 def test_commands_of_the_page_on_interpretability_run(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    all_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [line for block in blocks("bash", INTERPRETABILITY) for line in block.splitlines()]
     assert len(lines) == 2
     for name in ("runs", "boot.png", "coat.png"):
-        (tmp_path / name).symlink_to(workplace / name)
-    (tmp_path / "photographs").symlink_to(workplace / "imagenet" / "validation")
+        (tmp_path / name).symlink_to(all_data / name)
+    (tmp_path / "photographs").symlink_to(all_data / "imagenet" / "validation")
     monkeypatch.chdir(tmp_path)
     for line in lines:
         words = shlex.split(line)
@@ -269,6 +288,7 @@ def test_readme_set_up_commands_are_two() -> None:
     assert "readme_command pytest" in ci
 
 
+@pytest.mark.slow
 def test_readme_picture_is_what_its_command_draws(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,9 +308,9 @@ def test_readme_picture_is_what_its_command_draws(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line", commands())
-def test_readme_command_runs(line: str, workplace: Path) -> None:
+def test_readme_command_runs(line: str, all_data: Path) -> None:
     # The same command on data, a model size and a number of ranks that exist here.
-    line = line.replace("/data/imagenet", str(workplace / "imagenet"))
+    line = line.replace("/data/imagenet", str(all_data / "imagenet"))
     line = line.replace("--nproc-per-node 8", "--standalone --nproc-per-node 2")
     program, *arguments = shlex.split(line)
     if "--data-dir" in arguments:
@@ -308,7 +328,7 @@ def test_readme_command_runs(line: str, workplace: Path) -> None:
     arguments = [str(ROOT / a) if (ROOT / a).suffix == ".py" else a for a in arguments]
     result = subprocess.run(
         [sys.executable, *launcher, *arguments],
-        cwd=workplace,
+        cwd=all_data,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -318,4 +338,4 @@ def test_readme_command_runs(line: str, workplace: Path) -> None:
     if "train.py" in line or "validate.py" in line:
         assert "top1: " in result.stdout.splitlines()[-1]
     if "--output" in arguments:
-        assert (workplace / arguments[arguments.index("--output") + 1]).exists()
+        assert (all_data / arguments[arguments.index("--output") + 1]).exists()

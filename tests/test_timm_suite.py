@@ -4,11 +4,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import timm_suite
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_timm_suite_passes_on_the_smallest_model(tmp_path: Path) -> None:
     suite = timm_suite.fetch(tmp_path)
     counts = timm_suite.run(suite, timm_suite.SMALL, output=True, workers="0")

@@ -11,6 +11,7 @@ import pytest
 import emax_timm
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

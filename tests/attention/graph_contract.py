@@ -119,7 +119,7 @@ class ExportContract(Subject):
         yield
         torch.compiler.reset()
 
-    @pytest.mark.parametrize("strict", mostly_slow([True, False], 1), ids=["strict", "non_strict"])
+    @pytest.mark.parametrize("strict", mostly_slow([True, False]), ids=["strict", "non_strict"])
     def test_export_with_dynamic_sizes_equals_eager(self, strict: bool) -> None:
         module = self.make(dtype=torch.float32)
         # Self-attention keeps to the side of its greatest size that it was traced on. The other
@@ -146,7 +146,7 @@ class CompileContract(Subject):
 
     @pytest.mark.parametrize(
         ("training", "autocast"),
-        mostly_slow([(False, False), (True, False), (True, True)], 2),
+        mostly_slow([(False, False), (True, False), (True, True)]),
         ids=["eval", "training", "training_autocast"],
     )
     def test_compile_traces_one_graph_with_eagers_gradients(

@@ -31,8 +31,14 @@ class TestSE(AttentionContract, GraphContract):
     name = "se"
 
 
-class TestGatedSE(GatedContract, TestSE):
-    pass
+class TestGatedSE(GateContract, TestSE):
+    gate_init = 0.5
+
+
+@slow
+class TestGraphsOfGatedSE(ExportContract, CompileContract):
+    name = "se"
+    gate_init = 0.5
 
 
 @slow
@@ -117,6 +123,7 @@ class TestEMAXNoGlobalGate(Variant):
     knobs: ClassVar[dict[str, Any]] = {"global_gate": False}
 
 
+@slow
 class TestEMAXSpatialOnly(Variant):
     knobs: ClassVar[dict[str, Any]] = {"channel_gate": False, "global_gate": False}
 

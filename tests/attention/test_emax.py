@@ -193,6 +193,7 @@ def test_a_compiled_layer_follows_set_grouping_without_compiling_again() -> None
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.slow
 def test_export_of_a_batch_that_votes() -> None:
     module = make_emax(24, dtype=torch.float32, batch_vote=True)
     dims = {axis: torch.export.Dim(f"d{axis}", max=1 << 20) for axis in (0, 2, 3)}

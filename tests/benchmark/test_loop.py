@@ -12,6 +12,7 @@ from emax_timm.benchmark.loop import NAMES
 EMAX = "import sys; from emax_cli import main; sys.exit(main())"
 
 
+@pytest.mark.slow
 def test_both_loops_train_on_as_much(tmp_path: Path) -> None:
     images = image_folder(tmp_path / "images")  # 32 for training
     options = ["--data-dir", images, "-b", "8", "--rounds", "2", "--model", "test_resnet"]

@@ -56,6 +56,7 @@ def test_figures_of_resnet50_are_the_known_ones() -> None:
     assert row.activation_bytes == pytest.approx(85.9e6, rel=0.01)
 
 
+@pytest.mark.slow
 def test_swin_is_measured_as_its_authors_state_it() -> None:
     row = measure(model_table.REFERENCE)  # 28.3 M and 4.5 G in arXiv 2103.14030
     assert row.reference
@@ -65,7 +66,7 @@ def test_swin_is_measured_as_its_authors_state_it() -> None:
     assert set(row.licences) == {"mit"}
 
 
-@pytest.mark.parametrize("name", mostly_slow(["resnet10t_emax", "resnet18_msa"], 0))
+@pytest.mark.parametrize("name", mostly_slow(["resnet10t_emax", "resnet18_msa"]))
 def test_figures_agree_with_a_real_run_and_with_the_allocator(name: str) -> None:
     row = measure(name)
     model, x = timm.create_model(name), torch.randn(2, *row.input_size)
@@ -95,6 +96,7 @@ def test_model_that_looks_at_values_is_measured_for_real(
     assert (row.parameters, row.tags, row.licences) == (16, (), ())
 
 
+@pytest.mark.slow
 def test_measuring_leaves_no_trace() -> None:
     state = torch.get_rng_state()
     assert measure("resnet10t_emax") == measure("resnet10t_emax")

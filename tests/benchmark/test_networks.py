@@ -15,6 +15,7 @@ from emax_timm.tables import marks
 SMALL = ["--models", "resnet18", "--img-size", "32", "--batch-size", "2", "--rounds", "1"]
 
 
+@pytest.mark.slow
 def test_networks_are_measured_against_their_twins(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 from faults_testing import RUN
 from interpreters import Interpreter
-from training_testing import TRAIN, run_on_two_ranks
-
-ROOT = Path(__file__).parents[2]
+from training_testing import TRAIN
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +18,11 @@ def whole(programs: Interpreter, images: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def whole_on_two_ranks(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_on_two_ranks(
+    programs: Interpreter, images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The same on two ranks."""
     folder = tmp_path_factory.mktemp("whole2")
-    result = run_on_two_ranks(ROOT / TRAIN, images, *RUN, cwd=folder)
+    result = programs.run(TRAIN, images, *RUN, cwd=folder, ranks=2)
     assert result.status == 0, result.stderr
     return folder / "run"

@@ -1,7 +1,7 @@
 """Bad input: exit status 2, one line on stderr that says what to do, nothing written.
 
-Every case is a process of its own. Cases that need no data name a folder that does not exist: the
-message must be about the mistake, so the data was not touched before.
+Cases that need no data name a folder that does not exist: the message must be about the mistake, so
+the data was not touched before.
 """
 
 import pickle
@@ -26,6 +26,8 @@ from training_testing import (
     sum_up,
 )
 
+from emax_timm.training import train, validate
+
 SMALL_VALIDATION = ["--model", "resnet10t_emax", "--img-size", "32", "-j", "0"]
 
 Refused = Callable[..., str]
@@ -41,14 +43,22 @@ def message(result: Result, script: str) -> str:
 
 
 @pytest.fixture
-def refused(programs: Interpreter, tmp_path: Path) -> Refused:
-    """Runs a script that must be refused and returns its one line."""
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """Runs a script's command, in this process, that must be refused, and returns its one line."""
 
     def refused(script: str, *arguments: str | Path) -> str:
         folder = tmp_path / "cwd"
         folder.mkdir(exist_ok=True)
         before = files_in(tmp_path)
-        line = message(programs.run(script, *arguments, cwd=folder), script)
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            command = {TRAIN: train, VALIDATE: validate}[script]
+            status = command([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        line = message(Result(status, printed.out, printed.err), script)
         assert files_in(tmp_path) == before
         assert not any(folder.iterdir())
         return line
@@ -72,9 +82,9 @@ def run_copy(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("script", mostly_slow([TRAIN, VALIDATE], 0))
+@pytest.mark.parametrize("script", mostly_slow([TRAIN, VALIDATE]))
 def test_program_started_as_users_do_refuses_an_unknown_flag(script: str, tmp_path: Path) -> None:
-    # The other cases go through the server; this one shows that it leaves nothing out.
+    # The other cases are calls in this process; this one shows that they leave nothing out.
     import interpreters
 
     program = interpreters.ROOT / script

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from faults_testing import RUN, assert_same_run
 from interpreters import Interpreter
+from tiers import mostly_slow
 from training_testing import (
     SMALL,
     TRAIN,
@@ -39,6 +40,7 @@ def skipped(stderr: str) -> set[str]:
     return {line.removeprefix("skipped broken image ").split(": ")[0] for line in lines}
 
 
+@pytest.mark.slow
 def test_training_skips_and_counts_a_broken_image_whatever_the_workers(
     programs: Interpreter, folder: Path, tmp_path: Path
 ) -> None:
@@ -58,7 +60,7 @@ def test_training_skips_and_counts_a_broken_image_whatever_the_workers(
     assert_same_run(*runs)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", mostly_slow([0, 2]))
 def test_too_many_broken_images_stop_the_run_and_mended_ones_let_it_go_on(
     programs: Interpreter, images: Path, folder: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -81,6 +83,7 @@ def test_too_many_broken_images_stop_the_run_and_mended_ones_let_it_go_on(
     assert programs.run(TRAIN, *argv, cwd=tmp_path).status == 0
 
 
+@pytest.mark.slow
 def test_run_that_goes_on_has_counted_the_broken_images_before(
     programs: Interpreter, folder: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +115,7 @@ def test_too_many_broken_images_stop_all_ranks(folder: Path, tmp_path: Path) -> 
     assert state_of(tmp_path / "run")["epoch"] == 0
 
 
+@pytest.mark.slow
 def test_broken_validation_image_is_an_error_that_names_it(
     programs: Interpreter, images: Path, folder: Path, tmp_path: Path
 ) -> None:

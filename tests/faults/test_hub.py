@@ -14,6 +14,7 @@ import timm
 import torch
 from hub_server import Commit, Fault, Hub, Repo, serve
 from hub_testing import as_bytes, in_new_process
+from tiers import mostly_slow
 
 import emax_timm  # noqa: F401  (registers the models)
 
@@ -189,7 +190,7 @@ for _ in range(2):
 """
 
 
-@pytest.mark.parametrize("action", ["cut", "wrong bytes"])
+@pytest.mark.parametrize("action", mostly_slow(["cut", "wrong bytes"], 1))
 def test_damaged_download_is_made_anew(action: str, tmp_path: Path) -> None:
     content, bias = weights(0)
     files = {"me/model/model.safetensors": content}
@@ -200,6 +201,7 @@ def test_damaged_download_is_made_anew(action: str, tmp_path: Path) -> None:
     assert second == str(bias)
 
 
+@pytest.mark.slow
 def test_unreachable_and_offline_hub_with_and_without_a_cache(tmp_path: Path) -> None:
     content, bias = weights(0)
     with serve(Hub({"me/model/model.safetensors": content})) as hub:
@@ -236,7 +238,7 @@ weights_index.INDEX.append(entry)
 """
 
 
-@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("right", mostly_slow([True, False], 1))
 def test_listed_weights_are_those_of_the_index(right: bool, tmp_path: Path) -> None:
     """The hub's own sums may be right, and yet the file another than the one that was listed."""
     content, bias = weights(0)

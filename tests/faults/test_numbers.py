@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from faults_testing import NAN_AT, RUN, assert_same_run, with_fault
 from interpreters import Interpreter
+from tiers import mostly_slow
 from training_testing import TRAIN, left_by, state_of
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite_keeps_the_last_good_step(
     programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -30,6 +32,7 @@ def test_loss_that_is_not_finite_keeps_the_last_good_step(
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_step_that_is_not_finite_is_skipped_if_asked(
     programs: Interpreter, images: Path, tmp_path: Path
 ) -> None:
@@ -57,6 +60,7 @@ Trainer.validate = validate
 NAN = "float('nan')"
 
 
+@pytest.mark.slow
 def test_metric_that_is_not_a_number_is_never_the_best(
     programs: Interpreter, images: Path, tmp_path: Path
 ) -> None:
@@ -77,7 +81,7 @@ Trainer._loss = spike
 """
 
 
-@pytest.mark.parametrize("policy", ["warn", "skip", "stop"])
+@pytest.mark.parametrize("policy", mostly_slow(["warn", "skip", "stop"]))
 def test_spike_of_the_loss_meets_the_policy_and_names_its_samples(
     programs: Interpreter, images: Path, tmp_path: Path, policy: str
 ) -> None:

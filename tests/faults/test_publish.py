@@ -99,6 +99,7 @@ def test_upload_killed_at_a_request(
         assert hub.repos[REPO].tags == {"v1": hub.repos[REPO].head.name}
 
 
+@pytest.mark.slow
 def test_upload_loses_a_race_and_is_repeated(release: Path, tmp_path: Path) -> None:
     def commit_first(hub: Hub) -> None:
         hub.commit(hub.repos[REPO], {"other.txt": b"1"})
@@ -112,6 +113,7 @@ def test_upload_loses_a_race_and_is_repeated(release: Path, tmp_path: Path) -> N
         assert hub.repos[REPO].head.files == {**FILES, "other.txt": b"1"}
 
 
+@pytest.mark.slow
 def test_new_weights_are_a_new_version(release: Path, tmp_path: Path) -> None:
     with serve(Hub()) as hub:
         for version in ("v1", "v2"):
@@ -236,6 +238,7 @@ def test_run_of_another_model_than_its_config_is_not_published(
     assert "which the model lacks" in refused(capsys, run)
 
 
+@pytest.mark.slow
 def test_run_in_training_is_not_published(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = (
         "import sys, time; from pathlib import Path; from emax_timm.files import lock_folder\n"
@@ -293,7 +296,7 @@ def test_index_without_push_is_refused(run: Path, capsys: pytest.CaptureFixture[
 ESCAPES = ["../../../../escaped", "/tmp/escaped", "a/../../../escaped"]
 
 
-@pytest.mark.parametrize("name", mostly_slow(ESCAPES, 0))
+@pytest.mark.parametrize("name", mostly_slow(ESCAPES))
 def test_names_in_a_repository_do_not_escape(name: str, tmp_path: Path) -> None:
     sums = f"{'0' * 64}  {name}\n".encode()
     config = json.dumps(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from faults_testing import NAN_AT, RUN, assert_same_run, keep_only, with_fault
 from interpreters import ENVIRONMENT, ROOT, Interpreter, Result
+from tiers import mostly_slow
 from training_testing import TRAIN, VALIDATE, rows_without_seconds, run_on_two_ranks, state_of
 
 SLOW = pytest.mark.slow
@@ -85,7 +86,7 @@ def wait_for(path: Path, seconds: float) -> str:
 @pytest.mark.parametrize(
     ("fault", "number", "workers", "epoch", "step"),
     [
-        pytest.param(IN_STEP, signal.SIGTERM, 0, 1, 3, id="step"),
+        pytest.param(IN_STEP, signal.SIGTERM, 0, 1, 3, id="step", marks=SLOW),
         pytest.param(IN_STEP, signal.SIGINT, 1, 1, 3, id="SIGINT", marks=SLOW),
         pytest.param(IN_VALIDATION, signal.SIGTERM, 0, 1, 4, id="validation", marks=SLOW),
         pytest.param(IN_SAVE, signal.SIGTERM, 0, 1, 4, id="save", marks=SLOW),
@@ -165,6 +166,7 @@ Trainer.train_step = dies
 """
 
 
+@pytest.mark.slow
 def test_rank_that_dies_is_restarted_and_nothing_is_lost(
     images: Path, whole_on_two_ranks: Path, tmp_path: Path
 ) -> None:
@@ -253,14 +255,22 @@ def test_run_goes_on_with_a_warning_where_the_number_of_ranks_changes(
         assert [row["epoch"] for row in rows] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("torchrun", mostly_slow([False, True], 0))
 def test_images_that_do_not_divide_are_counted_once_each(
-    programs: Interpreter, images: Path, whole: Path, tmp_path: Path
+    torchrun: bool,
+    programs: Interpreter,
+    images: Path,
+    whole: Path,
+    tmp_path: Path,
 ) -> None:
     data = Path(shutil.copytree(images, tmp_path / "images"))
     (data / "validation" / "cat" / "0.png").unlink()
     command = ["--checkpoint", whole / "model.safetensors", "--data-dir", data, "-b", "2"]
     alone = programs.run(VALIDATE, *command, cwd=tmp_path)
-    together = run_on_two_ranks(ROOT / VALIDATE, *command, cwd=tmp_path)
+    if torchrun:
+        together = run_on_two_ranks(ROOT / VALIDATE, *command, cwd=tmp_path)
+    else:
+        together = programs.run(VALIDATE, *command, cwd=tmp_path, ranks=2)
     assert (alone.status, together.status) == (0, 0), together.stderr
     assert together.last_line == alone.last_line
     ninths = {f"top1: {100 * right / 9:.3f}" for right in range(10)}

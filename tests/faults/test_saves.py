@@ -83,7 +83,7 @@ def assert_goes_on(folder: Path, programs: Interpreter, images: Path, whole: Pat
     assert not list((folder / "run").rglob("*.partial"))
 
 
-@pytest.mark.parametrize("operation", [2, 5, 9, 13])
+@pytest.mark.parametrize("operation", mostly_slow([2, 5, 9, 13]))
 def test_run_killed_in_a_save_goes_on(
     operation: int, programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -136,6 +136,7 @@ Trainer.train_step = full
 """
 
 
+@pytest.mark.slow
 def test_full_disk_is_reported_and_the_checkpoint_before_is_there(
     programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -161,7 +162,9 @@ Trainer.train_step = vanishes
 """
 
 
-@pytest.mark.parametrize("then", ["pass", "open('run', 'w').close()"], ids=["gone", "a file"])
+@pytest.mark.parametrize(
+    "then", mostly_slow(["pass", "open('run', 'w').close()"]), ids=["gone", "a file"]
+)
 def test_run_whose_folder_vanishes_says_so_and_leaves_its_checkpoint(
     programs: Interpreter, images: Path, whole: Path, tmp_path: Path, then: str
 ) -> None:
@@ -204,7 +207,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", mostly_slow(DAMAGES, 0, 3, 5))
+@pytest.mark.parametrize("damage", mostly_slow(DAMAGES, 0))
 def test_damaged_checkpoint_is_left_out_loudly(
     programs: Interpreter, images: Path, whole: Path, tmp_path: Path, damage: str
 ) -> None:

@@ -3,13 +3,17 @@
 import random
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from faults_testing import RUN, assert_same_run, keep_only, with_fault
 from interpreters import Interpreter
 from tiers import mostly_slow
-from training_testing import TRAIN, run_program, state_of
+from training_testing import TRAIN, only_line, run_program, state_of
+
+from emax_timm.training import train
 
 SIGNAL_AT = """
 def signal_at(self, batches):
@@ -38,6 +42,7 @@ checkpoint.save_checkpoint = signal_in
 """
 
 
+@pytest.mark.slow
 def test_error_ends_a_run_with_workers(images: Path, tmp_path: Path) -> None:
     # Its traceback holds the loader, so that it is the end of the interpreter that ends them.
     script = with_fault(tmp_path, "Trainer.train_step = lambda self, batches: 1 / 0")
@@ -46,7 +51,7 @@ def test_error_ends_a_run_with_workers(images: Path, tmp_path: Path) -> None:
     assert result.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", mostly_slow([1, 2]))
 def test_number_of_workers_changes_nothing(
     programs: Interpreter, images: Path, whole: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -67,7 +72,7 @@ def test_number_of_workers_changes_nothing(
             (SIGNAL_IN_VALIDATION, 143, 8),
             (SIGNAL_IN_SAVE, 143, 7),
         ],
-        *(2, 4, 5, 6),
+        4,
     ),
     ids=["step 1", "step 3", "last of epoch", "step 6", "SIGINT", "validation", "save"],
 )
@@ -110,6 +115,7 @@ def test_run_that_goes_on_elsewhere_warns_of_what_is_not_to_the_bit(
 @pytest.mark.parametrize(
     "kills", [1, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
+@pytest.mark.slow
 def test_run_killed_at_random_moments_ends_as_if_it_had_not_been(
     programs: Interpreter, images: Path, whole: Path, tmp_path: Path, kills: int
 ) -> None:
@@ -119,8 +125,8 @@ def test_run_killed_at_random_moments_ends_as_if_it_had_not_been(
         folder = tmp_path / str(runs)
         folder.mkdir()
         while True:
-            # A run takes about 4 s here; one that gets nowhere would be killed for ever.
-            moment = moments.uniform(0.2, 5) if done < kills else None
+            # A run takes about 2 s here; one that gets nowhere would be killed for ever.
+            moment = moments.uniform(0.2, 3) if done < kills else None
             result = programs.run(TRAIN, images, *RUN, cwd=folder, kill_after=moment)
             if result.status != -signal.SIGKILL:
                 break
@@ -130,25 +136,37 @@ def test_run_killed_at_random_moments_ends_as_if_it_had_not_been(
         assert not list((folder / "run").rglob("*.partial"))
 
 
-def test_second_run_in_a_folder_is_refused_and_a_dead_one_is_no_reason(
-    programs: Interpreter, images: Path, tmp_path: Path
-) -> None:
-    fault = f"""
-def nested(self, batches):
+WAITS = """
+def waits(self, batches):
     if self.step == 2:
-        import subprocess
-        command = [sys.executable, "-c", "from emax_timm.training import train; exit(train())"]
-        done = subprocess.run([*command, *sys.argv[1:]], capture_output=True, text=True)
-        open({str(tmp_path / "second")!r}, "w").write(str(done.returncode) + done.stderr)
+        os.mkdir("trains")
+        end = time.monotonic() + 60
+        while os.path.exists("trains") and time.monotonic() < end:
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batches)
-Trainer.train_step = nested
+Trainer.train_step = waits
 """
-    script = with_fault(tmp_path, fault)
-    result = programs.run(str(script), images, *RUN, "-j", "2", cwd=tmp_path)
-    assert result.status == -signal.SIGKILL
-    second = (tmp_path / "second").read_text()
-    assert second.startswith("2")
-    assert "another process is training in run" in second
+
+
+def test_second_run_in_a_folder_is_refused_and_a_dead_one_is_no_reason(
+    programs: Interpreter,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = with_fault(tmp_path, WAITS)
+    monkeypatch.chdir(tmp_path)
+    argv = [*map(str, [images, *RUN, "-j", "2"])]
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(programs.run, str(script), *argv, cwd=tmp_path)
+        while not (tmp_path / "trains").exists():
+            assert not first.done(), first.result().stderr
+            time.sleep(0.01)
+        assert train(argv) == 2
+        assert "another process is training in run" in only_line(capsys.readouterr().err)
+        (tmp_path / "trains").rmdir()
+        assert first.result().status == -signal.SIGKILL
     # Its loader's workers may still live.
     assert programs.run(TRAIN, images, *RUN, "--epochs", "1", cwd=tmp_path).status == 0

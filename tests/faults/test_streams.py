@@ -61,6 +61,7 @@ def test_stream_goes_on_in_mid_epoch_with_a_warning_and_as_many_steps(
     assert [row["step"] for row in state["rows"]] == [4, 8]
 
 
+@pytest.mark.slow
 def test_stream_goes_on_after_an_epoch_as_if_it_had_not_stopped(
     programs: Interpreter, shards: Path, tmp_path: Path
 ) -> None:

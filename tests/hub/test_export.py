@@ -28,7 +28,7 @@ FAMILIES = {
     "resnet18_cbam": (3,),
 }
 MODELS = (
-    pytest.param(("resnet10t_emax", SMALL), id="small"),
+    pytest.param(("resnet10t_emax", SMALL), id="small", marks=SLOW),
     *(
         pytest.param((name, {"num_classes": 5, "attn_stages": stages}), id=name, marks=SLOW)
         for name, stages in FAMILIES.items()
@@ -175,6 +175,7 @@ def test_pt2_computes_the_model_in_a_process_without_this_package(
         assert_near(outputs[str(key)], model(inputs[str(key)]))
 
 
+@pytest.mark.slow
 def test_onnx_names_its_axes(onnx_file: Path) -> None:
     model = onnx.load(onnx_file)
     onnx.checker.check_model(model)
@@ -185,6 +186,7 @@ def test_onnx_names_its_axes(onnx_file: Path) -> None:
     assert [entry.version for entry in model.opset_import if not entry.domain] == [18]
 
 
+@pytest.mark.slow
 def test_export_with_fixed_axes_takes_one_shape(small: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     report = export_model(small, path, input_size=SIZE, fixed_size=True, fixed_batch=True)
@@ -196,6 +198,7 @@ def test_export_with_fixed_axes_takes_one_shape(small: nn.Module, tmp_path: Path
             program(images(*shape))
 
 
+@pytest.mark.slow
 def test_export_of_small_images_says_which_it_takes(small: nn.Module, tmp_path: Path) -> None:
     report = export_model(small, tmp_path / "model.pt2", input_size=(3, 28, 28))
     least, most = report.ranges["height"]
@@ -227,6 +230,7 @@ def test_export_of_features_has_an_output_per_stage(tmp_path: Path) -> None:
 # Verification that fails ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_verification_finds_one_changed_weight_in_an_onnx_file(
     small: nn.Module, onnx_file: Path, tmp_path: Path
 ) -> None:
@@ -243,6 +247,7 @@ def test_verification_finds_one_changed_weight_in_an_onnx_file(
         verify(tmp_path / "changed.onnx", small, "onnx", shapes)
 
 
+@pytest.mark.slow
 def test_verification_finds_another_choice_of_groups(onnx_file: Path) -> None:
     other = randomised("resnet10t_emax", **SMALL)
     layer = next(module for module in other.modules() if isinstance(module, EMAX))
@@ -273,6 +278,7 @@ def test_failed_verification_leaves_the_target_as_it_was(
     assert path.read_bytes() != b"precious"
 
 
+@pytest.mark.slow
 def test_failed_verification_exits_with_one_line(
     small: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

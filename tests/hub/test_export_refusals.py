@@ -116,6 +116,7 @@ def test_pt2_needs_no_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert export_model(OtherInGraphs(1.0).eval(), tmp_path / "a.pt2", input_size=SIZE).checks
 
 
+@pytest.mark.slow
 def test_model_with_fixed_sizes_inside_is_named_with_the_way_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def index(published: Published, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
+@pytest.mark.slow
 def test_publishing_adds_to_the_index(index: Path, published: Published) -> None:
     first, entry = read_index(index)
     assert first == WeightsEntry(**KNOWN)
@@ -78,6 +79,7 @@ def test_publishing_adds_to_the_index(index: Path, published: Published) -> None
     assert entry.license == "apache-2.0"
 
 
+@pytest.mark.slow
 def test_listed_tag_loads_by_name(index: Path, published: Published, tmp_path: Path) -> None:
     """A package with that index: the tag, the classes, the weights; and nothing but them."""
     program = """

@@ -10,6 +10,7 @@ import timm
 import torch
 from hub_testing import REPO, Published, emax, in_new_process
 from interpreters import Interpreter
+from tiers import mostly_slow
 from training_testing import VALIDATE
 
 import emax_timm  # noqa: F401  (registers the models)
@@ -87,6 +88,7 @@ def test_release_is_one_commit_with_a_tag(published: Published) -> None:
     assert f"{REPO} v1 published: commit {repo.head.name}" in published.stdout
 
 
+@pytest.mark.slow
 def test_publishing_again_changes_nothing(published: Published) -> None:
     repo = published.hub.repos[REPO]
     before = (list(repo.commits), dict(repo.tags))
@@ -99,7 +101,7 @@ def test_publishing_again_changes_nothing(published: Published) -> None:
     assert (repo.commits, repo.tags) == before
 
 
-@pytest.mark.parametrize("revision", ["", "@v1"])
+@pytest.mark.parametrize("revision", mostly_slow(["", "@v1"], 1))
 def test_repository_is_verified(revision: str, published: Published, tmp_path: Path) -> None:
     done = emax("weights", "verify", REPO + revision, hub=published.hub, home=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -117,6 +119,7 @@ def test_damaged_file_of_a_repository_is_named(published: Published, tmp_path: P
     assert "README.md is damaged" in done.stderr
 
 
+@pytest.mark.slow
 def test_transformers_load_what_is_published(published: Published, tmp_path: Path) -> None:
     program = """
 import sys, torch, emax_timm

@@ -21,6 +21,7 @@ def index(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_shipped_file_is_the_runs_best_and_in_the_index(trained: Path, index: Path) -> None:
     for _ in range(2):  # again, it takes its own place
         assert ship([str(trained), "--tag", "cats", "--index", str(index)]) == 0

@@ -17,6 +17,7 @@ import timm
 import torch
 from browser import open_page
 from PIL import Image
+from tiers import mostly_slow
 from timm.data import create_transform, resolve_data_config
 from training_testing import files_in, only_line
 
@@ -90,6 +91,7 @@ class Parsed(HTMLParser):
             self.headings.append(data)
 
 
+@pytest.mark.slow
 def test_report_is_one_file_with_its_pictures_in_it(report: Path) -> None:
     page = Parsed(report / "report.html")
     assert not {"script", "iframe", "object", "embed"} & set(page.tags)
@@ -107,12 +109,14 @@ def test_report_is_one_file_with_its_pictures_in_it(report: Path) -> None:
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)|url\(|@import|https?://", text)
 
 
+@pytest.mark.slow
 def test_report_has_a_section_for_each_image_spread_over_the_classes(report: Path) -> None:
     headings = Parsed(report / "report.html").headings
     assert headings[:2] == ["Attention layers", "Group counts"]
     assert [h.split("/")[0] for h in headings[2:]] == ["3_dress", "3_dress", "5_sandal", "8_bag"]
 
 
+@pytest.mark.slow
 def test_group_counts_of_the_classes_are_those_of_the_images(report: Path, clothes: Path) -> None:
     model: Any = timm.create_model(DEFAULT, pretrained=True).eval()
     transform: Any = create_transform(**resolve_data_config(model=model))
@@ -136,6 +140,7 @@ def test_group_counts_of_the_classes_are_those_of_the_images(report: Path, cloth
             assert cell.split()[1] == right.split()[1]
 
 
+@pytest.mark.slow
 def test_report_names_the_layers_and_the_predictions(report: Path, clothes: Path) -> None:
     model: Any = timm.create_model(DEFAULT, pretrained=True).eval()
     rows = Parsed(report / "report.html").rows
@@ -164,6 +169,7 @@ def test_run_has_its_course_and_svg_figures(
     assert all((p["src"] or "").startswith("data:image/svg+xml;base64,") for p in page.pictures)
 
 
+@pytest.mark.slow
 def test_odd_names_do_not_break_the_page(clothes: Path, tmp_path: Path) -> None:
     name = "<b>&\"x' $title.png"
     shutil.copy(files(clothes / "8_bag")[0], tmp_path / name)
@@ -174,6 +180,7 @@ def test_odd_names_do_not_break_the_page(clothes: Path, tmp_path: Path) -> None:
     assert "<b>" not in text
 
 
+@pytest.mark.slow
 def test_earlier_report_is_replaced_only_when_asked(
     clothes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +253,7 @@ def test_wrong_usage_is_one_line_and_nothing_is_written(
     assert files_in(Path("full")) == {"thesis.tex"}
 
 
+@pytest.mark.slow
 def test_many_classes_are_drawn_as_one(
     clothes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +293,7 @@ def test_missing_package_is_named_before_anything_else(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("earlier", mostly_slow([False, True]))
 def test_full_disk_leaves_what_was_there(
     earlier: bool, clothes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,13 +1,13 @@
 """Captured maps are those of the pass that ran, and capturing changes nothing."""
 
 import copy
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from hub_testing import in_new_process
 from tiers import mostly_slow
 from torch import Tensor, nn
 
@@ -193,7 +193,7 @@ def test_half_precision_gives_float32() -> None:
             assert dtypes <= {torch.float32, torch.int64}
 
 
-@pytest.mark.parametrize("in_place", mostly_slow([False, True], 1))
+@pytest.mark.parametrize("in_place", mostly_slow([False, True]))
 def test_compiled_model_runs_its_plain_modules_in_the_context(in_place: bool) -> None:
     model = network().eval()
     calls = []
@@ -245,11 +245,11 @@ def test_model_without_attention_is_refused() -> None:
         pass
 
 
-def test_import_of_the_package_does_not_import_what_draws() -> None:
+def test_import_of_the_package_does_not_import_what_draws(tmp_path: Path) -> None:
     code = (
         "import sys, emax_timm; emax_timm.visualize_attention; "
         "drawing = {'matplotlib', 'pytorch_grad_cam', 'emax_timm.training'}; "
         "sys.exit(bool(drawing & set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert in_new_process(code, tmp_path).returncode == 0
     assert {"capture_attention", "visualize_attention"} <= set(emax_timm.__all__)

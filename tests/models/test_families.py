@@ -1,14 +1,13 @@
 """The families of models as timm users meet them."""
 
-import os
 import re
-import subprocess
-import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from hub_testing import in_new_process
 from tiers import mostly_slow
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -113,7 +112,7 @@ def test_default_config_is_the_twins(name: str) -> None:
     assert bool(ours.has_weights) == (warm is not None)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", mostly_slow(SMALL, 0))
 def test_seed_gives_the_backbone_the_weights_of_its_twin(name: str) -> None:
     torch.manual_seed(0)
     model = small_model(name)
@@ -124,7 +123,7 @@ def test_seed_gives_the_backbone_the_weights_of_its_twin(name: str) -> None:
 
 
 @pytest.mark.parametrize("system", mostly_slow(ATTENTIONS, 0, 3))
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", mostly_slow(SMALL, 0, 1))
 def test_attention_by_name_behind_a_closed_gate_changes_nothing(name: str, system: str) -> None:
     model = small_model(name, attn_layer=system, attn_kwargs={"gate_init": 0.0}).eval()
     open_gates(model)
@@ -271,7 +270,7 @@ def test_features_are_the_intermediates(name: str) -> None:
         assert feature.shape[1:] == (info["num_chs"], *[64 // info["reduction"]] * 2)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", mostly_slow(SMALL, 0, 1))
 def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
     # Batch norm sees other statistics when a block is recomputed, so its momentum is not compared.
     model = small_model(name)
@@ -324,7 +323,7 @@ def test_model_is_rebuilt_from_a_saved_folder(name: str, tmp_path: Any) -> None:
 
 
 TAKEN = """
-import logging, timm
+import logging, warnings, timm
 from timm.models import register_model
 logging.basicConfig(format="%(levelname)s %(message)s")
 
@@ -333,20 +332,15 @@ def resnet50_cbam(pretrained=False, **kwargs):
 
 resnet50_cbam.__module__ = "timm.models.resnet"
 register_model(resnet50_cbam)
+warnings.simplefilter("error")
 import emax_timm
 print(timm.model_entrypoint("resnet50_cbam") is resnet50_cbam)
 print(timm.is_model("resnet50_emax"), timm.is_model("resnet50_se"))
 """
 
 
-def test_name_that_timm_has_taken_is_left_to_it() -> None:
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", TAKEN],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_name_that_timm_has_taken_is_left_to_it(tmp_path: Path) -> None:
+    result = in_new_process(TAKEN, tmp_path)
     assert result.stdout.split() == ["True", "True", "True"], result.stderr
     assert result.stderr.startswith("ERROR resnet50_cbam is a model of timm.models.resnet")
     assert result.stderr.count("\n") == 1

@@ -1,9 +1,6 @@
 """Attention in any CNN of timm's, by `insert_attention` and by the name `with_attention`."""
 
 import copy
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from hub_testing import in_new_process
 from tiers import mostly_slow
 from torch import nn
 
@@ -183,7 +181,8 @@ def test_result_is_copied_and_exported() -> None:
 
 REBUILD = """
 import sys, timm, torch, emax_timm
-folder, x, expected = sys.argv[1:]
+folder, x, expected, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))  # it decides the last bits
 model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 with torch.inference_mode():
     print(torch.equal(model(torch.load(x)), torch.load(expected)))
@@ -215,13 +214,8 @@ def test_result_is_rebuilt_from_its_config(
     torch.save(x, tmp_path / "x")
     with torch.inference_mode():
         torch.save(model(x).clone(), tmp_path / "y")
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", REBUILD, folder, tmp_path / "x", tmp_path / "y"],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    arguments = (folder, tmp_path / "x", tmp_path / "y", str(torch.get_num_threads()))
+    result = in_new_process(REBUILD, tmp_path, *arguments)
     assert result.stdout.split() == ["True", str(len(model.feature_info))], result.stderr
 
 

@@ -62,7 +62,7 @@ def test_a_state_dict_holds_every_buffer_and_parameter(name: str) -> None:
 INSERTED = ["regnetx_002", "densenet121", "vgg11"]  # a plain stage, and two that change their class
 
 
-@pytest.mark.parametrize("name", mostly_slow(INSERTED, 0, 2))
+@pytest.mark.parametrize("name", mostly_slow(INSERTED, 0))
 def test_inserted_attention_survives_copy_and_pickle(name: str) -> None:
     model = emax_timm.insert_attention(make(name).eval(), "emax")
     for layer in model.modules():
@@ -83,7 +83,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
         return model(images)
 
 
-@pytest.mark.parametrize("inserted", mostly_slow([False, True], 1))
+@pytest.mark.parametrize("inserted", mostly_slow([False, True]))
 def test_a_model_can_be_sent_to_a_spawned_process(inserted: bool) -> None:
     if inserted:
         model = emax_timm.insert_attention(make("densenet121").eval(), "emax")
@@ -94,6 +94,7 @@ def test_a_model_can_be_sent_to_a_spawned_process(inserted: bool) -> None:
     torch.testing.assert_close(there, _logits(model, images()))
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_that_holds_one_survives_from_pretrained(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
 

@@ -10,6 +10,7 @@ import safetensors.torch
 import timm
 import torch
 from hub_testing import in_new_process
+from tiers import mostly_slow
 from training_testing import only_line
 
 import emax_timm
@@ -78,7 +79,7 @@ def test_shipped_weights_load_offline(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["10 Ankle boot False", "3"] * len(NAMES), done.stderr
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_slow(NAMES, 0))
 def test_shipped_weights_classify_the_sample(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """On the 1,000 images of the sample, about as on all 10,000 that it is drawn from."""
     options = ["--model", name, "--dataset", "sample/fashion_mnist", "--split", "test.tar"]

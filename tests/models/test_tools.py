@@ -50,6 +50,7 @@ def test_trace_equals_eager_at_other_sizes(name: str) -> None:
 @ONE
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.slow
 def test_tensorboard_draws_the_graph(name: str, tmp_path: Path) -> None:
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
     with tensorboard.SummaryWriter(str(tmp_path)) as writer:
@@ -121,12 +122,13 @@ def test_forward_mode_gives_the_difference_quotient(name: str) -> None:
     "name",
     [
         "test_convnext_emax",
-        pytest.param("convnext_atto_se", marks=pytest.mark.slow),
-        pytest.param("convnext_atto_emax", marks=pytest.mark.slow),
-        pytest.param("resnet18_emax", marks=pytest.mark.slow),
-        pytest.param("mobilenetv2_100_emax", marks=pytest.mark.slow),
+        "convnext_atto_se",
+        "convnext_atto_emax",
+        "resnet18_emax",
+        "mobilenetv2_100_emax",
     ],
 )
+@pytest.mark.slow
 def test_export_takes_any_height_and_width_from_a_least_one(name: str) -> None:
     model = model_named(name)
     dims = {0: torch.export.Dim("batch", max=4096)}

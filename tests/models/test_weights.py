@@ -90,7 +90,7 @@ with torch.no_grad():
             ("convnext_atto_emax", "convnext_atto"),
             ("mobilenetv2_100_emax", "mobilenetv2_100"),
         ],
-        *(1, 4),
+        1,
     ),
 )
 def test_warm_start_from_a_hub_computes_what_the_twin_computes(
@@ -131,7 +131,7 @@ except RuntimeError as error:
 """
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", mostly_slow([401, 403, 404], 0))
 def test_warm_start_from_a_hub_that_refuses(status: int, tmp_path: Path) -> None:
     with serve(Hub(status=status)) as hub:
         result = in_new_process(LOAD, tmp_path, HF_ENDPOINT=hub.url)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 import torch
 from emax_testing import make_ema, make_emax, randn
+from tiers import mostly_slow
 from torch import Tensor
 
 from emax_timm.attention import EMA, EMAX
@@ -40,7 +41,10 @@ class BackendHarness:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "dtype" in metafunc.fixturenames:
-            metafunc.parametrize("dtype", self.dtypes, ids=lambda dtype: str(dtype)[6:])
+            # By default every dtype in all sizes, and the first alone in everything else.
+            kept = range(len(self.dtypes) if metafunc.function.__name__ == "test_sizes" else 1)
+            cases = mostly_slow(self.dtypes, *kept)
+            metafunc.parametrize("dtype", cases, ids=lambda dtype: str(dtype)[6:])
 
     @pytest.fixture(autouse=True)
     def _asked_for(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

@@ -330,12 +330,13 @@ class BackendTester(BackendHarness):
 
     # torch.compile -------------------------------------------------------------------------------
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("kind", "training", "layout"),
         [
             (EMAX, True, torch.contiguous_format),
-            pytest.param(EMA, False, torch.channels_last, marks=pytest.mark.slow),
-            pytest.param(EMAX, False, torch.channels_last, marks=pytest.mark.slow),
+            (EMA, False, torch.channels_last),
+            (EMAX, False, torch.channels_last),
         ],
         ids=["EMAX", "EMA", "EMAX-channels_last"],
     )

@@ -113,6 +113,7 @@ torch.compile(layer, backend="eager", fullgraph=True)(x).sum().backward()
 """
 
 
+@pytest.mark.slow
 def test_the_first_use_may_be_a_compiled_one(home: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE_FIRST],

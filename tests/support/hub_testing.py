@@ -1,15 +1,22 @@
-"""What the tests of weights share: processes that know the local hub alone."""
+"""What the tests of weights share: processes that know the local hub alone.
+
+pytest's first process loads this, by way of conftest.py, and has no need of torch.
+"""
+
+from __future__ import annotations
 
 import atexit
 import functools
+import importlib.util
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import safetensors.torch
 from hub_server import Hub
 from interpreters import ENVIRONMENT, Interpreter
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EMAX = "import sys; from emax_cli import main; sys.exit(main(sys.argv[1:]))"
 REPO = "me/test_resnet_emax.cats"
@@ -27,7 +34,9 @@ class Published(NamedTuple):
 @functools.cache
 def _interpreter() -> Interpreter:
     """One without the hub's client, which reads its environment when it is imported."""
-    interpreter = Interpreter("torch", "torchvision", "safetensors.torch")
+    # timm imports wandb where it is installed, which takes as long as all of timm.
+    optional = [name for name in ("wandb",) if importlib.util.find_spec(name)]
+    interpreter = Interpreter("torch", "torchvision", "safetensors.torch", *optional)
     atexit.register(interpreter.close)
     return interpreter
 
@@ -54,5 +63,7 @@ def emax(
 
 def as_bytes(tensors: dict[str, Tensor]) -> bytes:
     """A safetensors file."""
+    import safetensors.torch
+
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(whole, metadata={"format": "pt"})

@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,7 @@ class Interpreter:
         cwd: Path,
         environment: Mapping[str, str] | None = None,
         kill_after: float | None = None,
+        ranks: int = 1,
     ) -> Result:
         """Run a script, or Python itself: `run("-c", source, *arguments, cwd=...)`.
 
@@ -73,6 +75,8 @@ class Interpreter:
             cwd: The folder that it runs in.
             environment: All of its variables; None for `ENVIRONMENT`.
             kill_after: Seconds after which it gets a SIGKILL.
+            ranks: Processes that run it together, with the variables that torchrun would give
+                them. The status is that of the first of them that failed, in the order of ranks.
         """
         assert self.server.stdin is not None
         assert self.server.stdout is not None
@@ -81,7 +85,7 @@ class Interpreter:
             request = {
                 **{"command": list(map(str, command)), "cwd": str(cwd), "kill_after": kill_after},
                 **{"environment": dict(ENVIRONMENT if environment is None else environment)},
-                **{"out": str(out), "err": str(err)},
+                **{"out": str(out), "err": str(err), "ranks": ranks},
             }
             self.server.stdin.write(json.dumps(request) + "\n")
             self.server.stdin.flush()
@@ -100,13 +104,29 @@ def _serve(modules: list[str]) -> None:
         importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _become(**request)
+        children = []
+        for variables in _variables(request["ranks"]):
+            children.append(os.fork())
+            if children[-1] == 0:
+                request["environment"].update(variables)
+                _become(**request)
         if request["kill_after"] is not None:
             time.sleep(request["kill_after"])
-            os.kill(child, signal.SIGKILL)  # in vain if it has ended
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            for child in children:
+                os.kill(child, signal.SIGKILL)  # in vain if it has ended
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(next(filter(None, statuses), 0), flush=True)
+
+
+def _variables(ranks: int) -> list[dict[str, str]]:
+    """The environment variables that describe the ranks, for each of them."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared = {**address, "WORLD_SIZE": str(ranks)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def _become(

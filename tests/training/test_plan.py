@@ -144,6 +144,7 @@ def test_speeds_are_of_models_that_there_are() -> None:
     assert all(speed > 0 for speed in TRAINING.values())
 
 
+@pytest.mark.slow
 def test_plan_program_lets_flags_win(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["quickstart", "--gpus", "2", "-b", "32", "--train-images", "4000"]
     assert emax_cli.main(["plan", *arguments]) == 0

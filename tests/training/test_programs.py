@@ -32,6 +32,7 @@ METRICS = re.compile(r"top1: (\d+\.\d{3}) top5: (\d+\.\d{3})")
 SHORT = ["--epochs", "1", "--val-fraction", "0.9"]
 
 
+@pytest.mark.slow
 def test_quickstart_cut_short_is_validated_to_the_last_digit(
     programs: Interpreter, tmp_path: Path
 ) -> None:

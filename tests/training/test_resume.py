@@ -45,6 +45,7 @@ def test_run_is_reproducible(trainer_for: MakeTrainer) -> None:
         assert not same_tensors(states[0][part], states[2][part])
 
 
+@pytest.mark.slow
 def test_epochs_and_seeds_differ_in_the_images_they_see(trainer_for: MakeTrainer) -> None:
     seen: dict[tuple[int, int], set[float]] = {}
     for seed in (0, 1):
@@ -90,7 +91,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
 @pytest.mark.parametrize(
     "variant",
-    mostly_slow(VARIANTS, 0, 2),
+    mostly_slow(VARIANTS, 0),
 )
 def test_resumed_run_equals_one_that_never_stopped(trainer_for: MakeTrainer, variant: str) -> None:
     options = {"epochs": 4, "warmup_epochs": 1, "warmup_lr": 0.01, **VARIANTS[variant]}
@@ -117,6 +118,7 @@ def test_resumed_run_equals_one_that_never_stopped(trainer_for: MakeTrainer, var
     assert {**summaries[0], "seconds": 0} == {**summaries[1], "seconds": 0}
 
 
+@pytest.mark.slow
 def test_resumed_run_repeats_an_epoch_that_was_logged_but_not_saved(
     trainer_for: MakeTrainer,
 ) -> None:

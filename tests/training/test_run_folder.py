@@ -267,14 +267,17 @@ def saved_config(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("key", "value", "flag", "found"),
-    [
-        ("data_dir", "/nowhere", "{images}", {"data_dir": "{images}"}),
-        ("data_dir", "/nowhere", "--data-dir {images}", {"data_dir": "{images}"}),
-        ("data", "/nowhere", "--data-dir {images}", {"data_dir": "{images}"}),
-        ("input_size", [3, 48, 48], "--img-size 32", {"input_size": [3, 32, 32]}),
-        ("img_size", 48, "--input-size 3 32 32", {"input_size": [3, 32, 32]}),
-        ("lr", 0.5, "--lr 0.01", {"lr": 0.01}),
-    ],
+    mostly_slow(
+        [
+            ("data_dir", "/nowhere", "{images}", {"data_dir": "{images}"}),
+            ("data_dir", "/nowhere", "--data-dir {images}", {"data_dir": "{images}"}),
+            ("data", "/nowhere", "--data-dir {images}", {"data_dir": "{images}"}),
+            ("input_size", [3, 48, 48], "--img-size 32", {"input_size": [3, 32, 32]}),
+            ("img_size", 48, "--input-size 3 32 32", {"input_size": [3, 32, 32]}),
+            ("lr", 0.5, "--lr 0.01", {"lr": 0.01}),
+        ],
+        *(2, 3),
+    ),
 )
 def test_flag_wins_over_the_file_in_what_is_done(
     images: Path, tmp_path: Path, key: str, value: Any, flag: str, found: dict[str, Any]

@@ -194,7 +194,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
             {"val_interval": 3, "workers": 1, "amp": True, "amp_dtype": "bfloat16"},
             {"no_prefetcher": True},
         ],
-        *(1, 2),
+        1,
     ),
 )
 def test_run_writes_a_row_per_epoch(trainer_for: MakeTrainer, options: dict[str, Any]) -> None:
@@ -221,6 +221,7 @@ def test_run_without_images_or_layers_has_no_rows(
     assert not (trainer.folder / "layers.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_statistics_do_not_change_the_run(
     trainer_for: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiers import mostly_slow
 from training_testing import SMALL, MakeTrainer, left_by, only_line, same_tensors
 
 from emax_timm.training import TrainConfig, train
@@ -115,6 +116,7 @@ def test_tensorboard_forgets_what_a_resumed_run_repeats(tmp_path: Path) -> None:
     assert found == {0: {"loss": 0.0}, 1: {"loss": 10.0}, 2: {"loss": 20.0}}
 
 
+@pytest.mark.slow
 def test_wandb_holds_the_rows_and_one_id(
     trainer_for: MakeTrainer, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +158,7 @@ def test_wandb_key_is_written_nowhere(
         assert KEY.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_trackio_holds_the_rows(
     trainer_for: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +209,7 @@ def test_choices_are_the_trackers() -> None:
     assert TrainConfig().log_to == []
 
 
-@pytest.mark.parametrize("moment", ["open", "log", "close"])
+@pytest.mark.parametrize("moment", mostly_slow(["open", "log", "close"], 1))
 def test_tracker_that_fails_does_not_end_the_run(
     trainer_for: MakeTrainer,
     monkeypatch: pytest.MonkeyPatch,
@@ -257,6 +260,7 @@ def test_tracker_learns_that_the_run_was_cut_short(
     assert [type(error) for error in seen] == [KeyboardInterrupt]
 
 
+@pytest.mark.slow
 def test_trackers_do_not_change_the_run(trainer_for: MakeTrainer) -> None:
     states = []
     for name, log_to in (("plain", []), ("tracked", ["tensorboard", "wandb"])):
