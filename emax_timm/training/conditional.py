@@ -5,6 +5,7 @@ before it launches the next step of the optimizer it brings what the optimizer c
 back to where it was. So the results are bit for bit those of a host that waits.
 """
 
+import operator
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from .config import TrainConfig
 
-__all__ = ["FUSED", "OptimizerStep", "as_integers", "masked", "put_back"]
+__all__ = ["OptimizerStep", "Refusal", "as_integers"]
 
 # torch's optimizers whose fused kernels take a flag that leaves the step out, as they do for
 # torch's gradient scaler.
@@ -26,6 +27,10 @@ FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Integers = dict[torch.dtype, list[Tensor]]
+
+# Copies of up to so many bytes are kept from step to step: a small model's step is bound by the
+# host, which takes longer to allocate them. Those of a large model take the place of activations.
+_SMALL = 2**27
 
 
 def as_integers(tensors: Iterable[Tensor]) -> Integers:
@@ -39,18 +44,44 @@ def as_integers(tensors: Iterable[Tensor]) -> Integers:
     return views
 
 
-def masked(values: Integers, refused: Tensor) -> Integers:
-    """Return copies of the values if `refused`, bool [], is true, and zeros if not."""
-    return {
-        dtype: list(torch._foreach_mul(some, refused.to(dtype))) for dtype, some in values.items()
-    }
+class Refusal:
+    """Whether a step is left out, which only the device knows.
 
+    Args:
+        flag: It is left out if this tensor, bool [], is true.
+    """
 
-def put_back(values: Integers, kept: Integers, refused: Tensor) -> None:
-    """Overwrite the values with what `masked` has kept of them if `refused`, else keep them."""
-    for dtype, some in values.items():
-        torch._foreach_mul_(some, refused.logical_not().to(dtype))
-        torch._foreach_add_(some, kept[dtype])
+    def __init__(self, flag: Tensor) -> None:
+        self.flag = flag
+        self._factors: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return 1 and 0 if the step is left out, else 0 and 1, each []."""
+        if dtype not in self._factors:
+            bad = self.flag.to(dtype)
+            self._factors[dtype] = bad, 1 - bad
+        return self._factors[dtype]
+
+    def needed(self, values: Integers) -> Integers:
+        """Return copies of the values if the step is left out, else zeros of their shapes."""
+        return {
+            dtype: list(torch._foreach_mul(some, self.factors(dtype)[0]))
+            for dtype, some in values.items()
+        }
+
+    def put_back(self, values: Integers, kept: Integers, needed: bool = False) -> None:
+        """Overwrite the values with copies of them if the step is left out; uses up the copies.
+
+        Args:
+            values, kept: The values and their copies.
+            needed: Whether the copies are from `needed`.
+        """
+        for dtype, some in values.items():
+            bad, good = self.factors(dtype)
+            torch._foreach_mul_(some, good)
+            if not needed:
+                torch._foreach_mul_(kept[dtype], bad)
+            torch._foreach_add_(some, kept[dtype])
 
 
 class OptimizerStep:
@@ -83,6 +114,7 @@ class OptimizerStep:
         self._before: _HostState | None = None
         self._tensors: list[Tensor] = []
         self._integers: Integers = {}
+        self._copies: Integers | None = None
 
     def needs_host(self) -> str:
         """Return why only the host can leave out a step of this optimizer; "" if the device can."""
@@ -103,19 +135,19 @@ class OptimizerStep:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients), None
 
-    def make(self, norm: Tensor | None, overflow: Tensor | None, refused: Tensor | bool) -> None:
+    def make(self, norm: Tensor | None, overflow: Tensor | None, refused: Refusal | bool) -> None:
         """Clip the gradients and make the step, unless it is refused; then drop the gradients.
 
         Args:
             norm, overflow: What `check` has returned.
-            refused: Whether the step is left out: as the host knows it, or a bool [] tensor that
-                the host has not read. Then `revert` must be called before the next step, once the
-                host knows that the step was left out, for `overflow` too.
+            refused: Whether the step is left out: as the host knows it, or as the device does.
+                Then `revert` must be called before the next step, once the host knows that the
+                step was left out, for `overflow` too.
         """
-        if isinstance(refused, Tensor):
+        if isinstance(refused, Refusal):
             self.clip(norm)
-            skipped = refused if overflow is None else refused | (overflow > 0)
-            self._step_unless(skipped)
+            both = overflow is not None
+            self._step_unless(Refusal(refused.flag | (overflow > 0)) if both else refused)
             self._update_scaler_unless(refused)
         elif refused:
             self.drop()
@@ -150,40 +182,44 @@ class OptimizerStep:
         parameters = model_parameters(self.model, exclude_head=without_head)
         dispatch_clip_grad(parameters, self.config.clip_grad, mode=self.config.clip_mode)
 
-    def _step_unless(self, skipped: Tensor) -> None:
-        """Make the optimizer's step; the device leaves it out if `skipped`, bool []."""
+    def _step_unless(self, refused: Refusal) -> None:
         optimizer: Any = self.optimizer
         if type(optimizer) in FUSED and all(g.get("fused") for g in optimizer.param_groups):
             self._before = None  # these count on the device
-            optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
+            optimizer.grad_scale, optimizer.found_inf = None, refused.flag.float()
             try:
                 optimizer.step()
             finally:
                 del optimizer.grad_scale, optimizer.found_inf
             return
-        self._before = _HostState(optimizer, self.device)
+        self._before = _HostState(optimizer, self.device, self._before)
         tensors = [p for p in self.parameters if p.grad is not None] + self._before.on_device
         with torch.no_grad():
-            values = self._as_integers(tensors)
-            kept = masked(values, skipped)
+            if not _same(tensors, self._tensors):  # the optimizer may have replaced some
+                self._tensors = tensors
+                # Each once: values that two parameters share must not be put back twice.
+                once = {(t.data_ptr(), t.nbytes): t for t in tensors}.values()
+                small = sum(tensor.nbytes for tensor in once) <= _SMALL
+                self._integers = as_integers(once)
+                self._copies = as_integers([t.detach().clone() for t in once]) if small else None
+            copies = self._copies
+            if copies is None:
+                kept = refused.needed(self._integers)
+            else:
+                kept = copies
+                for dtype, values in self._integers.items():
+                    torch._foreach_copy_(kept[dtype], values)
             optimizer.step()
-            put_back(values, kept, skipped)
+            refused.put_back(self._integers, kept, needed=copies is None)
 
-    def _as_integers(self, tensors: list[Tensor]) -> Integers:
-        # The views are made anew when the optimizer has replaced tensors of its state.
-        same = len(tensors) == len(self._tensors)
-        if not same or any(a is not b for a, b in zip(tensors, self._tensors, strict=True)):
-            self._tensors, self._integers = tensors, as_integers(tensors)
-        return self._integers
-
-    def _update_scaler_unless(self, refused: Tensor) -> None:
+    def _update_scaler_unless(self, refused: Refusal) -> None:
         if not self.scaler.is_enabled():
             return
         scale, tracker = self.scaler._check_scale_growth_tracker("update")
         values = as_integers([scale, tracker])
-        kept = masked(values, refused)
+        kept = refused.needed(values)
         self.scaler.update()
-        put_back(values, kept, refused)
+        refused.put_back(values, kept, needed=True)
 
 
 class _HostState:
@@ -193,13 +229,23 @@ class _HostState:
         optimizer: The optimizer.
         device: Tensors there are listed in `on_device` and only kept by reference: the device
             restores them.
+        last: The state before the step before. It is used again as far as it is the same.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, device: torch.device, last: "_HostState | None"
+    ) -> None:
         self.optimizer, self.device = _base(optimizer), device
         self.on_device: list[Tensor] = []
         state, groups = self.optimizer.state, self.optimizer.param_groups
-        self.state = {key: self._copy(value) for key, value in state.items()}
+        self._values = [value for values in state.values() for value in values.values()]
+        if last is not None and last.device_only and _same(self._values, last._values):
+            self.state, self.on_device, self.device_only = last.state, list(self._values), True
+        else:
+            self.state = {key: self._copy(value) for key, value in state.items()}
+            self.device_only = len(self.on_device) == len(self._values) and all(
+                isinstance(value, Tensor) for value in self._values
+            )
         # The learning rate is the schedule's, which has gone on when a step is reverted.
         self.groups = [
             {k: self._copy(v) for k, v in group.items() if k not in ("params", "lr")}
@@ -224,7 +270,7 @@ class _HostState:
 
     def restore(self) -> None:
         self.optimizer.state.clear()
-        self.optimizer.state.update(self.state)
+        self.optimizer.state.update({key: dict(value) for key, value in self.state.items()})
         for group, before in zip(self.optimizer.param_groups, self.groups, strict=True):
             for key in group.keys() - before.keys() - {"params", "lr"}:
                 del group[key]
@@ -232,6 +278,11 @@ class _HostState:
         vars(self.optimizer).update(self.numbers)
         for generator, before in self.generators:
             generator.setstate(before)
+
+
+def _same(first: list[Any], second: list[Any]) -> bool:
+    """Return whether two lists hold the same objects."""
+    return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
 def _base(optimizer: Any) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .conditional import as_integers, masked, put_back
+from .conditional import Refusal, as_integers
 from .config import TrainConfig
 from .data import sample_names
 from .data.decoding import BrokenImageError
@@ -65,10 +65,13 @@ class Guard:
             torch._foreach_copy_(own, self._copies[dtype])
         self.model.zero_grad()
 
-    def undo_if(self, refused: Tensor | bool) -> None:
-        """Undo if `refused` is true; of a bool [] tensor the device decides, on the buffers."""
-        if isinstance(refused, Tensor):
-            put_back(self._own, masked(self._copies, refused), refused)
+    def undo_if(self, refused: Refusal | bool) -> None:
+        """Undo if the step is refused; if the device knows that, it restores the buffers.
+
+        Then `undo` is possible until the next `keep` only if the step was refused.
+        """
+        if isinstance(refused, Refusal):
+            refused.put_back(self._own, self._copies)
         elif refused:
             self.undo()
 

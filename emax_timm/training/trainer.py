@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 
 from ..files import writing_to
 from . import checkpoint, resume
+from .conditional import Refusal
 from .curves import draw_at_end
 from .data import broken_images, grouped, start_epoch
 from .data.decoding import BrokenImageError
@@ -149,7 +150,7 @@ class Trainer(Run):
         norm, overflow = self.update.check()
         self.settle(self.guard.kept)  # of the step before; the device is busy with this one
         verdict = self.guard.ask(self._place(), self._report(loss, norm, overflow))
-        refused = verdict.refused if self.late else not self._judge(verdict)
+        refused = Refusal(verdict.refused) if self.late else not self._judge(verdict)
         self.update.make(norm, overflow, refused)
         self.guard.undo_if(refused)
         self.step, self.unsettled = self.step + 1, verdict
