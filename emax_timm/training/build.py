@@ -21,11 +21,12 @@ from timm.loss import (
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import ModelEmaV3, random_seed
+from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint
+from .averaging import WeightAverage
 from .config import TrainConfig, UsageError, learning_rate, mixup_options, model_arguments
 from .config.checks import check_config
 from .data import (
@@ -133,10 +134,10 @@ def _place(config: TrainConfig, model: Any, world: World) -> Any:
     return model
 
 
-def _averaged(config: TrainConfig, model: nn.Module) -> ModelEmaV3 | None:
+def _averaged(config: TrainConfig, model: nn.Module) -> WeightAverage | None:
     if not config.model_ema:
         return None
-    return ModelEmaV3(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
+    return WeightAverage(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
 
 
 def _create_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,19 +1,23 @@
 """Protect a run's weights from non-finite values, loss spikes and corrupt images, on all ranks."""
 
+import math
 import sys
 from collections import deque
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .conditional import Refusal, as_integers
 from .config import TrainConfig
 from .data import sample_names
 from .data.decoding import BrokenImageError
 from .distributed import World
+from .grouping import grouping_buffers
+from .verdict import Agreement, Report, Step, Verdict
 
-__all__ = ["Agreement", "BadStepError", "Guard", "Step", "agree"]
+__all__ = ["BadStepError", "Guard"]
 
 
 class BadStepError(RuntimeError):
@@ -22,64 +26,8 @@ class BadStepError(RuntimeError):
     exit_code = 1
 
 
-class Step(NamedTuple):
-    """A training step: its number in the run, its epoch, and the epoch's batches that it uses."""
-
-    number: int
-    epoch: int
-    batches: range
-
-    def __str__(self) -> str:
-        return f"step {self.number + 1} of epoch {self.epoch + 1}"
-
-
-class Agreement(NamedTuple):
-    """What all ranks know about a step before it is made."""
-
-    loss: float
-    """Mean loss over the ranks."""
-    broken: int
-    """Number of corrupt images in the batches of all ranks."""
-    bad: list[int]
-    """Ranks whose loss is not finite; if there are none, those with non-finite gradients."""
-    signal: int
-    """Number of a signal that asks the run to stop, else 0."""
-
-
-def agree(world: World, loss: Tensor, norm: Tensor | None, broken: int, signal: int) -> Agreement:
-    """Combine the ranks' results of a step, with one all-reduce.
-
-    This is the only synchronisation point of a step. (With float16, torch's gradient scaler adds
-    one: it reads whether it has to skip the step.)
-
-    Args:
-        world: The distributed context.
-        loss: The loss on this rank, [].
-        norm: The norm of the gradients, []; None leaves them unchecked.
-        broken: Number of corrupt images in this rank's batches.
-        signal: Number of a signal that this rank has received, else 0.
-    """
-    flag = 2 * ~loss.isfinite()
-    if norm is not None:
-        flag = flag + ~norm.isfinite()
-    size = world.size
-    values = torch.zeros(2 + 2 * size, dtype=torch.float64, device=world.device)
-    values[0] = loss
-    values[1] = broken
-    values[2 + world.rank] = flag
-    values[2 + size + world.rank] = signal
-    # Here the host waits for the device.
-    total, all_broken, *of_ranks = world.sum(values).tolist()
-    flags, signals = of_ranks[:size], of_ranks[size:]
-    # Gradients are averaged over the ranks, so a loss that is not finite spoils those of all ranks;
-    # only the ranks with such a loss are to blame.
-    worst = max(flags)
-    bad = [rank for rank, flag in enumerate(flags) if flag == worst > 0]
-    return Agreement(total / size, int(all_broken), bad, int(max(signals)))
-
-
 class Guard:
-    """Decides whether a training step is made, and restores the model if it is not.
+    """Decides whether a training step is made, and restores the model's buffers if it is not.
 
     Args:
         config: Its `nonfinite`, `loss_spike`, `on_spike` and `max_broken_fraction` are the policy.
@@ -90,37 +38,79 @@ class Guard:
     Attributes:
         recent: Losses of the last 100 steps, across epochs; a spike is far above their median.
         broken: Number of corrupt images in this epoch's steps so far, over all ranks.
+        kept: By each of the model's buffers that a forward pass may change, its copy from before
+            the step; `keep` overwrites the copies.
     """
 
     def __init__(self, config: TrainConfig, world: World, model: nn.Module, loader: Any) -> None:
         self.config, self.world, self.model, self.loader = config, world, model, loader
         self.recent: deque[float] = deque(maxlen=100)
         self.broken = 0
-        # A forward pass changes the buffers; copies are kept until the gradients are known to be
-        # finite. Grouped by dtype they are copied in a kernel or two, not in one for each buffer.
-        groups: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in model.buffers():
-            groups.setdefault(buffer.dtype, []).append(buffer)
-        self._buffers = [(own, [buffer.clone() for buffer in own]) for own in groups.values()]
+        # The schedule of the grouping is set by the host, and never by a forward pass.
+        scheduled = set(grouping_buffers(model))
+        own = [buffer for buffer in model.buffers() if buffer not in scheduled]
+        copies = [buffer.clone() for buffer in own]
+        self.kept = dict(zip(own, copies, strict=True))
+        self._own, self._copies = as_integers(own), as_integers(copies)
+        self._limits: tuple[list[float], Tensor] | None = None
 
     def keep(self) -> None:
         """Save the model's buffers before the forward passes of a step."""
-        for own, kept in self._buffers:
-            torch._foreach_copy_(kept, own)
+        for dtype, own in self._own.items():
+            torch._foreach_copy_(self._copies[dtype], own)
 
     def undo(self) -> None:
         """Restore the saved buffers, such as batch norm statistics, and drop the gradients."""
-        for own, kept in self._buffers:
-            torch._foreach_copy_(own, kept)
+        for dtype, own in self._own.items():
+            torch._foreach_copy_(own, self._copies[dtype])
         self.model.zero_grad()
 
-    def judge(self, step: Step, loss: Tensor, agreed: Agreement) -> bool:
-        """Return whether the step is to be made; report a bad one, and undo it if it is not made.
+    def undo_if(self, refused: Refusal | bool) -> None:
+        """Undo if the step is refused; if the device knows that, it restores the buffers.
+
+        Then `undo` is possible until the next `keep` only if the step was refused.
+        """
+        if isinstance(refused, Refusal):
+            refused.put_back(self._own, self._copies)
+        elif refused:
+            self.undo()
+
+    def ask(self, step: Step, report: Report) -> Verdict:
+        """Combine the ranks' reports on a step, with one all-reduce; the host does not wait.
+
+        All steps before must have been judged.
+        """
+        spike = self.world.size * self._spike()
+        limits = self._limits_now(spike)
+        if self._limits is None:
+            device = torch.tensor(limits, dtype=torch.float64, device=self.world.device)
+        else:
+            before, device = self._limits
+            for place, (old, new) in enumerate(zip(before, limits, strict=True)):
+                if old != new:
+                    device[place] = new
+        self._limits = limits, device
+        return Verdict(self.world, step, report, device, spike)
+
+    def _limits_now(self, spike: float) -> list[float]:
+        """Return what the values of a `Verdict` may be at most for a step to be made."""
+        size, inf = self.world.size, math.inf
+        losses, norms, signals = (
+            [sys.float_info.max] * size,
+            [sys.float_info.max] * size,
+            [inf] * size,
+        )
+        broken = math.floor(self._allowed) - self.broken
+        overflow = save = inf
+        refused = spike if self.config.on_spike in ("skip", "stop") else inf
+        return [*losses, *norms, *signals, broken, overflow, save, refused]
+
+    def judge(self, verdict: Verdict) -> bool:
+        """Return whether a step is made, and count it if so; report a bad one.
 
         Args:
-            step: The step's place in the run.
-            loss: The loss on this rank, [], which decides whether its samples are named.
-            agreed: What all ranks know about the step.
+            verdict: As `ask` has returned it for the step after the last one that was judged, or of
+                the last one, for which the same is returned.
 
         Raises:
             BadStepError: On every rank, if the loss or a gradient of any rank is not finite or the
@@ -128,36 +118,42 @@ class Guard:
             BrokenImageError: On every rank, if this step brings the epoch's corrupt images above
                 the allowed fraction.
         """
+        if verdict.made is not None:
+            return verdict.made
+        agreed, step = verdict.agreement, verdict.step
         policy = self._policy(agreed)
-        too_many = self._too_many(step, self.broken + agreed.broken)
-        if policy in ("skip", "stop") or too_many:
-            self.undo()
-        if too_many:
+        if too_many := self._too_many(step, self.broken + agreed.broken):
             raise BrokenImageError(too_many)
         if policy != "step":
-            self._report(step, policy, agreed, loss)
+            self._report(step, policy, agreed, verdict.loss)
         self.broken += agreed.broken
-        if policy == "skip":
-            return False
-        self.recent.append(agreed.loss)
-        return True
+        verdict.made = policy != "skip"
+        if verdict.made:
+            self.recent.append(agreed.loss)
+        return verdict.made
 
     def _policy(self, agreed: Agreement) -> str:
         """Return what is done with a step: step, warn (and step), skip or stop."""
         if agreed.bad:
             return self.config.nonfinite
-        return self.config.on_spike if self._is_spike(agreed.loss) else "step"
+        return self.config.on_spike if agreed.spike else "step"
 
-    def _is_spike(self, loss: float) -> bool:
+    def _spike(self) -> float:
+        """Return the mean loss above which the next step is a spike."""
         if not self.config.loss_spike or len(self.recent) < 10:
-            return False
-        return loss > self.config.loss_spike * median(self.recent)
+            return math.inf
+        return self.config.loss_spike * median(self.recent)
+
+    @property
+    def _allowed(self) -> float:
+        """The number of images of an epoch that may be corrupt."""
+        return self.config.max_broken_fraction * len(self.loader.dataset)
 
     def _too_many(self, step: Step, broken: int) -> str:
         """Return an error message if the epoch has too many corrupt images, else an empty one."""
-        fraction = self.config.max_broken_fraction
-        if not broken or broken <= fraction * len(self.loader.dataset):
+        if broken <= self._allowed:
             return ""
+        fraction = self.config.max_broken_fraction
         return (
             f"{broken} of {len(self.loader.dataset)} training images are broken by {step}, "
             f"more than --max-broken-fraction {fraction}"
@@ -175,7 +171,7 @@ class Guard:
             hint = (
                 "lower --lr, clip with --clip-grad, or leave such steps out with --nonfinite skip"
             )
-        if self.world.rank in agreed.bad or self._is_spike(loss.item()):
+        if self.world.rank in agreed.bad or loss.item() > self._spike():
             names = [name for batch in step.batches for name in sample_names(self.loader, batch)]
             text = f"samples at {step} on rank {self.world.rank}: {_list(names)}"
             print(text, file=sys.stderr, flush=True)

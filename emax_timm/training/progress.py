@@ -22,9 +22,9 @@ class Timing:
     Attributes:
         images: Number of images trained on, over all ranks.
         wait: Seconds spent waiting for batches.
-        compute: Seconds spent in training steps. On a GPU a step may return before its last kernels
-            have run, but the next step waits for them where the ranks synchronise, so that over
-            many steps no time is lost.
+        compute: Seconds spent in training steps. On a GPU a step returns before its kernels have
+            run, but the next step waits for the outcome of this one, so that over many steps no
+            time is lost.
     """
 
     images: int = 0

@@ -14,7 +14,7 @@ from .evaluate import Metrics
 from .progress import Timing
 from .run import Run
 
-__all__ = ["restore", "snapshot"]
+__all__ = ["restore", "rewind", "snapshot"]
 
 
 def snapshot(run: Run) -> Checkpoint:
@@ -78,6 +78,18 @@ def restore(run: Run, saved: Checkpoint) -> None:
         if run.epoch and _plateau(run) is None:
             run.scheduler.step(run.epoch)
         run.scheduler.step_update(run.step)
+
+
+def rewind(run: Run, step: int) -> None:
+    """Go back to where the last step that was launched began, which has not changed the weights."""
+    run.guard.undo()
+    run.update.drop()
+    if run.step > step:
+        run.update.revert()
+        run.step = step
+        if run.scheduler is not None:
+            run.scheduler.step_update(step)
+    run.groupings[0].set(max(0, step - 1))
 
 
 def _load(run: Run, saved: Checkpoint) -> None:

@@ -1,5 +1,6 @@
 """The state of a training run."""
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,17 +8,20 @@ from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .averaging import WeightAverage
+from .conditional import OptimizerStep
 from .config import TrainConfig
 from .distributed import World
 from .evaluate import Metrics
+from .grouping import GroupingSchedule
 from .guard import Guard
 from .progress import Timing
 from .signals import Stop
 from .statistics import LayerProbe
+from .verdict import Verdict
 
 __all__ = ["Run"]
 
@@ -35,7 +39,7 @@ class Run:
     folder: Path
     model: Any
     network: nn.Module
-    averaged: ModelEmaV3 | None
+    averaged: WeightAverage | None
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler | None
     criterion: nn.Module
@@ -62,14 +66,33 @@ class Run:
     stop: Stop = field(default_factory=Stop)
     # The signal that the ranks have agreed on; a rank may have received another one since.
     stopping: int = 0
+    # Whether the ranks have agreed on a checkpoint after this step.
+    saving: bool = False
+    # Mean loss over the ranks of the last step that the host knows of, and the step that it does
+    # not know of yet; `late` steps are made on the device's word.
+    loss: float = math.nan
+    unsettled: Verdict | None = None
+    late: bool = False
     scaler: torch.amp.GradScaler = field(init=False)
     guard: Guard = field(init=False)
+    update: OptimizerStep = field(init=False)
+    # Sets the grouping of the model and of the averaged one.
+    groupings: list[GroupingSchedule] = field(init=False)
     statistics: LayerProbe = field(init=False)
 
     def __post_init__(self) -> None:
         half = bool(self.config.amp) and self.config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
         self.guard = Guard(self.config, self.world, self.model, self.train_loader)
+        self.update = OptimizerStep(self.config, self.model, self.optimizer, self.scaler)
+        # Waiting for a GPU would let it run idle; a CPU is done when the host asks.
+        self.asynchronous = self.world.device.type == "cuda"
+        if self.asynchronous and (reason := self.update.needs_host()):
+            self.asynchronous = False
+            self.world.warn(f"the host waits for the device in every step, since {reason}")
+        steps, averaged = self.epochs * self.steps_per_epoch, self.averaged
+        models = [self.model] if averaged is None else [self.model, averaged.module]
+        self.groupings = [GroupingSchedule(model, steps, self.config) for model in models]
         self.statistics = LayerProbe(self.config, self.world, self.val_loader)
         self.saved_at = time.monotonic()
         self.has_buckets = not isinstance(self.network, DistributedDataParallel)

@@ -1,33 +1,32 @@
 """The training loop: epochs, their steps, validation and checkpoints."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
-from timm.models import model_parameters
-from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
 from ..files import writing_to
 from . import checkpoint, resume
+from .conditional import Refusal
 from .curves import draw_at_end
-from .data import broken_images, start_epoch
+from .data import broken_images, grouped, start_epoch
 from .data.decoding import BrokenImageError
 from .data.sampling import seed_step
 from .distributed import share_statistics
 from .evaluate import Metrics, autocast, evaluate, improves
-from .grouping import schedule_grouping
-from .guard import Agreement, BadStepError, Step, agree
+from .guard import BadStepError
 from .journal import RunLog, closing_line, open_log, record_epoch, write_summary
 from .progress import Progress, Timing
 from .run import Run
 from .signals import Stopped, until_signal
+from .verdict import Report, Step, Verdict
 
 __all__ = ["Trainer"]
 
@@ -110,7 +109,7 @@ class Trainer(Run):
         )
         try:
             # A resumed stream starts again at its first batch, and would yield too many.
-            groups = _groups(self.train_loader, self.config.grad_accum_steps)
+            groups = grouped(self.train_loader, self.config.grad_accum_steps)
             groups = islice(groups, self.steps_per_epoch - first)
             for batches in self.timing.waiting(groups):
                 images = sum(len(labels) for _, labels in batches)
@@ -127,37 +126,71 @@ class Trainer(Run):
                     self._save_if_due()
         finally:
             progress.close()
+            self.settle()
 
     def train_step(self, batches: list[Batch]) -> float:
-        """Make one optimizer step on the mean loss of `batches`; returns this loss over all ranks.
+        """Make one optimizer step on the mean loss of `batches`.
+
+        If `late`, the host does not wait for it: the device itself leaves out a bad step, and the
+        host learns of that within the next step or in `settle`.
+
+        Returns:
+            The loss over all ranks of the last step that the host knows of.
 
         Raises:
-            BadStepError: On every rank, before the step, if the loss or a gradient of any rank is
-                not finite or the loss is a spike, and the policy for that is to stop.
-            BrokenImageError: On every rank, before the step, if it brings the epoch's corrupt
-                images above the allowed fraction.
+            BadStepError: On every rank, with the weights of the step before, if the loss or a
+                gradient of any rank is not finite or the loss a spike, and the policy is to stop.
+            BrokenImageError: Likewise, if too many of the epoch's images are corrupt.
         """
-        self.guard.keep()
         self._make_buckets(*batches[0])
+        self.groupings[0].set(self.step)
+        self.guard.keep()
         seed_step(self.config.seed, self.step, self.world.rank)
-        self._set_grouping(self.model)
         loss = self._backward(batches)
-        norm = self._gradient_norm()
-        agreed = self._agree(loss, norm)
-        good = self.guard.judge(self._place(), loss, agreed)
-        if good:
-            self._clip(norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.losses.append(agreed.loss)
-        self.optimizer.zero_grad()
-        self.step += 1
-        if self.averaged is not None and good:
-            self.averaged.update(self.model, step=self.step)
-            self._set_grouping(self.averaged.module)  # the schedule must not be averaged
+        norm, overflow = self.update.check()
+        self.settle(self.guard.kept)  # of the step before; the device is busy with this one
+        verdict = self.guard.ask(self._place(), self._report(loss, norm, overflow))
+        refused = Refusal(verdict.refused) if self.late else not self._judge(verdict)
+        self.update.make(norm, overflow, refused)
+        self.guard.undo_if(refused)
+        self.step, self.unsettled = self.step + 1, verdict
         if self.scheduler is not None:
             self.scheduler.step_update(self.step)
-        return agreed.loss
+        if not self.late:
+            self.settle()
+        self.late = self.asynchronous  # the first step of a process builds the optimizer's state
+        return self.loss
+
+    def settle(self, kept: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Learn whether the last step was made, and count it if so; what is known stays.
+
+        Args:
+            kept: The buffers after that step, if a forward pass has changed them since.
+
+        Raises:
+            BadStepError, BrokenImageError: As `train_step` raises them.
+        """
+        verdict, self.unsettled = self.unsettled, None
+        if verdict is None:
+            return
+        made = self._judge(verdict)
+        if not made or verdict.agreement.overflow:
+            self.update.revert()
+        if made:
+            self.losses.append(self.loss)
+        if made and self.averaged is not None:
+            self.averaged.follow(verdict.step.number + 1, kept)
+            self.groupings[1].set(verdict.step.number + 1)  # the schedule must not be averaged
+
+    def _judge(self, verdict: Verdict) -> bool:
+        """Return whether a step is made; before an error is raised, go back to where it began."""
+        agreed = verdict.agreement  # the host waits for it
+        self.loss, self.stopping, self.saving = agreed.loss, agreed.signal, agreed.save
+        try:
+            return self.guard.judge(verdict)
+        except (BadStepError, BrokenImageError):
+            resume.rewind(self, verdict.step.number)
+            raise
 
     def _backward(self, batches: list[Batch]) -> Tensor:
         """Accumulate the gradients of the mean loss of `batches`; returns this loss, []."""
@@ -190,47 +223,22 @@ class Trainer(Run):
         more than two ranks, the place in a bucket decides the order of a sum and so its last bits.
         """
         if not self.has_buckets:
+            self.guard.keep()
             self._loss(images.clone(), labels).backward()  # mixup works in place
             self.guard.undo()
             self.has_buckets = True
 
-    def _gradient_norm(self) -> Tensor | None:
-        """Return the norm of all gradients, []; None with a gradient scaler.
-
-        The scaler itself looks for infinite gradients and skips their step.
-        """
-        if self.scaler.is_enabled():
-            return None
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
-
-    def _agree(self, loss: Tensor, norm: Tensor | None) -> Agreement:
-        """Combine the ranks' results of the step; here the host waits for the device."""
+    def _report(self, loss: Tensor, norm: Tensor | None, overflow: Tensor | None) -> Report:
         broken = broken_images(self.train_loader, self._place().batches)
-        agreed = agree(self.world, loss, norm, broken, self.stop.number)
-        self.stopping = agreed.signal
-        return agreed
+        seconds = 60 * self.config.recovery_minutes
+        save = bool(seconds) and time.monotonic() - self.saved_at >= seconds
+        return Report(loss, norm, overflow, broken, self.stop.number, save)
 
     def _place(self) -> Step:
         size = self.config.grad_accum_steps
         first = (self.step - self.epoch * self.steps_per_epoch) * size
         batches = range(first, min(first + size, len(self.train_loader)))
         return Step(self.step, self.epoch, batches)
-
-    def _clip(self, norm: Tensor | None) -> None:
-        if self.config.clip_grad is None:
-            return
-        if norm is not None and self.config.clip_mode == "norm":
-            parameters = self.model.parameters()
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_grad, norm)
-            return
-        self.scaler.unscale_(self.optimizer)
-        without_head = self.config.clip_mode == "agc"
-        parameters = model_parameters(self.model, exclude_head=without_head)
-        dispatch_clip_grad(parameters, self.config.clip_grad, mode=self.config.clip_mode)
-
-    def _set_grouping(self, model: nn.Module) -> None:
-        schedule_grouping(model, self.step / (self.epochs * self.steps_per_epoch), self.config)
 
     def validate(self) -> Metrics:
         """Return validation metrics, of the averaged weights if there are any."""
@@ -259,16 +267,16 @@ class Trainer(Run):
         self._save_checkpoint()
 
     def _save_checkpoint(self) -> None:
-        self.saved_at = time.monotonic()
+        self.settle()
+        self.saved_at, self.saving = time.monotonic(), False
         if self.world.is_primary:
             with writing_to(self.folder):
                 keep = self.config.checkpoint_hist
                 checkpoint.save_checkpoint(self.folder, resume.snapshot(self), keep)
 
     def _save_if_due(self) -> None:
-        steps, minutes = self.config.recovery_interval, self.config.recovery_minutes
-        due = steps and self.step % steps == 0
-        if due or (minutes and time.monotonic() - self.saved_at >= 60 * minutes):
+        steps = self.config.recovery_interval
+        if self.saving or (steps and self.step % steps == 0):
             self._save_checkpoint()
 
     def _stop_if_asked(self) -> None:
@@ -289,10 +297,3 @@ class Trainer(Run):
             write_summary(self, test)
             draw_at_end(self.folder)
             print(closing_line(self, test), flush=True)
-
-
-def _groups(batches: Any, size: int) -> Iterator[list[Batch]]:
-    """Yield lists of `size` batches; the last list has those that are left."""
-    iterator = iter(batches)
-    while group := list(islice(iterator, size)):
-        yield group

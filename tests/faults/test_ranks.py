@@ -123,13 +123,13 @@ def test_signal_to_torchrun_stops_all_ranks_and_the_run_goes_on(
 
 
 AFTER_AGREEING = """
-agree = Trainer._agree
-def after_agreeing(self, *args):
-    agreed = agree(self, *args)
+judge = Trainer._judge
+def after_agreeing(self, verdict):
+    made = judge(self, verdict)
     if self.step == 2 and rank == 0:
         os.kill(os.getpid(), signal.SIGTERM)
-    return agreed
-Trainer._agree = after_agreeing
+    return made
+Trainer._judge = after_agreeing
 """
 
 

@@ -144,11 +144,12 @@ def test_accumulated_gradients_are_those_of_one_batch(trainer_for: MakeTrainer, 
             for name, value in trainer.model.named_parameters():
                 seen[name] = value.grad.clone()
 
-        trainer._clip = record  # type: ignore[method-assign]
+        trainer.update.clip = record  # type: ignore[method-assign]
         trainer.network.train()
         gradients.append((trainer.train_step(batches), seen))
     (loss, first), (summed, second) = gradients
     assert loss == pytest.approx(summed, rel=1e-6)
+    assert first
     for name, value in first.items():
         torch.testing.assert_close(value, second[name], rtol=1e-4, atol=1e-6)
     assert not same_tensors(start, parameters(whole.model))

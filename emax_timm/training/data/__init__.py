@@ -5,6 +5,7 @@ from .inputs import data_config_of, image_mode
 from .loaders import (
     broken_images,
     evaluation_loader,
+    grouped,
     sample_names,
     start_epoch,
     training_loader,
@@ -16,6 +17,7 @@ __all__ = [
     "class_names",
     "data_config_of",
     "evaluation_loader",
+    "grouped",
     "hold_out",
     "image_mode",
     "open_split",

@@ -1,6 +1,7 @@
 """timm's loaders for training and evaluation, and what is known of the batches they have loaded."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 from timm.data import AugMixDataset, FastCollateMixup, create_loader
@@ -17,6 +18,7 @@ from .sampling import KeyedBatches, KeyedDataset, KeyedErasing
 __all__ = [
     "broken_images",
     "evaluation_loader",
+    "grouped",
     "sample_names",
     "start_epoch",
     "training_loader",
@@ -117,6 +119,13 @@ def start_epoch(loader: Any, epoch: int, batch: int = 0) -> None:
         loader.dataset.set_epoch(epoch)
 
 
+def grouped(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of `size` batches; the last list has those that are left."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
 def sample_names(loader: Any, batch: int) -> list[str]:
     """Return the files of a batch of the loader's current epoch; indices if there are no files.
 
@@ -133,7 +142,7 @@ def broken_images(loader: Any, batches: Iterable[int]) -> int:
     The corrupt images of a stream are not counted.
     """
     sampler = loader.batch_sampler
-    if not isinstance(sampler, KeyedBatches):
+    if not isinstance(sampler, KeyedBatches) or not loader.dataset.any_broken.value:
         return 0
     return sum(loader.dataset.count_broken(sampler.batch(number)) for number in batches)
 

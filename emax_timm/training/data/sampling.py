@@ -12,7 +12,7 @@ import random
 import struct
 import sys
 from collections.abc import Iterator
-from multiprocessing.sharedctypes import RawArray
+from multiprocessing.sharedctypes import RawArray, RawValue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,13 +107,13 @@ class KeyedDataset(Dataset):
 
     A corrupt image is replaced by another one, drawn at random for the key. `broken` is shared by
     all processes: for each image it is one plus the last epoch in which the image could not be
-    read, or 0.
+    read, or 0; `any_broken` is 1 once there is one.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
         # No lock is needed, because all workers write the same value for an image and epoch.
-        self.broken = RawArray("i", len(dataset))
+        self.broken, self.any_broken = RawArray("i", len(dataset)), RawValue("b", 0)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -127,7 +127,7 @@ class KeyedDataset(Dataset):
             except BrokenImageError as error:
                 if not self.broken[index]:
                     print(f"skipped {error}", file=sys.stderr, flush=True)
-                self.broken[index] = key.epoch + 1
+                self.broken[index], self.any_broken.value = key.epoch + 1, 1
             index = random.randrange(len(self))
         return self.dataset[index]
 
