@@ -35,6 +35,7 @@ __all__ = [
     "exporting",
     "outside_autocast",
     "report_fallback",
+    "requested",
     "use_backend",
 ]
 
@@ -166,7 +167,7 @@ def choose(x: Tensor, weights: EMAXWeights) -> Backend:
     Raises:
         BackendError: If the requested backend does not serve, or does not exist.
     """
-    wanted = _wanted_backend()
+    wanted = requested()
     for backend in BACKENDS:
         if wanted is None or backend.name == wanted:
             reason = backend.unsupported(x, weights)
@@ -191,7 +192,7 @@ def use_backend(name: str) -> Iterator[None]:
     torch.compile has compiled keeps the backend that it was compiled with.
 
     Args:
-        name: "cpp" (C++, on CPUs), "portable" (PyTorch), or "auto" for the best that can serve.
+        name: "triton" (GPUs), "cpp" (C++, on CPUs), "portable" (PyTorch), or "auto" for the best that can serve.
 
     Raises:
         BackendError: If there is no such backend or, in a forward pass inside the block, if it
@@ -212,7 +213,7 @@ def report_fallback(reason: str) -> None:
     Raises:
         BackendError: If a backend was requested that does not call children.
     """
-    wanted = _wanted_backend()
+    wanted = requested()
     if wanted not in (None, PORTABLE.name):
         raise BackendError(f"the backend {wanted} was asked for, but {reason}")
     if reason not in _reported:
@@ -225,7 +226,8 @@ _reported: set[str] = set()
 
 # torch.compile calls this while it traces, instead of tracing the look at the environment.
 @torch.compiler.assume_constant_result
-def _wanted_backend() -> str | None:
+def requested() -> str | None:
+    """Return the name of the backend that was requested, or None."""
     name = _wanted.get() or os.environ.get("EMAX_BACKEND") or "auto"
     return None if name == "auto" else name
 

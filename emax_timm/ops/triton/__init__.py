@@ -4,6 +4,7 @@ Nothing here needs Triton to be imported: the kernels are imported when they are
 """
 
 import importlib.util
+import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
@@ -11,20 +12,24 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backend import Backend
+from ..portable import PORTABLE
 from ..weights import EMAXWeights
 
 __all__ = ["DTYPES", "TRITON"]
 
+_logger = logging.getLogger(__name__)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_GROUP_CHANNELS = 256
 MAX_GROUPS = 64
+MAX_GROUP_CHANNELS = 256
 MIN_CAPABILITY = (8, 0)
 
 
 def _unsupported(x: Tensor, weights: EMAXWeights) -> str | None:
-    reason = _device_problem(x.device)
+    reason = _device_problem(x.device) or _failure
     if reason is not None:
         return reason
     if x.dtype not in DTYPES:
@@ -35,6 +40,8 @@ def _unsupported(x: Tensor, weights: EMAXWeights) -> str | None:
             f"it serves up to {MAX_GROUPS} groups of up to {MAX_GROUP_CHANNELS} channels, "
             f"not {groups} of {x.shape[1] // groups}"
         )
+    if isinstance(x, FakeTensor):
+        return "fake tensors have no data"
     # torch.compile traces with an interpreter stack of its own, and sees the operators.
     if not torch.compiler.is_compiling() and peek_interpreter_stack() is not None:
         return "transforms of torch.func do not see into it"
@@ -46,47 +53,102 @@ def _unsupported(x: Tensor, weights: EMAXWeights) -> str | None:
 def _device_problem(device: torch.device) -> str | None:
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
-            return "it serves tensors on GPUs, not on cpu"
+            return "it serves tensors on GPUs, not on the CPU"
     elif device.type != "cuda":
         return f"it serves tensors on GPUs, not on {device.type}"
-    return _triton_problem() or (None if device.type == "cpu" else _capability_problem(device))
+    return _triton_problem() or (_capability_problem(device) if device.type == "cuda" else None)
 
 
 @lru_cache
 def _triton_problem() -> str | None:
-    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    from . import operators  # noqa: F401  torch.compile needs them registered
+
+    return None
 
 
 @lru_cache
 def _capability_problem(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-        return "it needs a GPU of compute capability 8.0 (A100) or newer"
+        return "it needs a GPU of compute capability 8.0 or newer"
     return None
+
+
+_failure: str | None = None
+"""Why a kernel failed on this machine; from then on another backend serves."""
 
 
 def _forward(
     x: Tensor, weights: EMAXWeights, noise: Tensor | None, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    from .forward import forward
+    """Run the forward pass; it saves one tensor.
 
-    with _on_device_of(x):
-        return forward(x, weights, noise, keep)
+    An empty batch is left to the portable backend, and so is a kernel that fails.
+    """
+    if torch.compiler.is_compiling():
+        config, *tensors = weights
+        out, *saved = torch.ops.emax_triton.forward(x, tensors, noise, *config, keep)
+        return out, saved
+    if x.numel():
+        from .forward import forward
+
+        try:
+            with _on_device_of(x):
+                return forward(x, weights, noise, keep)
+        except Exception as error:
+            _give_way(error)
+    return PORTABLE.forward(x, weights, noise, keep)
 
 
 def _backward(
     grad: Tensor, x: Tensor, weights: EMAXWeights, noise: Tensor | None, saved: list[Tensor]
 ) -> dict[str, Tensor]:
-    from .backward import backward
+    from .backward import backward, named_gradients
 
-    with _on_device_of(x):
-        return backward(grad, x, weights, noise, saved)
+    if torch.compiler.is_compiling():
+        config, *tensors = weights
+        grad_x, gradients = torch.ops.emax_triton.backward(
+            grad, x, tensors, noise, saved[0], *config
+        )
+        return {"x": grad_x, **named_gradients(gradients, x, weights)}
+    if len(saved) == 1:
+        try:
+            with _on_device_of(x):
+                grad_x, gradients = backward(grad, x, weights, noise, saved[0])
+            return {"x": grad_x, **named_gradients(gradients, x, weights)}
+        except Exception as error:
+            _give_way(error)
+            _, saved = PORTABLE.forward(x, weights, noise, True)
+    return PORTABLE.backward(grad, x, weights, noise, saved)
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Make the GPU of x the current one, to which Triton launches."""
-    if x.is_cuda and not torch.compiler.is_compiling() and x.get_device() != torch.cuda.current_device():
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return nullcontext()
+
+
+def _give_way(error: Exception) -> None:
+    """Let another backend serve from now on, and say so once, if a kernel cannot be compiled.
+
+    Raises:
+        BackendError: If this backend was requested.
+        Exception: The error itself, if it is not of Triton's compiler.
+    """
+    global _failure
+    if not type(error).__module__.startswith("triton"):
+        raise error
+    from ..dispatch import BackendError, requested
+
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = f"a kernel cannot be compiled here ({type(error).__name__}: {' '.join(lines[-1:])})"
+    if requested() == TRITON.name:
+        raise BackendError(f"the backend {TRITON.name} was asked for, but {reason}") from error
+    if _failure is None:
+        _logger.warning("EMAX runs without its Triton backend: %s", reason)
+    _failure = reason
 
 
 TRITON = Backend("triton", _unsupported, _forward, _backward)

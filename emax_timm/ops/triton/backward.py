@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..weights import EMAXWeights
@@ -17,11 +18,21 @@ from .forward import (
     output_like,
     pool_and_gate,
     pooled_sizes,
-    saved_of,
 )
-from .plan import Launch, Plan, conv3x3_matrix, counts_of, pieces, plan_for
+from .plan import (
+    Launch,
+    Plan,
+    Sizes,
+    conv3x3_matrix,
+    counts_of,
+    new_buffer,
+    padded,
+    pieces,
+    plan_for,
+    split,
+)
 
-__all__ = ["backward"]
+__all__ = ["backward", "named_gradients"]
 
 
 class _Scratch(NamedTuple):
@@ -87,23 +98,59 @@ class _Pass(NamedTuple):
 
 
 def backward(
-    grad: Tensor, x: Tensor, weights: EMAXWeights, noise: Tensor | None, saved: list[Tensor]
-) -> dict[str, Tensor]:
-    """Run the backward pass: the gradients of x, laid out like x, and of the weights, by name."""
+    grad: Tensor, x: Tensor, weights: EMAXWeights, noise: Tensor | None, saved: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run the backward pass.
+
+    Returns:
+        The gradient of x, laid out like x, and those of the parameters, which `named_gradients`
+        takes apart.
+    """
     weights, plan = plan_for(x, weights, noise, grad)
-    lengths = [*pooled_sizes(plan), *_scratch_sizes(plan)]
-    parts = pieces(x, lengths)
+    parts = pieces(x, [*pooled_sizes(plan), *_scratch_sizes(plan)])
+    sizes = plan.gradients()
+    gradients = new_buffer(x, [*sizes.values()])
     step = _Pass(
         as_channels_last(x), as_channels_last(grad.to(x.dtype)), weights, plan,
-        saved_of(plan, saved[0]), _Scratch(*parts[4:]), Pooled(*parts[:4]),
-        _gradients(x, weights, plan),
+        Saved(*split(saved, plan.saved())), _Scratch(*parts[4:]), Pooled(*parts[:4]),
+        dict(zip(sizes, split(gradients, [*sizes.values()]), strict=True)),
     )  # fmt: skip
     mix(plan, weights, step.saved, noise, step.scratch.spatial, choose=False)
     _output_backward(step)
     if plan.mixes:
         _mixing_backward(step)
     grad_x = _fine_maps_backward(step, x)
-    return {"x": grad_x, **_add_up(step)}
+    _add_up(step)
+    return grad_x, gradients
+
+
+def named_gradients(gradients: Tensor, x: Tensor, weights: EMAXWeights) -> dict[str, Tensor]:
+    """Take apart the gradients of the parameters, by name."""
+    plan = Sizes(x.shape, weights)
+    sizes = plan.gradients()
+    lengths = [padded(size) for size in sizes.values()]
+    parts = dict(zip(sizes, gradients.split(lengths), strict=True))
+    grads = {name: parts[name][:size] for name, size in sizes.items() if size}
+    totals, shared = grads.pop("totals"), grads.pop("shared")
+    c, d, K = plan.d * plan.groups, plan.d, plan.candidates
+    names = ["conv1x1_weight", "conv1x1_bias", "conv3x3_weight", "conv3x3_bias", "gn_weight"]
+    parts = shared.split([d * d, d, 9 * d * d, d, d, d, 1])
+    grads |= zip([*names, "gn_bias", "gamma"], parts, strict=True)
+    if weights.gamma is None:
+        del grads["gamma"]
+    weight = weights.conv3x3_weight
+    if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
+        # In the order of the weight.
+        grads["conv3x3_weight"] = grads["conv3x3_weight"].view(d, 3, 3, d).permute(0, 3, 1, 2)
+    if plan.controlled:
+        grads["controller_bias"] = totals[17 * c : 17 * c + K]
+    if weights.residual_gate is not None:
+        grads["residual_gate"] = totals[:c]
+    for name, start in (("global", 2 * c), ("channel", 3 * c)):
+        if plan.hidden[name]:
+            grads[f"{name}_expand_bias"] = totals[start : start + c]
+            grads[f"{name}_reduce_bias"] = totals[_hidden_columns(plan, name)]
+    return grads
 
 
 def _scratch_sizes(plan: Plan) -> list[int]:
@@ -141,35 +188,6 @@ def _conv1x1_parts(plan: Plan) -> int:
     return max(1, min(256, plan.strips // plan.d // 256))
 
 
-def _gradients(like: Tensor, weights: EMAXWeights, plan: Plan) -> dict[str, Tensor]:
-    """Return memory for the gradients of the parameters.
-
-    The first piece holds the sums of the terms; the gradients in them are named by `_add_up`.
-    """
-    c, d = plan.c, plan.d
-    shared = {
-        "conv1x1_weight": d * d, "conv1x1_bias": d, "conv3x3_weight": 9 * d * d,
-        "conv3x3_bias": d, "gn_weight": d, "gn_bias": d, "gamma": 1,
-    }  # fmt: skip
-    names = ["totals", "shared"]
-    lengths = [plan.terms, sum(shared.values())]
-    for name, r in plan.hidden.items():
-        if r:
-            names += [f"{name}_reduce_weight", f"{name}_expand_weight"]
-            lengths += [r * c, c * r]
-    if plan.controlled:
-        names.append("controller_weight")
-        lengths.append(plan.candidates * c)
-    grads = {
-        name: piece[:length]
-        for name, piece, length in zip(names, pieces(like, lengths), lengths, strict=True)
-    }
-    grads |= zip(shared, grads["shared"].split([*shared.values()]), strict=True)
-    if weights.gamma is None:
-        del grads["gamma"]
-    return grads
-
-
 def _output_backward(step: _Pass) -> None:
     """Go back through the output and the gates, to the mixed map before its sigmoid."""
     x, grad, weights, plan, saved, scratch, pooled, _ = step
@@ -200,14 +218,10 @@ def _output_backward(step: _Pass) -> None:
         grid, constants = plan.share_out(config.MAP_GRADIENT)
         return Launch(backward_kernels.map_gradient, grid, constants, config.MAP_GRADIENT[1])
 
-    plan.launch(
-        "map_gradient", (x, scratch.spatial, of_fused, scratch.of_map, h, w), map_gradient
-    )
+    plan.launch("map_gradient", (x, scratch.spatial, of_fused, scratch.of_map, h, w), map_gradient)
 
 
-def _gate_backward(
-    step: _Pass, name: str, means: Tensor, hidden: Tensor, of_means: Tensor
-) -> None:
+def _gate_backward(step: _Pass, name: str, means: Tensor, hidden: Tensor, of_means: Tensor) -> None:
     """Go back through a squeeze-and-excite gate, from the gradient of its logits in the terms.
 
     The gradient of its means goes to `of_means` [b, c], to which that of the channel gate is added;
@@ -242,9 +256,9 @@ def _gate_backward(
     )  # fmt: skip
 
 
-def _hidden_columns(plan: Plan, name: str) -> slice:
+def _hidden_columns(plan: Sizes, name: str) -> slice:
     """Return the columns of the terms that hold the hidden units of a gate."""
-    start = 17 * plan.c + plan.candidates
+    start = 17 * plan.d * plan.groups + plan.candidates
     middle = start + plan.hidden["channel"]
     return slice(start, middle) if name == "channel" else slice(middle, plan.terms)
 
@@ -365,42 +379,34 @@ def _conv1x1_backward(step: _Pass) -> None:
     )  # fmt: skip
 
 
-def _add_up(step: _Pass) -> dict[str, Tensor]:
-    """Add up over the batch, and return the gradients of all parameters by name."""
+def _add_up(step: _Pass) -> None:
+    """Add up over the batch: the gradients of all parameters but the gates' weights."""
     _, _, weights, plan, saved, scratch, _, grads = step
     c, d, K = plan.c, plan.d, plan.candidates
-    totals, shared = grads.pop("totals"), grads.pop("shared")
     block = 128
     programs = -(-plan.terms // block)
     if plan.controlled:
         programs += K * -(-c // block)
     plan.launch(
         "batch_sums",
-        (scratch.terms, saved.vectors, totals, grads.get("controller_weight"), plan.b, plan.terms),
+        (scratch.terms, saved.vectors, grads["totals"],
+         grads["controller_weight"] if plan.controlled else None, plan.b, plan.terms),
         lambda: Launch(
             products.batch_sums, (programs,), {"C": c, "K": K, "B": 16, "BLOCK": block}, 4
         ),
     )  # fmt: skip
-    matrix, strides = conv3x3_matrix(weights)
+
+    def parameter_gradients() -> Launch:
+        constants = {
+            "C": c, "F": plan.groups, "d": d, "D": plan.tiles.D,
+            "FP": power_of_two(plan.groups), "CP": power_of_two(c), **conv3x3_matrix(weights)[1],
+            "GAMMA": weights.gamma is not None,
+        }  # fmt: skip
+        return Launch(backward_kernels.parameter_gradients, (d,), constants, 4)
+
     plan.launch(
         "parameter_gradients",
-        (scratch.of_conv1x1, totals, scratch.of_conv3x3, matrix, weights.conv3x3_bias,
-         weights.gn_bias, shared, _conv1x1_parts(plan)),
-        lambda: Launch(
-            backward_kernels.parameter_gradients, (d,),
-            {"C": c, "F": plan.groups, "d": d, "D": plan.tiles.D,
-             "FP": power_of_two(plan.groups), "CP": power_of_two(c), **strides,
-             "GAMMA": weights.gamma is not None}, 4,
-        ),
+        (scratch.of_conv1x1, grads["totals"], scratch.of_conv3x3, weights.conv3x3_weight,
+         weights.conv3x3_bias, weights.gn_bias, grads["shared"], _conv1x1_parts(plan)),
+        parameter_gradients,
     )  # fmt: skip
-    if strides["TAP"] != 1:  # in the order of a weight that is channels_last
-        grads["conv3x3_weight"] = grads["conv3x3_weight"].view(d, 3, 3, d).permute(0, 3, 1, 2)
-    if plan.controlled:
-        grads["controller_bias"] = totals[17 * c : 17 * c + K]
-    if weights.residual_gate is not None:
-        grads["residual_gate"] = totals[:c]
-    for name, start in (("global", 2 * c), ("channel", 3 * c)):
-        if plan.hidden[name]:
-            grads[f"{name}_expand_bias"] = totals[start : start + c]
-            grads[f"{name}_reduce_bias"] = totals[_hidden_columns(plan, name)]
-    return grads

@@ -87,9 +87,7 @@ def map_gradient(
     P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Turn the gradient of S into that of the mixed map before its sigmoid, in place."""
-    sample, group, group_mask, _, channel, mask = channels_of_program(
-        tl.program_id(0), F, d, D, G
-    )
+    sample, group, group_mask, _, channel, mask = channels_of_program(tl.program_id(0), F, d, D, G)
     pixels = H * W
     if grad_fused is not None:
         pooled = tl.load(grad_fused + sample * C + channel, mask=mask, other=0.0) / pixels
@@ -204,7 +202,9 @@ def choice_gradient(
 
 
 @triton.jit
-def _near(maps, sample, pixel, inside, group, group_mask, row, column, dy, dx, H, W, F: tl.constexpr):
+def _near(
+    maps, sample, pixel, inside, group, group_mask, row, column, dy, dx, H, W, F: tl.constexpr
+):
     """Load what the neighbours at the offset (dy, dx) have of a map: [P, G, 1]."""
     near = kernel_offset_mask(row, column, dy, dx, H, W) & inside
     return load_map(
@@ -223,9 +223,7 @@ def pixel_sums(
     Into sums [parts, b, 11, c]: the deviations times the gradient of the second map; that gradient;
     and x times the gradient of the first map as each of the nine kernel offsets sees it.
     """
-    sample, group, group_mask, _, channel, mask = channels_of_program(
-        tl.program_id(0), F, d, D, G
-    )
+    sample, group, group_mask, _, channel, mask = channels_of_program(tl.program_id(0), F, d, D, G)
     pixels = H * W
     shift = load_channels(shifts, SHIFT, sample, samples, channel, mask, C)
     shift += load_channels(vectors, GATED_MEAN, sample, samples, channel, mask, C)
@@ -250,15 +248,33 @@ def pixel_sums(
         with_second += deviation * second[:, :, None]
         second_sum += second
         # What an output pixel takes from the offset (dy, dx) comes back from (-dy, -dx).
-        k0 += tile * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, 1, H, W, F)
-        k1 += tile * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, 0, H, W, F)
-        k2 += tile * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, -1, H, W, F)
-        k3 += tile * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, 1, H, W, F)
-        k4 += tile * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, 0, H, W, F)
-        k5 += tile * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, -1, H, W, F)
-        k6 += tile * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, 1, H, W, F)
-        k7 += tile * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, 0, H, W, F)
-        k8 += tile * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, -1, H, W, F)
+        k0 += tile * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, 1, H, W, F
+        )
+        k1 += tile * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, 0, H, W, F
+        )
+        k2 += tile * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, -1, H, W, F
+        )
+        k3 += tile * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, 1, H, W, F
+        )
+        k4 += tile * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, 0, H, W, F
+        )
+        k5 += tile * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, -1, H, W, F
+        )
+        k6 += tile * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, 1, H, W, F
+        )
+        k7 += tile * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, 0, H, W, F
+        )
+        k8 += tile * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, -1, H, W, F
+        )
     to = sums + (tl.program_id(1) * samples + sample) * 11 * C + channel
     tl.store(to, tl.sum(with_second, 0), mask=mask)
     tl.store(to + C, tl.sum(second_sum, 0)[:, None] + tl.zeros([G, D], tl.float32), mask=mask)
@@ -491,15 +507,33 @@ def input_gradient(
             result += pooled[None] * attention
         result += tl.load(of_strip + to_row, mask=tile_mask, other=0.0)
         result += tl.load(of_strip + to_column, mask=tile_mask, other=0.0)
-        result += k0 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, 1, H, W, F)
-        result += k1 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, 0, H, W, F)
-        result += k2 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, -1, H, W, F)
-        result += k3 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, 1, H, W, F)
-        result += k4 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, 0, H, W, F)
-        result += k5 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, -1, H, W, F)
-        result += k6 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, 1, H, W, F)
-        result += k7 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, 0, H, W, F)
-        result += k8 * _near(grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, -1, H, W, F)
+        result += k0 * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, 1, H, W, F
+        )
+        result += k1 * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, 0, H, W, F
+        )
+        result += k2 * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, -1, H, W, F
+        )
+        result += k3 * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, 1, H, W, F
+        )
+        result += k4 * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, 0, H, W, F
+        )
+        result += k5 * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, -1, H, W, F
+        )
+        result += k6 * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, 1, H, W, F
+        )
+        result += k7 * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, 0, H, W, F
+        )
+        result += k8 * _near(
+            grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, -1, H, W, F
+        )
         # The corners that two borders share were subtracted twice.
         bottom = (row == H - 1) & inside
         top = (row == 0) & inside
@@ -509,9 +543,7 @@ def input_gradient(
         result += _corner(corners, 1, sample, samples, channel, mask, bottom & left, C)
         result += _corner(corners, 2, sample, samples, channel, mask, top & right, C)
         result += _corner(corners, 3, sample, samples, channel, mask, top & left, C)
-        store_pixels(
-            grad_x, result, sample, pixel, inside, channel, mask, pixels, C, CONTIGUOUS
-        )
+        store_pixels(grad_x, result, sample, pixel, inside, channel, mask, pixels, C, CONTIGUOUS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -595,7 +627,9 @@ def parameter_gradients(
         through_means = tl.load(conv3x3_products + at, mask=exists, other=0.0)
         tl.store(grads + at, through_means + own * tap, mask=exists)
         if o == 0:
-            each_weight = conv3x3_weight + inner[:, None] * (9 * d) + inner[None, :] * INPUT + k * TAP
+            each_weight = (
+                conv3x3_weight + inner[:, None] * (9 * d) + inner[None, :] * INPUT + k * TAP
+            )
             weights = tl.load(each_weight, mask=exists[:, None] & exists[None, :], other=0.0)
             of_constant += tl.sum(weights.to(tl.float32) * tap[None, :], 1)
     grads += 9 * d * d

@@ -70,7 +70,7 @@ def launches_of(
     with recorded_launches() as first:
         _, saved = forward(x, weights, noise, True)
     with recorded_launches() as second:
-        backward(torch.empty_like(x), x, weights, noise, saved)
+        backward(torch.empty_like(x), x, weights, noise, saved[0])
     return first, second
 
 
@@ -80,9 +80,7 @@ def compile_kernel(launch: Launch, target: GPUTarget) -> CompiledKernel:
     values: dict[str, Any] = dict(zip(kernel.arg_names, launch.arguments, strict=False))
     values |= launch.constants
     constants = {
-        name: value
-        for name, value in values.items()
-        if value is None or name in launch.constants
+        name: value for name, value in values.items() if value is None or name in launch.constants
     }
     signature = {
         name: "constexpr" if name in constants else _type_of(values[name])
@@ -93,7 +91,7 @@ def compile_kernel(launch: Launch, target: GPUTarget) -> CompiledKernel:
         name
         for name in kernel.arg_names
         if name not in constants
-        and (isinstance(values[name], Tensor) or _is_aligned(values[name]) and not fixed[name])
+        and (isinstance(values[name], Tensor) or (_is_aligned(values[name]) and not fixed[name]))
     ]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

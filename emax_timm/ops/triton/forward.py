@@ -21,7 +21,6 @@ __all__ = [
     "output_like",
     "pool_and_gate",
     "pooled_sizes",
-    "saved_of",
 ]
 
 
@@ -73,11 +72,10 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """Run the forward pass on x [b, c, h, w]; the output is laid out like x."""
     weights, plan = plan_for(x, weights, noise)
-    b, c, h, w = plan.b, plan.c, plan.h, plan.w
+    b, h, w = plan.b, plan.h, plan.w
     features = as_channels_last(x)
-    saved_sizes = _saved_sizes(plan)
-    saved = new_buffer(x, saved_sizes)
-    kept = Saved(*split(saved, saved_sizes))
+    saved = new_buffer(x, plan.saved())
+    kept = Saved(*split(saved, plan.saved()))
     *strips, spatial = pieces(x, [*pooled_sizes(plan), plan.maps])
     pooled = Pooled(*strips)
     pool_and_gate(features, weights, plan, kept.vectors, pooled)
@@ -120,29 +118,6 @@ def forward(
 
     plan.launch("apply", (features, spatial, *factors, out, h, w), apply_attention)
     return out, [saved] if keep else []
-
-
-def _saved_sizes(plan: Plan) -> list[int]:
-    vector = plan.b * plan.c
-    channel, global_ = plan.hidden["channel"], plan.hidden["global"]
-    return [
-        2 * plan.maps,
-        4 * vector,
-        vector,
-        plan.b * plan.groups,
-        plan.b * plan.controlled,
-        plan.b * plan.candidates * plan.controlled,
-        plan.b * channel,
-        vector * (channel > 0),
-        vector * (global_ > 0),
-        plan.b * global_,
-        vector * (global_ > 0),
-    ]
-
-
-def saved_of(plan: Plan, saved: Tensor) -> Saved:
-    """Take apart what the forward pass saved."""
-    return Saved(*split(saved, _saved_sizes(plan)))
 
 
 def output_factors(weights: EMAXWeights, kept: Saved) -> tuple[Tensor | None, ...]:

@@ -44,7 +44,7 @@ def _first_kernel(
     d: tl.constexpr, D: tl.constexpr, INPUT: tl.constexpr, TAP: tl.constexpr,
 ):  # fmt: skip
     """Write the kernel of the first term, [9, d], and behind it the offset: one value."""
-    O: tl.constexpr = 16
+    OUTPUTS: tl.constexpr = 16
     TAPS: tl.constexpr = 16 * D
     taps = tl.arange(0, TAPS)
     taps_mask = taps < 9 * d
@@ -54,8 +54,8 @@ def _first_kernel(
     total = tl.sum(tl.exp(bias - highest), 0)
     sums = tl.zeros([TAPS], tl.float32)
     offset = 0.0
-    for start in range(0, d, O):
-        o = start + tl.arange(0, O)
+    for start in range(0, d, OUTPUTS):
+        o = start + tl.arange(0, OUTPUTS)
         o_mask = o < d
         logits = tl.load(gn_bias + o, mask=o_mask, other=float("-inf")).to(tl.float32)
         constant = tl.exp(logits - highest) / total
@@ -452,10 +452,10 @@ def vote(
 @triton.jit
 def group_count(choice, counts, sample, K: tl.constexpr):
     """Return the group count that a sample chose; a single candidate is not written down."""
-    if K == 1:
-        count = tl.load(counts)
-    else:
+    if K > 1:
         count = tl.load(choice + sample).to(tl.int32)
+    else:
+        count = tl.load(counts)
     return count
 
 
@@ -536,9 +536,7 @@ def pool_attended(
     P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write the means over the image of the fused features: of x * S, plus gamma * w_c * x."""
-    sample, group, group_mask, _, channel, mask = channels_of_program(
-        tl.program_id(0), F, d, D, G
-    )
+    sample, group, group_mask, _, channel, mask = channels_of_program(tl.program_id(0), F, d, D, G)
     pixels = H * W
     sums = tl.zeros([P, G, D], tl.float32)
     for start in tl.range(0, pixels, P, num_stages=STAGES):
@@ -608,9 +606,7 @@ def apply_attention(
     P: tl.constexpr, STAGES: tl.constexpr, CONTIGUOUS: tl.constexpr,
 ):  # fmt: skip
     """Write the output x * (scale * S + offset)."""
-    sample, group, group_mask, _, channel, mask = channels_of_program(
-        tl.program_id(0), F, d, D, G
-    )
+    sample, group, group_mask, _, channel, mask = channels_of_program(tl.program_id(0), F, d, D, G)
     pixels = H * W
     scale, offset, _, _, _ = output_factors(
         channel_logits, global_logits, gamma, residual_gate, sample, channel, mask, C
@@ -622,6 +618,4 @@ def apply_attention(
         tile = load_pixels(x, sample, pixel, inside, channel, mask, pixels, C)
         attention = load_map(spatial, sample, pixel, inside, group, group_mask, pixels, F)
         result = tile * (scale[None] * attention[:, :, None] + offset[None])
-        store_pixels(
-            out, result, sample, pixel, inside, channel, mask, pixels, C, CONTIGUOUS
-        )
+        store_pixels(out, result, sample, pixel, inside, channel, mask, pixels, C, CONTIGUOUS)

@@ -13,18 +13,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 from ..weights import EMAXWeights, in_dtype
-from . import config as config_
+from . import config
 from .config import share_out, tiles_for
 
 __all__ = [
     "Launch",
     "Plan",
+    "Sizes",
     "conv3x3_matrix",
     "counts_of",
     "new_buffer",
+    "padded",
     "pieces",
     "plan_for",
     "recorded_launches",
@@ -50,32 +51,67 @@ class Launch(NamedTuple):
 _recorded: list[Launch] | None = None
 
 
-class Plan:
-    """The sizes of x [b, c, h, w] and of the layer, and its compiled kernels."""
+class Sizes:
+    """The sizes of x [b, c, h, w] and of the layer; those of x may be symbols of torch.compile."""
 
-    def __init__(self, shape: Sequence[int], weights: EMAXWeights, keep: bool) -> None:
+    def __init__(self, shape: Sequence[int], weights: EMAXWeights) -> None:
         self.b, self.c, self.h, self.w = b, c, h, w = shape
         config = weights.config
-        self.groups = F = config.groups
-        self.pixels = h * w
-        self.candidates = K = len(config.candidates)
-        self.mixes = weights.warmup is not None and config.candidates != [F]
+        self.groups = config.groups
+        self.d = weights.gn_weight.shape[0]
+        self.candidates = len(config.candidates)
+        self.mixes = weights.warmup is not None and config.candidates != [config.groups]
         self.controlled = self.mixes and weights.controller_weight is not None
         self.hidden = {"channel": 0, "global": 0}
         if weights.channel_reduce_weight is not None:
             self.hidden["channel"] = weights.channel_reduce_weight.shape[0]
         if weights.global_reduce_weight is not None:
             self.hidden["global"] = weights.global_reduce_weight.shape[0]
-        self.tiles = tiles = tiles_for(c, F, h, w)
-        self.d = tiles.d
-        # The columns of the terms; see backward_kernels.
-        self.terms = 17 * c + K + sum(self.hidden.values())
-        # What kernels that work on tiles of x are compiled for.
-        self.constants = {"C": c, "F": F, "d": tiles.d, "D": tiles.D, "G": tiles.G}
-        self.large = self.pixels >= config_.LARGE
-        self.grid = (b * tiles.blocks,)
-        self.maps = b * self.pixels * F  # elements of a map
+        self.pixels = h * w
+        self.maps = b * h * w * config.groups  # elements of a map
         self.strips = b * (h + w) * c  # elements of pooled rows and columns
+        # The columns of the terms; see backward_kernels.
+        self.terms = 17 * self.d * config.groups + self.candidates + sum(self.hidden.values())
+
+    def saved(self) -> list[int]:
+        """Return the sizes of the tensors of `forward.Saved`."""
+        vector = self.b * self.c
+        channel, global_ = self.hidden["channel"], self.hidden["global"]
+        return [
+            2 * self.maps,
+            4 * vector,
+            vector,
+            self.b * self.groups,
+            self.b * self.controlled,
+            self.b * self.candidates * self.controlled,
+            self.b * channel,
+            vector * (channel > 0),
+            vector * (global_ > 0),
+            self.b * global_,
+            vector * (global_ > 0),
+        ]
+
+    def gradients(self) -> dict[str, int]:
+        """Return the sizes of what the backward pass writes of the gradients of the parameters."""
+        c, d = self.d * self.groups, self.d
+        sizes = {"totals": self.terms, "shared": (10 * d + 4) * d + 1}
+        for name, r in self.hidden.items():
+            sizes |= {f"{name}_reduce_weight": r * c, f"{name}_expand_weight": c * r}
+        return {**sizes, "controller_weight": self.candidates * c * self.controlled}
+
+
+class Plan(Sizes):
+    """The sizes, the tiles that follow from them, and the kernels that were compiled for them."""
+
+    def __init__(self, shape: Sequence[int], weights: EMAXWeights, keep: bool) -> None:
+        super().__init__(shape, weights)
+        self.tiles = tiles = tiles_for(self.c, self.groups, self.h, self.w)
+        # What kernels that work on tiles of x are compiled for.
+        self.constants = {
+            "C": self.c, "F": self.groups, "d": self.d, "D": tiles.D, "G": tiles.G
+        }  # fmt: skip
+        self.large = self.pixels >= config.LARGE
+        self.grid = (self.b * tiles.blocks,)
         self._keep = keep
         self._compiled: dict[str, tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {}
 
@@ -92,7 +128,7 @@ class Plan:
         return {**self.constants, **self.tiles.rows(size, self.h, self.w), **strides}
 
     def launch(self, site: str, arguments: tuple[Any, ...], how: Callable[[], Launch]) -> None:
-        """Launch a kernel; while torch.compile traces, the launch becomes a part of its graph.
+        """Launch a kernel.
 
         Args:
             site: A name for this launch.
@@ -110,8 +146,7 @@ class Plan:
         if _recorded is not None:
             _recorded.append(launch._replace(arguments=arguments))
             return
-        run = wrap_triton(kernel) if torch.compiler.is_compiling() else kernel
-        compiled = run[grid](*arguments, **constants, num_warps=warps)
+        compiled = kernel[grid](*arguments, **constants, num_warps=warps)
         if self._keep and compiled is not None:
             rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
             before = (*grid, *(1,) * (3 - len(grid)), compiled.function, compiled.packed_metadata)
@@ -128,7 +163,7 @@ def plan_for(x: Tensor, weights: EMAXWeights, *others: Tensor | None) -> tuple[E
     `others` are the tensors, besides x and the weights, that kernels are given.
     """
     weights = _float_and_contiguous(weights)
-    if x.device.type != "cuda" or torch.compiler.is_compiling():
+    if not x.is_cuda:
         return weights, Plan(x.shape, weights, False)
     tensors = (x, *weights[1:], *others)
     there = []
@@ -140,9 +175,11 @@ def plan_for(x: Tensor, weights: EMAXWeights, *others: Tensor | None) -> tuple[E
         x.is_contiguous(memory_format=torch.channels_last),
         weights.conv3x3_weight.is_contiguous(),
     )
-    key = (x.shape, x.dtype, x.get_device(), layout, tuple(there), _hidden(weights))
-    config = weights.config
-    key = (*key, config.groups, config.batch_vote, tuple(config.candidates))
+    groups, candidates, vote, _ = weights.config
+    key = (
+        x.shape, x.dtype, x.get_device(), layout, groups, tuple(candidates), vote, tuple(there),
+        _hidden(weights),
+    )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= _MOST_PLANS:
@@ -192,16 +229,6 @@ def recorded_launches() -> Iterator[list[Launch]]:
         _recorded = None
 
 
-@lru_cache(maxsize=256)
-def _constant(values: tuple[int, ...], device: torch.device) -> Tensor:
-    return _filled(values, device)
-
-
-def _filled(values: tuple[int, ...], device: torch.device) -> Tensor:
-    # Filled on the device: a copy from the host would keep CUDA graphs from being recorded.
-    return torch.cat([torch.full([1], value, dtype=torch.int32, device=device) for value in values])
-
-
 def conv3x3_matrix(weights: EMAXWeights) -> tuple[Tensor, dict[str, int]]:
     """Return the weight of conv3x3, [d, d, 3, 3] in memory or, channels_last, [d, 3, 3, d].
 
@@ -216,9 +243,14 @@ def conv3x3_matrix(weights: EMAXWeights) -> tuple[Tensor, dict[str, int]]:
 
 def counts_of(weights: EMAXWeights, device: torch.device) -> Tensor:
     """Return the candidate group counts as a tensor, [K], int32."""
-    candidates = tuple(weights.config.candidates)
-    filled = _filled if torch.compiler.is_compiling() else _constant
-    return filled(candidates, device)
+    return _counts(tuple(weights.config.candidates), device)
+
+
+@lru_cache(maxsize=256)
+def _counts(candidates: tuple[int, ...], device: torch.device) -> Tensor:
+    # Filled on the device: a copy from the host could not be recorded in a CUDA graph.
+    new = [torch.full([1], count, dtype=torch.int32, device=device) for count in candidates]
+    return torch.cat(new)
 
 
 def pieces(like: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -228,14 +260,14 @@ def pieces(like: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 def new_buffer(like: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return memory for flat float32 tensors of these sizes, on the device of `like`."""
-    return like.new_empty(sum(_padded(size) for size in sizes), dtype=torch.float32)
+    return like.new_empty(sum(padded(size) for size in sizes), dtype=torch.float32)
 
 
 def split(buffer: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Take a buffer apart into flat tensors, each with its padding."""
-    return list(buffer.split([_padded(size) for size in sizes]))
+    return list(buffer.split([padded(size) for size in sizes]))
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     """Round up so that what follows is aligned to 128 bytes."""
     return -(-size // 32) * 32
