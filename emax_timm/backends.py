@@ -1,5 +1,8 @@
 """`emax backends` and `emax kernels`: the backends that compute the attention on this machine."""
 
+import importlib.util
+import os
+import re
 from collections.abc import Sequence
 
 import torch
@@ -37,12 +40,59 @@ def backends(argv: Sequence[str], prog: str) -> int:
 
 @command("emax kernels")
 def kernels(argv: Sequence[str], prog: str) -> int:
-    """Build the C++ backend for this machine, and return the exit status."""
-    parser = Parser(prog, description="EMAX in C++ for CPUs.", allow_abbrev=False)
-    parser.add_argument("action", choices=["build"], help="build: compile it for this machine")
-    parser.parse_args(argv)
+    """Build the C++ backend, or compile the Triton kernels for GPUs; returns the exit status."""
+    parser = Parser(
+        prog,
+        description="The kernels behind the backends: cpp in C++ for CPUs, triton for GPUs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "action",
+        choices=["build", "check"],
+        help="build: compile the C++ kernels for this machine; check: compile the Triton kernels, "
+        "here and without a GPU, and print what they need of one",
+    )
+    parser.add_argument(
+        "--target", default="sm_90", help="check: the GPU, %(default)s by default, or all"
+    )
+    parser.add_argument(
+        "--shape", default="256x56", help="check: channels x image size, %(default)s by default"
+    )
+    parser.add_argument("--kernel", action="append", default=[], help="check: this kernel alone")
+    options = parser.parse_args(argv)
+    if options.action == "check":
+        return _check(options.target, options.shape, options.kernel)
     try:
         print(f"built {build()}; EMAX uses it from now on (EMAX_BACKEND=portable does not)")
     except OSError as error:
         raise UsageError(str(error)) from error
     return 0
+
+
+def _check(target: str, shape: str, names: Sequence[str]) -> int:
+    """Print what the Triton kernels need of a GPU; 1 if one of them spills registers."""
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError("Triton is not installed: pip install triton (on Linux torch brings it)")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UsageError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+    from .ops.triton.compile_check import TARGETS, check
+
+    if target not in (*TARGETS, "all"):
+        raise UsageError(f"unknown target {target}: it must be one of {', '.join(TARGETS)}, all")
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,3})", shape)
+    if match is None:
+        raise UsageError(f"--shape must be channels x size, like 256x56, not {shape}")
+    channels, size = int(match[1]), int(match[2])
+    layer = EMAX(channels, device="meta")
+    spills = 0
+    for name in TARGETS if target == "all" else [target]:
+        print(f"{name}, {channels} channels, {size} x {size}, bfloat16, channels_last")
+        print(f"{'kernel':<24}{'registers':>10}{'spilled':>9}{'shared':>8}{'loads':>7}{'wide':>6}")
+        results = check(layer.weights(), (128, channels, size, size), name, names)
+        if not results:
+            raise UsageError(f"there is no kernel {', '.join(names)}")
+        for kernel, needs in results.items():
+            registers, spilled, shared, loads, wide = needs
+            print(f"{kernel:<24}{registers:>10}{spilled:>9}{shared:>8}{loads:>7}{wide:>6}")
+            spills += bool(spilled)
+    return 1 if spills else 0

@@ -192,7 +192,8 @@ def use_backend(name: str) -> Iterator[None]:
     torch.compile has compiled keeps the backend that it was compiled with.
 
     Args:
-        name: "triton" (GPUs), "cpp" (C++, on CPUs), "portable" (PyTorch), or "auto" for the best that can serve.
+        name: "triton" (GPUs), "cpp" (C++, on CPUs), "portable" (PyTorch), or "auto" for the best
+            that can serve.
 
     Raises:
         BackendError: If there is no such backend or, in a forward pass inside the block, if it

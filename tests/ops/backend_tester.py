@@ -22,6 +22,8 @@ from emax_timm.ops import dispatch, reference
 FORMATS = pytest.mark.parametrize(
     "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
 )
+# The namespaces of the backends' operators.
+LIBRARIES = ("emax_timm", "emax_triton")
 # Channels, factor and image: one pixel, one row or column, channels that 32 does not divide, groups
 # and rows that fill vectors of 8 or 16 numbers, and those that do not.
 SIZES = [
@@ -39,6 +41,9 @@ SIZES = [
     (10, 2, (4, 50)),
     (12, 1, (17, 9)),
 ]
+
+
+OPERATORS = [f"{library}.{name}" for library in LIBRARIES for name in ("forward", "backward")]
 
 
 class BackendTester(BackendHarness):
@@ -350,7 +355,7 @@ class BackendTester(BackendHarness):
 
         backend = aot_autograd(fw_compiler=look, bw_compiler=look)
         self.compare_compiled(kind, training, layout, self.dtype, backend)
-        for operator in ("emax_timm.forward", "emax_timm.backward"):
+        for operator in OPERATORS:
             found = any(operator in name for name in operators)
             assert found == (operator in self.operators), operators
 

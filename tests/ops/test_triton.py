@@ -1,21 +1,266 @@
-"""The Triton backend: on the GPU that EMAX_TEST_DEVICE names, else interpreted on the CPU."""
+"""The Triton backend: on the GPU that EMAX_TEST_DEVICE names, or interpreted on the CPU.
 
+Triton interprets kernels if TRITON_INTERPRET is 1 when it is imported.
+"""
+
+import logging
 import os
+import subprocess
+import sys
 from typing import ClassVar
 
 import pytest
 import torch
-from backend_harness import Tolerances
-from backend_tester import BackendTester
+from backend_harness import BackendHarness, Tolerances
+from backend_tester import FORMATS, BackendTester
+from emax_testing import force
+from interpreters import ENVIRONMENT, ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from emax_timm.attention import EMA, EMAX
+from emax_timm.benchmark.layers import SHAPES
+from emax_timm.ops import BackendError, explain, triton, use_backend
+
+pytest.importorskip("triton")
 
 DEVICE = os.environ.get("EMAX_TEST_DEVICE", "cpu")
+LIMITS = {
+    torch.float32: Tolerances(1e-6, 3e-5, 1e-3),
+    # Interpreted, numbers are cut off to bfloat16 and not rounded.
+    torch.bfloat16: Tolerances(8e-3 if DEVICE == "cpu" else 4e-3, 3e-5, 2e-3),
+    torch.float16: Tolerances(5e-4, 3e-5, 2e-3),
+}
+READY = DEVICE != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not READY, reason="needs EMAX_TEST_DEVICE=cuda or TRITON_INTERPRET=1"),
+]
 
 
+class TestTritonInShort(BackendHarness):
+    """A few cases of everything, which take seconds where the kernels are interpreted."""
+
+    name = "triton"
+    device = DEVICE
+    dtypes: ClassVar = LIMITS
+
+    @FORMATS
+    def test_both_passes(self, layout: torch.memory_format) -> None:
+        module = self.layer(EMAX, 24, factor=4).train()
+        force(module, 2, margin=20.0)
+        self.check(module, self.features(2, 24, 5, 4).to(memory_format=layout))
+
+    def test_half_precision(self) -> None:
+        module = self.layer(EMAX, 32, factor=2)  # whose products are matrix products
+        force(module, 1)
+        self.check(module, self.features(1, 32, 3, 5, dtype=torch.bfloat16))
+
+    def test_ema(self) -> None:
+        self.check(self.layer(EMA, 6, factor=4), self.features(2, 6, 4, 3, dtype=torch.float16))
+
+    def test_votes(self) -> None:
+        module = self.layer(EMAX, 12, factor=4, batch_vote=True)
+        force(module, 2)
+        self.check(module, self.features(2, 12, 3, 3))
+
+    def test_channels_last_parameters(self) -> None:
+        """As in a model that was converted to channels_last."""
+        module = self.layer(EMAX, 24, factor=4).to(memory_format=torch.channels_last)
+        assert not module.conv3x3.weight.is_contiguous()
+        force(module, 2)
+        x = self.features(2, 24, 4, 4).to(memory_format=torch.channels_last)
+        results = self.check(module, x)
+        weight = module.conv3x3.weight
+        assert results["grad conv3x3.weight"].stride() == weight.stride()
+
+
+@pytest.mark.slow
 class TestTriton(BackendTester):
     name = "triton"
     device = DEVICE
-    dtypes: ClassVar = {
-        torch.float32: Tolerances(1e-6, 3e-5, 1e-3),
-        torch.bfloat16: Tolerances(4e-3, 3e-5, 2e-3),
-        torch.float16: Tolerances(5e-4, 3e-5, 2e-3),
-    }
+    dtypes: ClassVar = LIMITS
+    operators = ("emax_triton.forward", "emax_triton.backward")
+
+    def test_transforms_of_torch_func_get_another_backend(self) -> None:
+        """They do not see into a kernel: asked for, it says so."""
+        module, x = self.layer(EMAX, 12), self.features(2, 2, 12, 5, 7)
+        with pytest.raises(BackendError, match="triton was asked for, but transforms of"):
+            torch.vmap(module)(x)
+
+    @pytest.mark.skipif(DEVICE == "cpu", reason="too large to be interpreted")
+    @FORMATS
+    @pytest.mark.parametrize(("channels", "height", "width"), [shape[1:] for shape in SHAPES])
+    def test_full_sizes(
+        self,
+        channels: int,
+        height: int,
+        width: int,
+        layout: torch.memory_format,
+        dtype: torch.dtype,
+    ) -> None:
+        """The shapes of ResNet-50 at batch 32."""
+        module = self.layer(EMAX, channels).train()
+        force(module, 4, margin=20.0)
+        x = self.features(32, channels, height, width, dtype=dtype).to(memory_format=layout)
+        self.check(module, x)
+
+    @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+    def test_cuda_graphs(self) -> None:
+        module = self.layer(EMAX, 64, factor=8).train()
+        force(module, 4, margin=20.0)
+        x = self.features(4, 64, 9, 7, dtype=torch.bfloat16)
+        expected = self.compute(module, x)["out"]
+        compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
+        with use_backend("triton"):
+            for _ in range(4):
+                torch.manual_seed(0)
+                out = compiled(x.clone().requires_grad_())
+                out.backward(torch.ones_like(out))
+        torch.testing.assert_close(out, expected)
+        torch.compiler.reset()
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts the operators that compute, each of which a GPU gets as at least one launch."""
+
+    FREE = (
+        "empty",
+        "new_empty",
+        "split",
+        "detach",
+        "view",
+        "select",
+        "slice",
+        "permute",
+        "_unsafe",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        if not name.startswith(self.FREE):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_launches() -> None:
+    """At most 14 for a forward pass with its noise, and 30 for a backward pass."""
+    from emax_timm.ops.dispatch import draw_noise
+    from emax_timm.ops.triton.backward import backward
+    from emax_timm.ops.triton.forward import forward
+    from emax_timm.ops.triton.plan import counts_of, recorded_launches
+
+    module = EMAX(64, device="meta")
+    x = torch.empty(4, 64, 8, 8, device="meta").to(memory_format=torch.channels_last)
+    weights = module.weights()
+    counts_of(weights, x.device)  # once for all layers
+    with torch.no_grad(), recorded_launches() as launches, _Kernels() as others:
+        noise = draw_noise(x, module.candidates, True)
+        _, saved = forward(x, weights, noise, True)
+    assert len(launches) + len(others.names) <= 14, others.names
+    with torch.no_grad(), recorded_launches() as launches, _Kernels() as others:
+        backward(x, x, weights, noise, saved[0])
+    assert len(launches) + len(others.names) <= 30, others.names
+    assert len(launches) >= 15, "the kernels are counted"
+
+
+def test_what_does_not_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(x: torch.Tensor, **knobs: int) -> str:
+        return explain(x, EMAX(x.shape[1], **knobs).weights())["triton"] or ""
+
+    assert "float32, bfloat16 and float16, not float64" in reason(torch.ones(1, 4, 2, 2).double())
+    assert "256 channels, not 1 of 300" in reason(torch.ones(1, 300, 2, 2), factor=1)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert reason(torch.ones(1, 4, 2, 2)) == "it serves tensors on GPUs, not on the CPU"
+    assert "not on meta" in reason(torch.ones(1, 4, 2, 2, device="meta"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    triton._triton_problem.cache_clear()
+    assert reason(torch.ones(1, 4, 2, 2)) == "Triton is not installed"
+    triton._triton_problem.cache_clear()
+
+
+@pytest.mark.parametrize("failing", ["forward", "backward"])
+def test_a_kernel_that_fails_gives_way(
+    failing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One log line, right values, and another backend from then on; asked for, an error."""
+    from emax_timm.ops.triton import backward, forward
+
+    class CompilationError(Exception):
+        pass
+
+    CompilationError.__module__ = "triton.compiler.errors"
+
+    def fail(*arguments: object) -> None:
+        raise CompilationError("at 1:2:\nno such instruction")
+
+    monkeypatch.setattr({"forward": forward, "backward": backward}[failing], failing, fail)
+    monkeypatch.setattr(triton, "_failure", None)
+    module = EMAX(8, factor=2)
+    results = []
+    for name in ("portable", "auto"):
+        x = torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        torch.manual_seed(0)
+        with use_backend(name), caplog.at_level(logging.WARNING):
+            out = module(x)
+            out.square().sum().backward()
+        results.append((out.detach(), x.grad))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1
+    assert "without its Triton backend: a kernel cannot be compiled here" in lines[0]
+    assert "no such instruction" in (explain(x, module.weights())["triton"] or "")
+    monkeypatch.setattr(triton, "_failure", None)
+    with (
+        use_backend("triton"),
+        pytest.raises(BackendError, match="triton was asked for, but a ker"),
+    ):
+        module(x).sum().backward()
+
+
+def run_check(*flags: str) -> subprocess.CompletedProcess[str]:
+    # In a process of its own, for here the kernels may be interpreted.
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "emax_cli", "kernels", "check", *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def test_a_kernel_compiles_without_a_gpu() -> None:
+    done = run_check("--kernel", "apply_attention")
+    assert done.returncode == 0, done.stderr
+    *_, line = done.stdout.splitlines()
+    name, registers, spilled, _, loads, wide = line.split()
+    assert (name, spilled) == ("apply_attention", "0")
+    assert 16 <= int(registers) <= 255
+    assert 0 < int(wide) <= int(loads)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target", "sm_5"], "unknown target sm_5: it must be one of sm_80, sm_90"),
+        (["--shape", "big"], "--shape must be channels x size, like 256x56, not big"),
+        (["--kernel", "nothing"], "there is no kernel nothing"),
+    ],
+)
+@pytest.mark.slow
+def test_check_refuses(flags: list[str], message: str) -> None:
+    done = run_check(*flags)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("shape", ["256x56", "512x28", "1024x14", "2048x7"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_no_kernel_spills(target: str, shape: str) -> None:
+    done = run_check("--target", target, "--shape", shape)
+    assert done.returncode == 0, done.stdout + done.stderr

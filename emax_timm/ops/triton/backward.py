@@ -368,15 +368,19 @@ def _fine_maps_backward(step: _Pass, like: Tensor) -> Tensor:
 def _conv1x1_backward(step: _Pass) -> None:
     """Compute the gradient of conv1x1, by part."""
     plan, scratch = step.plan, step.scratch
+
+    def conv1x1_gradient() -> Launch:
+        D = plan.tiles.D
+        rows = config.CONV1X1[0] // (2 if D > 32 else 1)
+        constants = {"d": plan.d, "DP": max(16, D), "N": rows, "PRECISION": config.PRECISION}
+        kernel = backward_kernels.conv1x1_gradient
+        return Launch(kernel, (_conv1x1_parts(plan),), constants, config.CONV1X1[1])
+
     plan.launch(
         "conv1x1",
         (scratch.of_before, step.pooled.pooled, scratch.of_conv1x1, plan.strips // plan.d),
-        lambda: Launch(
-            backward_kernels.conv1x1_gradient, (_conv1x1_parts(plan),),
-            {"d": plan.d, "DP": max(16, plan.tiles.D), "N": config.CONV1X1[0] // (2 if plan.tiles.D > 32 else 1),
-             "PRECISION": config.PRECISION}, config.CONV1X1[1],
-        ),
-    )  # fmt: skip
+        conv1x1_gradient,
+    )
 
 
 def _add_up(step: _Pass) -> None:

@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from .backward import backward
 from .forward import forward
 from .plan import Launch, recorded_launches
 
-__all__ = ["TARGETS", "CompiledKernel", "compile_kernel", "launches_of"]
+__all__ = ["TARGETS", "CompiledKernel", "check", "compile_kernel", "launches_of"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -72,6 +74,34 @@ def launches_of(
     with recorded_launches() as second:
         backward(torch.empty_like(x), x, weights, noise, saved[0])
     return first, second
+
+
+def check(
+    weights: EMAXWeights, shape: tuple[int, int, int, int], target: str, kernels: Sequence[str] = ()
+) -> dict[str, CompiledKernel]:
+    """Compile the kernels of both passes over x of this shape, in bfloat16 and channels_last.
+
+    Args:
+        weights: The constants and tensors of the layer.
+        shape: The shape of x, [b, c, h, w].
+        target: A name in `TARGETS`.
+        kernels: Names of kernels; by default all.
+
+    Returns:
+        What each kernel needs, by its name; a kernel with several variants has a name for each.
+    """
+    results: dict[str, CompiledKernel] = {}
+    seen = set()
+    for launch in chain(*launches_of(weights, shape, torch.bfloat16, True)):
+        name = launch.kernel.__name__
+        key = (name, tuple(launch.constants.items()), tuple(a is None for a in launch.arguments))
+        if key in seen or (kernels and name not in kernels):
+            continue
+        seen.add(key)
+        variant = sum(known[0] == name for known in seen)
+        full = name if variant == 1 else f"{name} {variant}"
+        results[full] = compile_kernel(launch, TARGETS[target])
+    return results
 
 
 def compile_kernel(launch: Launch, target: GPUTarget) -> CompiledKernel:
@@ -127,8 +157,11 @@ def _described(compiled: Any, target: GPUTarget) -> CompiledKernel:
     code = compiled.asm["ptx"]
     loads = re.findall(r"ld\.global[\w.:]*", code)
     wide = [load for load in loads if ".v4." in load or ".v8." in load]
+    # Loads ahead go to shared memory.
+    ahead = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]+\], \[[^]]+\], (\w+)", code)
+    wide += [size for size in ahead if int(size, 0) >= 16]
     registers, spilled = _ptxas(code)
-    return CompiledKernel(registers, spilled, shared, len(loads), len(wide))
+    return CompiledKernel(registers, spilled, shared, len(loads) + len(ahead), len(wide))
 
 
 def _ptxas(code: str) -> tuple[int, int]:

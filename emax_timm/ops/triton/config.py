@@ -61,7 +61,7 @@ class Tiles(NamedTuple):
         return {"R": rows, "WB": columns, "N": self.N, "STAGES": size[2]}
 
     def pixels(self, size: tuple[int, int, int], image: int) -> int:
-        """Return the pixels of a tile of `size` (elements, warps, stages) for an image of so many."""
+        """Return the pixels of a tile of `size` (elements, warps, stages), at most the image's."""
         return min(power_of_two(image), max(1, size[0] // (self.G * self.D)))
 
 
