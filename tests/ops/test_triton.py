@@ -172,15 +172,16 @@ def test_what_does_not_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(x: torch.Tensor, **knobs: int) -> str:
         return explain(x, EMAX(x.shape[1], **knobs).weights())["triton"] or ""
 
-    assert "float32, bfloat16 and float16, not float64" in reason(torch.ones(1, 4, 2, 2).double())
-    assert "256 channels, not 1 of 300" in reason(torch.ones(1, 300, 2, 2), factor=1)
+    here = torch.ones(1, 4, 2, 2, device=DEVICE)
+    assert "float32, bfloat16 and float16, not float64" in reason(here.double())
+    assert "256 channels, not 1 of 300" in reason(here.repeat(1, 75, 1, 1), factor=1)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert reason(torch.ones(1, 4, 2, 2)) == "it serves tensors on GPUs, not on the CPU"
     assert "not on meta" in reason(torch.ones(1, 4, 2, 2, device="meta"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
     triton._triton_problem.cache_clear()
-    assert reason(torch.ones(1, 4, 2, 2)) == "Triton is not installed"
+    assert reason(here) == "Triton is not installed"
     triton._triton_problem.cache_clear()
 
 
@@ -201,10 +202,11 @@ def test_a_kernel_that_fails_gives_way(
 
     monkeypatch.setattr({"forward": forward, "backward": backward}[failing], failing, fail)
     monkeypatch.setattr(triton, "_failure", None)
-    module = EMAX(8, factor=2)
+    module = EMAX(8, factor=2).to(DEVICE)
+    images = torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     results = []
     for name in ("portable", "auto"):
-        x = torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x = images.clone().requires_grad_()
         torch.manual_seed(0)
         with use_backend(name), caplog.at_level(logging.WARNING):
             out = module(x)
