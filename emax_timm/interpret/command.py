@@ -16,7 +16,7 @@ from ..models.gradcam import GRAD_CAM_NEEDED
 from ..models.labels import class_namer
 from ..runner import command
 from ..training.config import AT_LEAST_1, UsageError, from_mapping, option, parse_settings
-from ..training.data.decoding import BrokenImageError, open_image
+from ..training.data.decoding import CorruptImageError, open_image
 from ..training.journal import LAYERS, read_rows
 from ..training.loading import DEFAULT_MODEL, load_model
 from .contents import image_section, look, model_sections
@@ -106,8 +106,8 @@ def make_report(
     def open_source(source: Source) -> Image.Image:
         try:
             return open_image(source.path, "RGB", config.exif_orientation)
-        except BrokenImageError as error:
-            raise UsageError(f"broken image {source.path}: {error}") from None
+        except CorruptImageError as error:
+            raise UsageError(f"corrupt image {source.path}: {error}") from None
 
     try:
         chosen = spread(sources, config.max_images)

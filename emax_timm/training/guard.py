@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .config import TrainConfig
 from .data import sample_names
-from .data.decoding import BrokenImageError
+from .data.decoding import CorruptImageError
 from .distributed import World
 
 __all__ = ["Agreement", "BadStepError", "Guard", "Step", "agree"]
@@ -38,7 +38,7 @@ class Agreement(NamedTuple):
 
     loss: float
     """Mean loss over the ranks."""
-    broken: int
+    corrupt: int
     """Number of corrupt images in the batches of all ranks."""
     bad: list[int]
     """Ranks whose loss is not finite; if there are none, those with non-finite gradients."""
@@ -46,7 +46,7 @@ class Agreement(NamedTuple):
     """Number of a signal that asks the run to stop, else 0."""
 
 
-def agree(world: World, loss: Tensor, norm: Tensor | None, broken: int, signal: int) -> Agreement:
+def agree(world: World, loss: Tensor, norm: Tensor | None, corrupt: int, signal: int) -> Agreement:
     """Combine the ranks' results of a step, with one all-reduce.
 
     This is the only synchronisation point of a step. (With float16, torch's gradient scaler adds
@@ -56,7 +56,7 @@ def agree(world: World, loss: Tensor, norm: Tensor | None, broken: int, signal: 
         world: The distributed context.
         loss: The loss on this rank, [].
         norm: The norm of the gradients, []; None leaves them unchecked.
-        broken: Number of corrupt images in this rank's batches.
+        corrupt: Number of corrupt images in this rank's batches.
         signal: Number of a signal that this rank has received, else 0.
     """
     flag = 2 * ~loss.isfinite()
@@ -65,17 +65,17 @@ def agree(world: World, loss: Tensor, norm: Tensor | None, broken: int, signal: 
     size = world.size
     values = torch.zeros(2 + 2 * size, dtype=torch.float64, device=world.device)
     values[0] = loss
-    values[1] = broken
+    values[1] = corrupt
     values[2 + world.rank] = flag
     values[2 + size + world.rank] = signal
     # Here the host waits for the device.
-    total, all_broken, *of_ranks = world.sum(values).tolist()
+    total, all_corrupt, *of_ranks = world.sum(values).tolist()
     flags, signals = of_ranks[:size], of_ranks[size:]
     # Gradients are averaged over the ranks, so a loss that is not finite spoils those of all ranks;
     # only the ranks with such a loss are to blame.
     worst = max(flags)
     bad = [rank for rank, flag in enumerate(flags) if flag == worst > 0]
-    return Agreement(total / size, int(all_broken), bad, int(max(signals)))
+    return Agreement(total / size, int(all_corrupt), bad, int(max(signals)))
 
 
 class Guard:
@@ -89,13 +89,13 @@ class Guard:
 
     Attributes:
         recent: Losses of the last 100 steps, across epochs; a spike is far above their median.
-        broken: Number of corrupt images in this epoch's steps so far, over all ranks.
+        corrupt: Number of corrupt images in this epoch's steps so far, over all ranks.
     """
 
     def __init__(self, config: TrainConfig, world: World, model: nn.Module, loader: Any) -> None:
         self.config, self.world, self.model, self.loader = config, world, model, loader
         self.recent: deque[float] = deque(maxlen=100)
-        self.broken = 0
+        self.corrupt = 0
         # A forward pass changes the buffers; copies are kept until the gradients are known to be
         # finite. Grouped by dtype they are copied in a kernel or two, not in one for each buffer.
         groups: dict[torch.dtype, list[Tensor]] = {}
@@ -125,18 +125,18 @@ class Guard:
         Raises:
             BadStepError: On every rank, if the loss or a gradient of any rank is not finite or the
                 loss is a spike, and the policy for that is to stop.
-            BrokenImageError: On every rank, if this step brings the epoch's corrupt images above
+            CorruptImageError: On every rank, if this step brings the epoch's corrupt images above
                 the allowed fraction.
         """
         policy = self._policy(agreed)
-        too_many = self._too_many(step, self.broken + agreed.broken)
+        too_many = self._too_many(step, self.corrupt + agreed.corrupt)
         if policy in ("skip", "stop") or too_many:
             self.undo()
         if too_many:
-            raise BrokenImageError(too_many)
+            raise CorruptImageError(too_many)
         if policy != "step":
             self._report(step, policy, agreed, loss)
-        self.broken += agreed.broken
+        self.corrupt += agreed.corrupt
         if policy == "skip":
             return False
         self.recent.append(agreed.loss)
@@ -153,13 +153,13 @@ class Guard:
             return False
         return loss > self.config.loss_spike * median(self.recent)
 
-    def _too_many(self, step: Step, broken: int) -> str:
+    def _too_many(self, step: Step, corrupt: int) -> str:
         """Return an error message if the epoch has too many corrupt images, else an empty one."""
         fraction = self.config.max_broken_fraction
-        if not broken or broken <= fraction * len(self.loader.dataset):
+        if not corrupt or corrupt <= fraction * len(self.loader.dataset):
             return ""
         return (
-            f"{broken} of {len(self.loader.dataset)} training images are broken by {step}, "
+            f"{corrupt} of {len(self.loader.dataset)} training images are corrupt by {step}, "
             f"more than --max-broken-fraction {fraction}"
         )
 

@@ -28,7 +28,7 @@ def snapshot(run: Run) -> Checkpoint:
         "losses": run.losses,
         "recent": list(run.guard.recent),
         "timing": asdict(run.timing),
-        "broken": run.guard.broken,
+        "broken": run.guard.corrupt,
         "best": run.best and tuple(run.best),
         "best_epoch": run.best_epoch,
         "seconds": run.seconds,
@@ -97,7 +97,7 @@ def _load(run: Run, saved: Checkpoint) -> None:
     run.best_epoch = state["best_epoch"]
     run.losses, run.rows, run.layers = state["losses"], state["rows"], state["layers"]
     run.timing = Timing(**state["timing"])
-    run.guard.broken = state["broken"]
+    run.guard.corrupt = state["broken"]
     run.guard.recent.extend(state["recent"])
 
 

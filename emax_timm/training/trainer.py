@@ -17,8 +17,8 @@ from torch.utils.data import IterableDataset
 from ..files import writing_to
 from . import checkpoint, resume
 from .curves import draw_at_end
-from .data import broken_images, start_epoch
-from .data.decoding import BrokenImageError
+from .data import corrupt_images, start_epoch
+from .data.decoding import CorruptImageError
 from .data.sampling import seed_step
 from .distributed import share_statistics
 from .evaluate import Metrics, autocast, evaluate, improves
@@ -45,7 +45,7 @@ class Trainer(Run):
         Raises:
             BadStepError: If the loss or a gradient is not finite, or the loss is a spike, and the
                 policy is to stop; a checkpoint of the last good step has been written.
-            BrokenImageError: If a validation image or too many training images are corrupt; a
+            CorruptImageError: If a validation image or too many training images are corrupt; a
                 checkpoint has been written, unless only another rank than 0 found such an image.
             Stopped: If a signal asked for it; a checkpoint has been written.
         """
@@ -55,7 +55,7 @@ class Trainer(Run):
                 while self.epoch < self.epochs:
                     self._run_epoch(log)
                 self.finish()
-            except (BadStepError, BrokenImageError):
+            except (BadStepError, CorruptImageError):
                 self._save_checkpoint()
                 raise
 
@@ -71,7 +71,7 @@ class Trainer(Run):
         seconds = time.monotonic() - start
         self.seconds += seconds
         record_epoch(self, log, loss, metrics, lr, seconds)
-        self.losses, self.timing, self.guard.broken = [], Timing(), 0
+        self.losses, self.timing, self.guard.corrupt = [], Timing(), 0
         self.save(metrics)
 
     def train_epoch(self) -> float:
@@ -79,7 +79,7 @@ class Trainer(Run):
 
         Raises:
             BadStepError: On every rank, as `train_step` raises it.
-            BrokenImageError: On every rank, if too many images are corrupt.
+            CorruptImageError: On every rank, if too many images are corrupt.
             Stopped: On every rank, if any rank has received a signal.
         """
         first = self.step - self.epoch * self.steps_per_epoch
@@ -134,7 +134,7 @@ class Trainer(Run):
         Raises:
             BadStepError: On every rank, before the step, if the loss or a gradient of any rank is
                 not finite or the loss is a spike, and the policy for that is to stop.
-            BrokenImageError: On every rank, before the step, if it brings the epoch's corrupt
+            CorruptImageError: On every rank, before the step, if it brings the epoch's corrupt
                 images above the allowed fraction.
         """
         self.guard.keep()
@@ -206,8 +206,8 @@ class Trainer(Run):
 
     def _agree(self, loss: Tensor, norm: Tensor | None) -> Agreement:
         """Combine the ranks' results of the step; here the host waits for the device."""
-        broken = broken_images(self.train_loader, self._place().batches)
-        agreed = agree(self.world, loss, norm, broken, self.stop.number)
+        corrupt = corrupt_images(self.train_loader, self._place().batches)
+        agreed = agree(self.world, loss, norm, corrupt, self.stop.number)
         self.stopping = agreed.signal
         return agreed
 

@@ -28,7 +28,7 @@ class TrainDataOptions:
         0.01,
         "not in timm: stop if more than this fraction of an epoch's images cannot be read; up to "
         "it they are named, and replaced by others (folders, tars and hfds data; in validation a "
-        "broken image is always an error)",
+        "corrupt image is always an error)",
         bounds=FRACTION,
     )
     train_num_samples: int | None = option(None, "images of an iterable training split")

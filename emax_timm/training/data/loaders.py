@@ -15,7 +15,7 @@ from .decoding import ConvertedImages
 from .sampling import KeyedBatches, KeyedDataset, KeyedErasing
 
 __all__ = [
-    "broken_images",
+    "corrupt_images",
     "evaluation_loader",
     "sample_names",
     "start_epoch",
@@ -127,7 +127,7 @@ def sample_names(loader: Any, batch: int) -> list[str]:
     return [_name(loader.dataset.dataset, key.image) for key in loader.batch_sampler.batch(batch)]
 
 
-def broken_images(loader: Any, batches: Iterable[int]) -> int:
+def corrupt_images(loader: Any, batches: Iterable[int]) -> int:
     """Count the corrupt images in batches of the current epoch that have been loaded.
 
     The corrupt images of a stream are not counted.
@@ -135,7 +135,7 @@ def broken_images(loader: Any, batches: Iterable[int]) -> int:
     sampler = loader.batch_sampler
     if not isinstance(sampler, KeyedBatches):
         return 0
-    return sum(loader.dataset.count_broken(sampler.batch(number)) for number in batches)
+    return sum(loader.dataset.count_corrupt(sampler.batch(number)) for number in batches)
 
 
 def _name(dataset: Any, index: int) -> str:
