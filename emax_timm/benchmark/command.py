@@ -56,7 +56,7 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
 
 def _modules(options: argparse.Namespace) -> Result:
     found = layers.measure_modules(
-        options.shapes, options.rounds, *_tensors(options), options.systems
+        options.shapes, options.rounds, *_tensors(options), options.methods
     )
     return found, layers.report_modules(found)
 
@@ -64,7 +64,7 @@ def _modules(options: argparse.Namespace) -> Result:
 def _models(options: argparse.Namespace) -> Result:
     setting = networks.Setting(options.batch_size, options.img_size, *_tensors(options))
     found = networks.measure_models(
-        options.models, setting, options.rounds, options.systems, training=not options.no_training
+        options.models, setting, options.rounds, options.methods, training=not options.no_training
     )
     return found, networks.report_models(found)
 
@@ -72,7 +72,7 @@ def _models(options: argparse.Namespace) -> Result:
 def _onnx(options: argparse.Namespace) -> Result:
     tensors = _device(options), torch.float32, torch.contiguous_format
     setting = networks.Setting(options.batch_size, options.img_size, *tensors)
-    found = onnx.measure_onnx(options.models, setting, options.rounds, options.systems)
+    found = onnx.measure_onnx(options.models, setting, options.rounds, options.methods)
     return found, onnx.report_onnx(found)
 
 
@@ -103,7 +103,7 @@ def _growth(options: argparse.Namespace) -> Result:
         growth.check_drawing()
     base = growth.Point(*options.shape, factor=options.factor)
     found = growth.measure_growth(
-        base, options.steps, options.rounds, *_tensors(options), options.systems
+        base, options.steps, options.rounds, *_tensors(options), options.methods
     )
     report = growth.report_growth(found)
     if options.plot is not None:
@@ -116,7 +116,7 @@ def _growth(options: argparse.Namespace) -> Result:
 
 def _settings(options: argparse.Namespace) -> Result:
     device = _device(options)
-    found = settings.measure_settings(options.shapes, options.rounds, device, options.systems)
+    found = settings.measure_settings(options.shapes, options.rounds, device, options.methods)
     return found, settings.report_settings(found)
 
 
@@ -147,14 +147,41 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
         description="Measure what the attention costs, against its peers in the same run.",
     )
     commands = parser.add_subparsers(title="what is measured", required=True, metavar="WHAT")
+    _add_layer_benchmarks(commands)
+    _add_network_benchmarks(commands)
+    _add_training_benchmarks(commands)
+    return parser
 
+
+def _add_layer_benchmarks(commands: Any) -> None:
     one = _command(commands, _modules, "single layers", rounds=21)
-    _add_systems(one, layers.SYSTEMS)
+    _add_methods(one, layers.METHODS)
     _add_tensors(one)
     _add_shapes(one)
 
+    one = _command(commands, _growth, "how time and memory grow with the input", rounds=5)
+    _add_methods(one, layers.METHODS)
+    _add_tensors(one)
+    text = "shape of the input whose channels, side and batch are halved and doubled"
+    shape = (8, 256, 28, 28)
+    one.add_argument("--shape", type=_shape, default=shape, metavar="BxCxHxW", help=text)
+    text = "upper bound of the number of channel groups, which is halved and doubled too"
+    one.add_argument("--factor", type=_count, default=32, metavar="N", help=text)
+    text = "number of times that each is halved, and doubled"
+    one.add_argument("--steps", type=_count, default=2, metavar="N", help=text)
+    text = "also draw the curves, as an SVG file"
+    one.add_argument("--plot", type=Path, metavar="FILE", help=text)
+
+    text = "single layers in other layouts, types and instructions"
+    one = _command(commands, _settings, text, rounds=21)
+    _add_methods(one, layers.METHODS)
+    _add_device(one)
+    _add_shapes(one)
+
+
+def _add_network_benchmarks(commands: Any) -> None:
     one = _command(commands, _models, "whole networks", rounds=7)
-    _add_systems(one, networks.SYSTEMS)
+    _add_methods(one, networks.METHODS)
     text = "leave out the training step, which torch.compile takes minutes to compile"
     one.add_argument("--no-training", action="store_true", help=text)
     _add_tensors(one)
@@ -162,43 +189,31 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
     _add_images(one, batch=8, size=224)
 
     one = _command(commands, _onnx, "whole networks in ONNX Runtime", rounds=21)
-    _add_systems(one, onnx.SYSTEMS)
-    one.set_defaults(systems=onnx.SYSTEMS)
+    _add_methods(one, onnx.METHODS)
+    one.set_defaults(methods=onnx.METHODS)
     _add_device(one)
     _add_networks(one)
     _add_images(one, batch=1, size=224)
 
-    one = _command(commands, _train, "the training loop, against timm's", rounds=5)
-    one.add_argument("--model", default="resnet10t_emax", metavar="NAME", help="of a timm model")
-    _add_device(one)
-    _add_images(one, batch=64, size=32)
-    one.add_argument("--workers", "-j", type=int, default=0, metavar="N", help="of the loaders")
-    one.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
-    text = "with train/ of classes; else the sample of Fashion-MNIST"
-    one.add_argument("--data-dir", type=Path, metavar="DIR", help=text)
-
-    one = _command(commands, _growth, "how time and memory grow with the input", rounds=5)
-    _add_systems(one, layers.SYSTEMS)
-    _add_tensors(one)
-    text = "from which channels, side and batch are halved and doubled"
-    shape = (8, 256, 28, 28)
-    one.add_argument("--shape", type=_shape, default=shape, metavar="BxCxHxW", help=text)
-    one.add_argument("--factor", type=_count, default=32, metavar="N", help="likewise")
-    one.add_argument("--steps", type=_count, default=2, metavar="N", help="how often")
-    one.add_argument("--plot", type=Path, metavar="FILE", help="also draw the curves, an SVG")
-
-    text = "single layers in other layouts, types and instructions"
-    one = _command(commands, _settings, text, rounds=21)
-    _add_systems(one, layers.SYSTEMS)
-    _add_device(one)
-    _add_shapes(one)
-
     one = _command(commands, _startup, "import and creation in fresh processes", rounds=7)
     _add_networks(one)
 
+
+def _add_training_benchmarks(commands: Any) -> None:
+    one = _command(commands, _train, "the training loop, against timm's", rounds=5)
+    text = "name of a timm model"
+    one.add_argument("--model", default="resnet10t_emax", metavar="NAME", help=text)
+    _add_device(one)
+    _add_images(one, batch=64, size=32)
+    text = "processes that load images; 0 loads in the main process"
+    one.add_argument("--workers", "-j", type=int, default=0, metavar="N", help=text)
+    one.add_argument("--amp", action="store_true", help="train in bfloat16 mixed precision")
+    text = "folder with train/, a folder of class folders; else the sample of Fashion-MNIST is used"
+    one.add_argument("--data-dir", type=Path, metavar="DIR", help=text)
+
     one = _command(commands, _threads, "training beside a busy process, on the CPU", rounds=5)
-    one.add_argument("--steps", type=_count, default=10, metavar="N", help="of each turn")
-    return parser
+    text = "training steps in each round"
+    one.add_argument("--steps", type=_count, default=10, metavar="N", help=text)
 
 
 def _command(
@@ -209,12 +224,14 @@ def _command(
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
-        description=f"Measure {text}, in turns.",
+        description=f"Measure {text}, in interleaved rounds.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--rounds", type=_count, default=rounds, metavar="N", help="of turns")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    text = "number of interleaved rounds; in each of them every method is measured once"
+    parser.add_argument("--rounds", type=_count, default=rounds, metavar="N", help=text)
+    text = "also write the measurements to FILE, as JSON"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
     mark = f"benchmark {name}"
     begin, end = marks(mark)
     text = f"also put the tables between the lines {begin} and {end} of FILE"
@@ -223,19 +240,30 @@ def _command(
     return parser
 
 
-def _add_systems(parser: argparse.ArgumentParser, systems: Sequence[str]) -> None:
-    text = f"of {'; '.join(systems)}; the usual ones that can be had"
-    parser.add_argument("--systems", nargs="+", choices=systems, metavar="NAME", help=text)
+def _add_methods(parser: argparse.ArgumentParser, methods: Sequence[str]) -> None:
+    parser.add_argument(
+        "--methods",
+        "--systems",
+        nargs="+",
+        type=_method,
+        choices=methods,
+        metavar="NAME",
+        help=f"methods to compare, of {'; '.join(methods)} (without this option, the usual ones "
+        "that are available)",
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, …")
+    parser.add_argument("--device", default="cpu", help="device to measure on: cpu, cuda, …")
 
 
 def _add_tensors(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
-    parser.add_argument("--channels-last", action="store_true", help="instead of contiguous")
+    types = ["float32", "bfloat16", "float64"]
+    text = "dtype of the input and the weights"
+    parser.add_argument("--dtype", default="float32", choices=types, help=text)
+    text = "measure in channels_last memory format, instead of contiguous"
+    parser.add_argument("--channels-last", action="store_true", help=text)
 
 
 def _add_shapes(parser: argparse.ArgumentParser) -> None:
@@ -245,21 +273,25 @@ def _add_shapes(parser: argparse.ArgumentParser) -> None:
         type=_shape,
         default=layers.SHAPES,
         metavar="BxCxHxW",
-        help="of the input; ResNet-50's",
+        help="shapes of the input; by default those of ResNet-50's stages",
     )
 
 
 def _add_networks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--models", nargs="+", default=networks.BASES, metavar="NAME", help="plain twins' names"
-    )
+    text = "names of baselines, which are compared with their variants with attention"
+    parser.add_argument("--models", nargs="+", default=networks.BASES, metavar="NAME", help=text)
 
 
 def _add_images(parser: argparse.ArgumentParser, batch: int, size: int) -> None:
-    parser.add_argument(
-        "--batch-size", "-b", type=_count, default=batch, metavar="N", help="of images"
-    )
-    parser.add_argument("--img-size", type=_count, default=size, metavar="N", help="side in pixels")
+    text = "images in a batch"
+    parser.add_argument("--batch-size", "-b", type=_count, default=batch, metavar="N", help=text)
+    text = "side of the square images in pixels"
+    parser.add_argument("--img-size", type=_count, default=size, metavar="N", help=text)
+
+
+def _method(text: str) -> str:
+    name, *mode = text.split(", ")
+    return ", ".join(["baseline" if name == "plain" else name, *mode])  # an earlier name
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -24,10 +24,10 @@ from .timing import (
 
 __all__ = [
     "IN_CPP",
+    "METHODS",
     "PASSES",
     "SAVED",
     "SHAPES",
-    "SYSTEMS",
     "available",
     "computed",
     "cpp_serves",
@@ -63,10 +63,10 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
 COMPILED = ("EMAX", "SE", "CBAM", "CoordAttn")
 IN_CPP = ("EMAX", "EMA")
 # The methods to measure: every layer in PyTorch, and some of them compiled or in C++ too.
-SYSTEMS = [
-    f"{name}{way}"
+METHODS = [
+    f"{name}{mode}"
     for name in LAYERS
-    for way, names in (("", LAYERS), (", compiled", COMPILED), (", C++", IN_CPP))
+    for mode, names in (("", LAYERS), (", compiled", COMPILED), (", C++", IN_CPP))
     if name in names
 ]
 PASSES = ("forward", "forward + backward")
@@ -109,7 +109,7 @@ def measure_modules(
     device: torch.device,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
-    systems: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Time every method on every shape: forward in eval mode, and both passes in training mode.
 
@@ -119,23 +119,23 @@ def measure_modules(
         device: The device of the inputs and the layers.
         dtype: Their dtype.
         memory_format: The memory format of the inputs.
-        systems: The methods, of `SYSTEMS`; None for all that are available.
+        methods: The methods, of `METHODS`; None for all that are available.
 
     Returns:
-        `times[passes][system][shape]`, seconds as in `Measured`, and `saved[system][shape]`, bytes
+        `times[passes][method][shape]`, seconds as in `Measured`, and `saved[method][shape]`, bytes
         kept for the backward pass relative to those of x.
 
     Raises:
         BackendError: If the C++ backend is requested, but is not built.
     """
-    if systems is None:
-        systems = available(SYSTEMS, device, dtype)
+    if methods is None:
+        methods = available(METHODS, device, dtype)
     times: dict[str, dict[str, list[Measured]]] = {passes: {} for passes in PASSES}
     saved: dict[str, list[float]] = {}
     for shape in shapes:
         x = random_features(shape, device, dtype, memory_format)
-        measured, kept = measure_shape(systems, x, rounds)
-        for name in systems:
+        measured, kept = measure_shape(methods, x, rounds)
+        for name in methods:
             saved.setdefault(name, []).append(kept[name] / (x.numel() * x.element_size()))
             for passes in PASSES:
                 times[passes].setdefault(name, []).append(measured[passes][name])
@@ -158,21 +158,21 @@ def random_features(
 
 
 def measure_shape(
-    systems: Sequence[str], x: Tensor, rounds: int, factor: int | None = None
+    methods: Sequence[str], x: Tensor, rounds: int, factor: int | None = None
 ) -> tuple[dict[str, dict[str, Measured]], dict[str, int]]:
     """Time methods on one input, and count the bytes that they keep for the backward pass.
 
     Args:
-        systems: The methods, of `SYSTEMS`.
+        methods: The methods, of `METHODS`.
         x: The input, [b, c, h, w].
         rounds: How often each time is measured.
         factor: The factor of the layers that have one; None for their default.
 
     Returns:
-        `times[passes][system]`, seconds as in `Measured`, and the bytes by method.
+        `times[passes][method]`, seconds as in `Measured`, and the bytes by method.
     """
     torch.compiler.reset()
-    layers = {name: _layer(name, x.shape[1], factor).to(x.device, x.dtype) for name in systems}
+    layers = {name: _layer(name, x.shape[1], factor).to(x.device, x.dtype) for name in methods}
     saved = {
         name: computed(name, partial(saved_bytes, layer.train(), x))()
         for name, layer in layers.items()
@@ -190,23 +190,23 @@ def cpp_serves(device: torch.device, dtype: torch.dtype) -> bool:
     return explain(x, EMAX(1, device=device).weights())["cpp"] is None
 
 
-def available(systems: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[str]:
+def available(methods: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[str]:
     """Select the methods that can run here: those in C++ need the C++ backend."""
     served = cpp_serves(device, dtype)
-    return [name for name in systems if served or "C++" not in name]
+    return [name for name in methods if served or "C++" not in name]
 
 
-def has_factor(system: str) -> bool:
+def has_factor(method: str) -> bool:
     """Tell whether a method has a `factor`, the upper bound of its number of channel groups."""
-    return system.partition(", ")[0] in ("naive EMAX", "EMAX", "EMA")
+    return method.partition(", ")[0] in ("naive EMAX", "EMAX", "EMA")
 
 
-def _layer(system: str, channels: int, factor: int | None) -> nn.Module:
-    name, _, way = system.partition(", ")
-    options = {} if factor is None or not has_factor(system) else {"factor": factor}
+def _layer(method: str, channels: int, factor: int | None) -> nn.Module:
+    name, _, mode = method.partition(", ")
+    options = {} if factor is None or not has_factor(method) else {"factor": factor}
     layer: Any = LAYERS[name](channels, **options)
     differ_in_groups(layer)
-    if way == "compiled":
+    if mode == "compiled":
         layer = torch.compile(layer, dynamic=False, fullgraph=True)
     return layer
 
@@ -220,9 +220,9 @@ def differ_in_groups(network: nn.Module) -> None:
             nn.init.zeros_(controller.bias)
 
 
-def computed(system: str, call: Callable[[], Any]) -> Callable[[], Any]:
+def computed(method: str, call: Callable[[], Any]) -> Callable[[], Any]:
     """Wrap a call to run with the backend that belongs to the method: C++ or portable."""
-    backend = "cpp" if system.endswith("C++") else "portable"
+    backend = "cpp" if method.endswith("C++") else "portable"
 
     def run() -> Any:
         with use_backend(backend):
@@ -300,9 +300,9 @@ def report_modules(found: dict[str, Any]) -> str:
 def _ratios(bound: Bound, found: dict[str, Any]) -> list[float]:
     """Return the ratio that a bound limits, for each shape; empty if it was not measured."""
     if bound.what == SAVED:
-        return found["saved"].get(bound.system, [])
+        return found["saved"].get(bound.method, [])
     times = found["times"][bound.what]
-    pairs = zip(times.get(bound.system, []), times.get(bound.over, []), strict=False)
+    pairs = zip(times.get(bound.method, []), times.get(bound.over, []), strict=False)
     return [ours.median / theirs.median for ours, theirs in pairs]
 
 

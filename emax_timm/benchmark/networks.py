@@ -21,8 +21,8 @@ from .timing import Measured, described, interleaved, machine, milliseconds
 
 __all__ = [
     "BASES",
+    "METHODS",
     "NETWORKS",
-    "SYSTEMS",
     "Setting",
     "check_networks",
     "inference",
@@ -36,8 +36,8 @@ BASES = ["resnet50", "convnext_tiny"]
 INFERENCE, STEP, PEAK = "inference", "training step", "peak memory"
 UNITS = {INFERENCE: "ms", STEP: "ms", PEAK: "MB"}
 # Methods by the suffix of a model's name. All but EMAX are built without the residual gate.
-NETWORKS = {"plain": "", "SE": "_se", "CBAM": "_cbam", "EMA": "_ema", "EMAX": "_emax"}
-SYSTEMS = [*NETWORKS, "EMAX, C++", "plain, compiled", "SE, compiled", "EMAX, compiled"]
+NETWORKS = {"baseline": "", "SE": "_se", "CBAM": "_cbam", "EMA": "_ema", "EMAX": "_emax"}
+METHODS = [*NETWORKS, "EMAX, C++", "baseline, compiled", "SE, compiled", "EMAX, compiled"]
 
 
 class Setting(NamedTuple):
@@ -53,8 +53,8 @@ class Setting(NamedTuple):
 
 # Each bound must hold for every network.
 BOUNDS = [
-    Bound(INFERENCE, "EMAX, C++", "plain", 1.1),
-    Bound(INFERENCE, "EMAX, compiled", "plain, compiled", 1.2),
+    Bound(INFERENCE, "EMAX, C++", "baseline", 1.1),
+    Bound(INFERENCE, "EMAX, compiled", "baseline, compiled", 1.2),
     Bound(STEP, "EMAX, C++", "SE", 1.15),
     Bound(PEAK, "EMAX, C++", "SE", 1.05),
 ]
@@ -64,7 +64,7 @@ def measure_models(
     bases: Sequence[str],
     setting: Setting,
     rounds: int,
-    systems: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
     training: bool = True,
 ) -> dict[str, Any]:
     """Time inference and a training step of each network, and measure the step's peak memory.
@@ -76,43 +76,43 @@ def measure_models(
         bases: Names of baselines that have variants with attention.
         setting: The inputs and the device.
         rounds: How often each time is measured.
-        systems: The methods, of `SYSTEMS`; None for all that are available.
+        methods: The methods, of `METHODS`; None for all that are available.
         training: Whether to measure a training step and its peak memory too.
 
     Returns:
-        `models[base][system]` with `inference` and `training step`, seconds as in `Measured`, and
+        `models[base][method]` with `inference` and `training step`, seconds as in `Measured`, and
         `peak memory`, bytes; None for what was not measured.
 
     Raises:
         BackendError: If the C++ backend is requested, but is not built.
         UsageError: If a network does not exist.
     """
-    if systems is None:
-        systems = available(SYSTEMS, setting.device, setting.dtype)
-    check_networks(bases, systems)
+    if methods is None:
+        methods = available(METHODS, setting.device, setting.dtype)
+    check_networks(bases, methods)
     models: dict[str, Any] = {}
     for base in bases:
         torch.compiler.reset()
-        measurable = [system for system in systems if training and "compiled" not in system]
+        measurable = [method for method in methods if training and "compiled" not in method]
         peaks = {
-            system: _peak_of_a_process(base, system, setting)
-            for system in tqdm(measurable, f"{base}, {PEAK}", leave=False, disable=None)
+            method: _peak_of_a_process(base, method, setting)
+            for method in tqdm(measurable, f"{base}, {PEAK}", leave=False, disable=None)
         }
-        networks = {system: make_network(base, system, setting) for system in systems}
+        networks = {method: make_network(base, method, setting) for method in methods}
         times: dict[str, dict[str, Measured]] = {}
         for what, make in ((INFERENCE, inference), (STEP, _training_step))[: 1 + training]:
             calls = {
-                system: computed(system, make(network, setting))
-                for system, network in networks.items()
+                method: computed(method, make(network, setting))
+                for method, network in networks.items()
             }
             times[what] = interleaved(calls, rounds, setting.device)
         models[base] = {
-            system: {
-                INFERENCE: times[INFERENCE][system],
-                STEP: times[STEP][system] if training else None,
-                PEAK: peaks.get(system),
+            method: {
+                INFERENCE: times[INFERENCE][method],
+                STEP: times[STEP][method] if training else None,
+                PEAK: peaks.get(method),
             }
-            for system in systems
+            for method in methods
         }
     return {
         "machine": machine(setting.device),
@@ -125,24 +125,24 @@ def measure_models(
     }
 
 
-def check_networks(bases: Sequence[str], systems: Sequence[str]) -> None:
+def check_networks(bases: Sequence[str], methods: Sequence[str]) -> None:
     """Raise UsageError with the nearest name if one of the networks does not exist."""
-    names = [base + NETWORKS[system.partition(", ")[0]] for base in bases for system in systems]
+    names = [base + NETWORKS[method.partition(", ")[0]] for base in bases for method in methods]
     for name in names:
         if not timm.is_model(name):
             spelt = nearest(name, timm.list_models())
             raise UsageError(f"there is no model {name}; the nearest name is {spelt}")
 
 
-def make_network(base: str, system: str, setting: Setting) -> nn.Module:
+def make_network(base: str, method: str, setting: Setting) -> nn.Module:
     """Create a method's variant of the baseline `base`, in training mode."""
-    name, _, way = system.partition(", ")
-    compared = name not in ("plain", "EMAX")
+    name, _, mode = method.partition(", ")
+    compared = name not in ("baseline", "EMAX")
     options: dict[str, Any] = {"attn_kwargs": {"gate_init": None}} if compared else {}
     network: Any = timm.create_model(base + NETWORKS[name], **options)
     differ_in_groups(network)
     network = network.to(setting.device, setting.dtype, memory_format=setting.memory_format)
-    if way == "compiled":
+    if mode == "compiled":
         network = torch.compile(network, dynamic=False)
     return network
 
@@ -178,15 +178,15 @@ def _training_step(network: nn.Module, setting: Setting) -> Callable[[], Any]:
     return call
 
 
-def _peak_of_a_process(base: str, system: str, setting: Setting) -> int:
+def _peak_of_a_process(base: str, method: str, setting: Setting) -> int:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (base, system, setting))
+        return pool.apply(_peak, (base, method, setting))
 
 
-def _peak(base: str, system: str, setting: Setting) -> int:
+def _peak(base: str, method: str, setting: Setting) -> int:
     """Return the peak memory of this process in bytes, after three training steps."""
-    network = make_network(base, system, setting)
-    step = computed(system, _training_step(network, setting))
+    network = make_network(base, method, setting)
+    step = computed(method, _training_step(network, setting))
     for _ in range(3):
         step()
     if setting.device.type == "cuda":
@@ -207,22 +207,22 @@ def _peak(base: str, system: str, setting: Setting) -> int:
 def report_models(found: dict[str, Any]) -> str:
     """Format the result of `measure_models` as Markdown."""
     lines: list[str] = []
-    for base, systems in found["models"].items():
-        peers = [peer for peer in ("plain", "SE", "plain, compiled") if peer in systems]
+    for base, methods in found["models"].items():
+        peers = [peer for peer in ("baseline", "SE", "baseline, compiled") if peer in methods]
         head = [base]
         measured = [
             what
             for what in (INFERENCE, STEP, PEAK)
-            if any(figures[what] is not None for figures in systems.values())
+            if any(figures[what] is not None for figures in methods.values())
         ]
         for what in measured:
             head += [f"{what}, {UNITS[what]}", *(f"/ {peer}" for peer in peers)]
         lines += heading(head)
-        for system, figures in systems.items():
-            cells = [system]
+        for method, figures in methods.items():
+            cells = [method]
             for what in measured:
                 cells.append(_cell(figures[what]))
-                ratios = (_ratio(figures[what], systems[peer][what]) for peer in peers)
+                ratios = (_ratio(figures[what], methods[peer][what]) for peer in peers)
                 cells += ["-" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios]
             lines.append(row(cells))
         lines.append("")
@@ -243,7 +243,7 @@ def report_models(found: dict[str, Any]) -> str:
 
 def _ratios(bound: Bound, models: dict[str, Any]) -> list[float]:
     """Return the ratio that a bound limits, by network; empty if one was not measured."""
-    pairs = [(systems.get(bound.system), systems.get(bound.over)) for systems in models.values()]
+    pairs = [(methods.get(bound.method), methods.get(bound.over)) for methods in models.values()]
     ratios = [
         _ratio(ours[bound.what], theirs[bound.what]) for ours, theirs in pairs if ours and theirs
     ]
