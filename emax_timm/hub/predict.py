@@ -26,7 +26,7 @@ class PredictConfig:
     images: list[str] = option([], "image files", positional=True, metavar="IMAGE")
     model: str = option(
         DEFAULT_MODEL,
-        "name of a timm model with weights, local-dir:FOLDER (such as that of a run) or "
+        "name of a timm model with weights, local-dir:FOLDER (such as a run directory) or "
         "hf-hub:ORG/NAME; the default knows ten kinds of clothes, light on a dark ground",
         "-m",
     )

@@ -29,21 +29,28 @@ __all__ = ["publish", "put_in_index"]
 class PublishConfig:
     """Make a release of a training run's best weights and, with --push, publish it on the hub."""
 
-    run: str | None = option(None, "folder of the run", positional=True, metavar="RUN")
+    run: str | None = option(None, "run directory", positional=True, metavar="RUN")
     repo: str = option("", "ORG/NAME on the hub")
     output: str | None = option(
         None, "folder for the release; replaced if it holds one (default: RUN/release)"
     )
-    push: bool = option(False, "publish it; without, the folder is all that is made")
+    push: bool = option(False, "publish the release; without this flag, only the folder is made")
     private: bool = option(False, "make the repository private, if it does not exist")
-    tag: str = option("", "of the weights (default: what follows the point in NAME)")
+    tag: str = option("", "tag of the weights (default: what follows the point in NAME)")
     license: str | None = option(
-        None, "of the weights (default: apache-2.0, or that of the weights it started from)"
+        None,
+        "licence of the weights (default: apache-2.0, or that of the weights it started from)",
     )
     index: bool = option(False, "with --push: add the weights to the index of the package")
-    index_file: str = option(str(INDEX_FILE), "another index", metavar="FILE")
+    index_file: str = option(
+        str(INDEX_FILE),
+        "index file to add the weights to, instead of the package's",
+        metavar="FILE",
+    )
     data_dir: str | None = option(None, "where the run's data are now")
-    device: str = option("", "cpu, cuda, … (default: cuda if there is one, else cpu)")
+    device: str = option(
+        "", "device to validate on: cpu, cuda, … (default: cuda if there is one, else cpu)"
+    )
     batch_size: int | None = option(
         None, "images per forward pass (default: as the run)", "-b", bounds=AT_LEAST_1
     )

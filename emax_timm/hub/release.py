@@ -16,11 +16,11 @@ from ..files import SUMS, sha256_of
 from ..models.cost import count_macs
 from ..models.weights_index import WEIGHTS, WeightsEntry
 from ..training import checkpoint
+from ..training.commands import read_run, validate_with
 from ..training.config import TrainConfig, UsageError, model_arguments
 from ..training.distributed import World
 from ..training.evaluate import Metrics
 from ..training.loading import create_model
-from ..training.programs import read_run, validate_with
 from ..version import __version__
 from .card import CardFacts, model_card
 
@@ -97,7 +97,7 @@ def make_release(
     """
     config = read_run(run)
     names = ("best_epoch", "epochs", "validation", "test")
-    summary = _read_json(run / SUMMARY, names, "the run has not ended; go on with --resume")
+    summary = _read_json(run / SUMMARY, names, "the run has not ended; continue it with --resume")
     names = ("architecture", "num_classes", "pretrained_cfg")
     described = _read_json(run / checkpoint.MODEL_CONFIG, names, "it is no complete run")
     license = license or _license_of(config)

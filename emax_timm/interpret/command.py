@@ -35,7 +35,7 @@ class VisualizeConfig:
 
     model: str | None = option(
         None,
-        "name of a timm model, local-dir:FOLDER (such as that of a run) or hf-hub:NAME (default: "
+        "name of a timm model, local-dir:FOLDER (such as a run directory) or hf-hub:NAME (default: "
         f"with --checkpoint the model of the config.json beside it, else {DEFAULT_MODEL})",
         "-m",
     )
@@ -58,7 +58,7 @@ class VisualizeConfig:
     )
     top: int = option(3, "classes to name for each image", bounds=AT_LEAST_1)
     batch_size: int = option(32, "images to run at a time", "-b", bounds=AT_LEAST_1)
-    format: str = option("png", "of the figures", choices=tuple(MEDIA_TYPES))
+    format: str = option("png", "format of the figures", choices=tuple(MEDIA_TYPES))
     exif_orientation: bool = option(True, "turn images upright as their EXIF data say")
     overwrite: bool = option(False, "replace an earlier report")
 
@@ -112,7 +112,7 @@ def make_report(
     try:
         chosen = spread(sources, config.max_images)
         found = look(model, sources, chosen, open_source, config.batch_size)
-        sections = model_sections(model, found, _course(config, name), config.format)
+        sections = model_sections(model, found, _statistics_of_layers(config, name), config.format)
         sections += [
             image_section(
                 number,
@@ -229,7 +229,7 @@ def _check_attention(name: str, model: Any) -> None:
         raise UsageError(f"model {name} has no EMAX, EMA, CBAM, SE or ECA layer") from None
 
 
-def _course(config: VisualizeConfig, name: str) -> list[dict[str, Any]]:
+def _statistics_of_layers(config: VisualizeConfig, name: str) -> list[dict[str, Any]]:
     """Read the layers' statistics of the run that the weights are from: a row for each epoch.
 
     The list is empty if the weights are not from a run directory or it has no such file.

@@ -27,7 +27,7 @@ from .figures import (
 )
 from .images import Source
 from .report import Drawing, Section
-from .set_figures import choices_figure, course_figure, gates_figure
+from .set_figures import choices_figure, gates_figure, training_figure
 
 __all__ = ["Findings", "Seen", "image_section", "look", "model_sections"]
 
@@ -108,7 +108,7 @@ def _is_finite(maps: Maps) -> bool:
 def model_sections(
     model: nn.Module,
     found: Findings,
-    course: Sequence[Mapping[str, Any]],
+    statistics: Sequence[Mapping[str, Any]],
     file_format: str,
 ) -> list[Section]:
     """Make the sections on the model's layers, on their training, and on the set of images.
@@ -116,7 +116,8 @@ def model_sections(
     Args:
         model: The model.
         found: Its results on the images.
-        course: The layers' statistics of each epoch; without any, there is no section on training.
+        statistics: The layers' statistics of each epoch; if it is empty, there is no section on
+            training.
         file_format: The format of the figures.
     """
     names = list(found.seen[0].maps)
@@ -125,9 +126,9 @@ def model_sections(
         text = "gamma, and the mean and the range of the residual gate, of each EMAX layer"
         drawings.append(Drawing("gates", text, figure_bytes(gates_figure(model), file_format)))
     sections = [Section("Attention layers", "", _layer_table(model, names), drawings)]
-    if course:
+    if statistics:
         text = "the gates and the mean chosen group count of each EMAX layer over the training"
-        figure = figure_bytes(course_figure(course), file_format)
+        figure = figure_bytes(training_figure(statistics), file_format)
         sections.append(Section("Training", "", (), [Drawing("training", text, figure)]))
     if found.choices:
         choices = {layer: dict(sorted(by.items())) for layer, by in found.choices.items()}

@@ -66,7 +66,7 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
     data_config = data_config_of(config, model)
     model = _place(config, model, world)
     loaders = _open_loaders(config, splits, data_config, num_classes, world)
-    folder = _run_folder(config, data_config, world)
+    folder = _run_directory(config, data_config, world)
     config = _resolve(config, data_config, num_classes, world)
     optimizer = _create_optimizer(config, model)
     steps = -(-len(loaders["train"]) // config.grad_accum_steps)
@@ -240,7 +240,7 @@ def _resolve(
     )
 
 
-def _run_folder(config: TrainConfig, data_config: dict[str, Any], world: World) -> Path:
+def _run_directory(config: TrainConfig, data_config: dict[str, Any], world: World) -> Path:
     """Return the run directory; one that holds another run is refused."""
     if config.resume not in ("", "auto"):
         return Path(config.resume)

@@ -96,7 +96,7 @@ def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> None:
     sums = "".join(f"{sha256_of(content)}  {file}\n" for file, content in files.items())
     path = folder / CHECKPOINTS / name
     path.parent.mkdir(exist_ok=True)
-    if path.exists() and not _is_whole(path):
+    if path.exists() and not _is_intact(path):
         remove(path)
     if not path.exists():  # one of the same step has the same content
         write_folder(path, {**files, SUMS: sums.encode()})
@@ -144,11 +144,11 @@ def load_checkpoint(folder: Path, world: World) -> Checkpoint:
             world.warn(f"a damaged checkpoint is left out: {reason}")
         return found
     if damaged:
-        raise UsageError(f"no checkpoint of {folder} is whole: {damaged[0]}")
+        raise UsageError(f"no checkpoint of {folder} is intact: {damaged[0]}")
     raise UsageError(f"there is no run to resume: {folder} has no checkpoint")
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     try:
         _read_checkpoint(path, torch.device("cpu"))
     except UsageError:

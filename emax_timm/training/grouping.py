@@ -5,7 +5,7 @@ from torch import nn
 from ..attention import set_grouping
 from .config import TrainConfig
 
-__all__ = ["grouping_course", "schedule_grouping"]
+__all__ = ["grouping_schedule", "schedule_grouping"]
 
 
 def schedule_grouping(model: nn.Module, progress: float, config: TrainConfig) -> None:
@@ -16,13 +16,13 @@ def schedule_grouping(model: nn.Module, progress: float, config: TrainConfig) ->
         progress: Steps done over steps in all, in [0, 1].
         config: Its `grouping_warmup` and `grouping_temperature` define the schedule.
     """
-    warmup, temperature = grouping_course(
+    warmup, temperature = grouping_schedule(
         progress, config.grouping_warmup, config.grouping_temperature
     )
     set_grouping(model, warmup=warmup, temperature=temperature)
 
 
-def grouping_course(
+def grouping_schedule(
     progress: float, warmup: list[float], temperature: list[float]
 ) -> tuple[float, float]:
     """Return EMAX's warm-up s and temperature tau at a point in training.

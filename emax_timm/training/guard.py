@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """What all ranks know about a step before it is made."""
+    """The facts about a step that all ranks share before it is made."""
 
     loss: float
     """Mean loss over the ranks."""

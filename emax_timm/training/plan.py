@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
-from ..models.cost import cost_on_paper
+from ..models.cost import estimated_cost
 from ..runner import command
 from .config import (
     Parser,
@@ -38,7 +38,7 @@ FLOAT = 4  # bytes; weights, gradients and states are float32 under --amp too
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a training run will need.
+    """The memory, the steps, the data and the time that a training run needs.
 
     Args:
         input_size: Channels, height and width of the input.
@@ -115,7 +115,7 @@ def make_plan(
     Args:
         gpus: Number of GPUs, with one rank on each.
         train_images: Number of images in the training split.
-        images_per_second: Training speed of all GPUs together, as measured.
+        images_per_second: Training speed in total, over all GPUs, as measured.
 
     Raises:
         UsageError: If the configuration is invalid, or the numbers are too small for a run.
@@ -205,7 +205,7 @@ def _model_costs(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
         model: Any = timm.create_model(config.model, **arguments)
     size = data_config_of(config, model)["input_size"]
     try:
-        macs, kept = cost_on_paper(model, size)
+        macs, kept = estimated_cost(model, size)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         shape = " x ".join(map(str, size))
@@ -240,7 +240,7 @@ def report(made: Plan) -> str:
         ("  optimizer", _giga(made.optimizer_bytes), "its states"),
         ("  average", _giga(made.average_bytes), "the averaged weights"),
         ("  activations", _giga(made.batch_bytes), _activation_note(made)),
-        ("  together", _giga(made.fixed_bytes + made.batch_bytes), "without short-lived memory"),
+        ("  total", _giga(made.fixed_bytes + made.batch_bytes), "without short-lived memory"),
         ("", "", ""),
         ("global batch", f"{made.global_batch:,}", f"{batch} forward passes"),
         ("learning rate", f"{made.learning_rate:g}", "after warm-up and scaling"),
@@ -251,7 +251,7 @@ def report(made: Plan) -> str:
         ("images per epoch", f"{made.images_per_epoch:,}", "a last incomplete batch is dropped"),
         ("images", f"{made.images:,}", "in all, without validation"),
         ("data per epoch", _giga(volume), f"an estimate: {IMAGE_BYTES // 1000} kB per image"),
-        ("data", f"{volume * made.epochs / 1e12:.1f} TB", "an estimate, likewise"),
+        ("data", f"{volume * made.epochs / 1e12:.1f} TB", "an estimate too"),
         ("hours", *hours),
     ]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
@@ -279,7 +279,7 @@ def _parser(prog: str) -> Parser:
     parser = Parser(
         prog,
         description="Work out what a training run will need, without a GPU or data.",
-        epilog="Further flags are those of train, and win over the file.",
+        epilog="Further flags are those of train, and take precedence over the file.",
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file or name of a recipe")
@@ -288,7 +288,7 @@ def _parser(prog: str) -> Parser:
         "--images-per-second",
         type=float,
         metavar="X",
-        help="training speed of all GPUs together, as measured",
+        help="training speed in total, over all GPUs, as measured",
     )
     parser.add_argument(
         "--train-images",

@@ -71,7 +71,7 @@ def restore(run: Run, saved: Checkpoint) -> None:
             )
         run.step = run.epoch * run.steps_per_epoch
     if changes:
-        run.world.warn(f"not to the bit as it would have gone on: {'; '.join(changes)}")
+        run.world.warn(f"not to the bit as it would have continued: {'; '.join(changes)}")
     if run.step > run.epoch * run.steps_per_epoch:
         _warn_within_epoch(run)
     if run.scheduler is not None:
@@ -103,9 +103,9 @@ def _load(run: Run, saved: Checkpoint) -> None:
 
 def _warn_within_epoch(run: Run) -> None:
     if isinstance(run.train_loader.dataset, IterableDataset):
-        run.world.warn("the data are a stream: the epoch goes on with its first images again")
+        run.world.warn("the data are a stream: the epoch continues with its first images again")
     if run.world.size > 1 and run.config.no_ddp_bb and not run.config.sync_bn:
-        run.world.warn("--no-ddp-bb: all ranks go on with the batch norm statistics of rank 0")
+        run.world.warn("--no-ddp-bb: all ranks continue with the batch norm statistics of rank 0")
 
 
 def _plateau(run: Run) -> Any:

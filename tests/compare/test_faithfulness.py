@@ -87,7 +87,7 @@ SMALL = "--seeds 0 1 --attentions emax cbam --steps 1 --train-scenes 64 --test-s
 
 
 @pytest.mark.slow
-def test_benchmark_rates_every_map_and_goes_on_where_it_was(
+def test_benchmark_rates_every_map_and_continues_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tmp_path / "page.md"

@@ -59,7 +59,7 @@ def test_training_skips_and_counts_a_corrupt_image_whatever_the_workers(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_corrupt_images_stop_the_run_and_mended_ones_let_it_go_on(
+def test_too_many_corrupt_images_stop_the_run_and_mended_ones_let_it_continue(
     programs: Interpreter, images: Path, folder: Path, tmp_path: Path, workers: int
 ) -> None:
     paths = break_images(folder, 5)
@@ -81,7 +81,7 @@ def test_too_many_corrupt_images_stop_the_run_and_mended_ones_let_it_go_on(
     assert programs.run(TRAIN, *argv, cwd=tmp_path).status == 0
 
 
-def test_run_that_goes_on_has_counted_the_corrupt_images_before(
+def test_run_that_continues_has_counted_the_corrupt_images_before(
     programs: Interpreter, folder: Path, tmp_path: Path
 ) -> None:
     break_images(folder, 4)

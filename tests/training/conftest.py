@@ -16,7 +16,7 @@ from emax_timm.training.trainer import Trainer
 
 @pytest.fixture
 def trainer_for(images: Path, tmp_path: Path) -> MakeTrainer:
-    """Builds trainers; `name` is the run's folder in `tmp_path`."""
+    """Builds trainers; `name` is the run directory in `tmp_path`."""
 
     def trainer_for(name: str = "run", **options: Any) -> Trainer:
         settings: dict[str, Any] = {

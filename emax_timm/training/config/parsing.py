@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar, Union
 import yaml
 
 from ...errors import UsageError, nearest
-from .options import NOT_HERE
+from .options import UNSUPPORTED_FLAGS
 
 __all__ = [
     "Parser",
@@ -51,8 +51,8 @@ def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[st
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
-        if flag in NOT_HERE:
-            raise UsageError(f"timm's {flag} does not exist here: {NOT_HERE[flag]}")
+        if flag in UNSUPPORTED_FLAGS:
+            raise UsageError(f"timm's {flag} is not supported: {UNSUPPORTED_FLAGS[flag]}")
         flags = [name for name in parser._option_string_actions if name.startswith("--")]
         raise UsageError(_unknown("flag", flag, flags))
     values = vars(given)

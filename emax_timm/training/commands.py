@@ -55,7 +55,7 @@ def train(argv: Sequence[str], prog: str) -> int:
             with catch_signals() as trainer.stop:
                 trainer.run()
     except Stopped as stopped:  # a signal asked for it, which is no error
-        print(f"{prog}: {stopped}; go on with --resume", file=sys.stderr)
+        print(f"{prog}: {stopped}; continue with --resume", file=sys.stderr)
         return 128 + stopped.number
     return 0
 
@@ -156,7 +156,7 @@ def read_run(folder: Path) -> TrainConfig:
 def _run_settings(folder: Path) -> dict[str, Any]:
     path = folder / checkpoint.CONFIG
     if not path.is_file():
-        raise UsageError(f"{folder} is not the folder of a run: it has no {checkpoint.CONFIG}")
+        raise UsageError(f"{folder} is not a run directory: it has no {checkpoint.CONFIG}")
     return read_yaml(path)
 
 
