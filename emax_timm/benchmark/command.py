@@ -15,7 +15,7 @@ from ..files import replace_file
 from ..runner import FailedRunError, command
 from ..tables import marks, text_around, write_between
 from ..training.config import Parser, TrainConfig, UsageError
-from ..training.distributed import open_world
+from ..training.distributed import find_device, open_world
 from . import growth, layers, loop, networks, onnx, settings, startup, threads
 
 __all__ = ["benchmark", "benchmark_parser"]
@@ -131,7 +131,7 @@ def _threads(options: argparse.Namespace) -> Result:
 
 
 def _device(options: argparse.Namespace) -> torch.device:
-    return torch.empty(1, device=options.device).device  # raises if there is no such device
+    return find_device(options.device)
 
 
 def _tensors(options: argparse.Namespace) -> tuple[torch.device, torch.dtype, torch.memory_format]:

@@ -162,7 +162,7 @@ def maps_of(model: Any, scenes: Scenes) -> dict[str, Tensor]:
     coarse = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     maps["random"] = heatmap(coarse, size)
     along = torch.linspace(-1, 1, SIZE)
-    maps["centre"] = -(along[:, None] ** 2 + along**2).expand(n, -1, -1)
+    maps["centre prior"] = -(along[:, None] ** 2 + along**2).expand(n, -1, -1)
     maps["the object itself"] = scenes.masks.float()
     return maps
 

@@ -1,7 +1,6 @@
 """The `emax visualize` command."""
 
 import importlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,5 +241,5 @@ def _statistics_of_layers(config: VisualizeConfig, name: str) -> list[dict[str, 
         return []
     try:
         return read_rows(folder / LAYERS)
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return []

@@ -17,7 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from .config import TrainConfig, UsageError
 
-__all__ = ["RankError", "World", "open_world", "share_statistics"]
+__all__ = ["RankError", "World", "find_device", "open_world", "share_statistics"]
 
 
 class RankError(RuntimeError):
@@ -63,6 +63,36 @@ class World:
                 dist.broadcast(tensor, src=0)
 
 
+def find_device(name: str = "") -> torch.device:
+    """Return the device of a name, after checking that it can be computed on.
+
+    Args:
+        name: The device or its type; empty for cuda if there is one, else cpu.
+
+    Raises:
+        UsageError: If there is no such device here; the message names those that there are.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    found += ["mps"] * torch.backends.mps.is_available()
+    here = f"there {'is' if len(found) == 1 else 'are'} {', '.join(found)} here"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name}; {here}") from None
+    if device.type == "meta":
+        raise UsageError(f"tensors on the device meta hold no data, so it computes nothing; {here}")
+    if device.type == "cuda":  # allocating on it would use memory of the first GPU on every rank
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device {name}: no such CUDA device is available; {here}")
+        return device
+    try:
+        torch.zeros(1, device=device)
+    except Exception:  # torch raises various errors for devices that it was built without
+        raise UsageError(f"--device {name}: it cannot be used; {here}") from None
+    return device
+
+
 # Gloo raises plain RuntimeErrors. Most name its source file, but one for a timeout may not.
 GLOO_ERRORS = ("gloo", "Application timeout caused pair closure")
 
@@ -82,14 +112,7 @@ def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
         UsageError: If the device is unknown or not available.
         RankError: If another rank has ended or hangs. (NCCL ends the process itself instead.)
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if torch.device(kind).type == "meta":
-            raise RuntimeError("nothing is computed on it")
-    except RuntimeError:
-        raise UsageError(f"unknown device {kind}; try cpu or cuda") from None
-    if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {kind}: no CUDA device is available; try --device cpu")
+    kind = str(find_device(device))
     if not is_distributed_env():
         yield World(torch.device(kind))
         return

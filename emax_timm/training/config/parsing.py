@@ -152,8 +152,13 @@ def find_config(name: str) -> Path:
         UsageError: If there is neither.
     """
     path = Path(name)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+        if path.exists():
+            raise UsageError(f"config file {name} is not a file")
+    except OSError as error:
+        raise UsageError(f"cannot read config file {name}: {error.strerror}") from None
     package = Path(__file__).parents[2]
     # The wheel has the recipes inside the package, a checkout has them beside it.
     folder = next(
@@ -183,10 +188,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping from a YAML file.
 
     Raises:
-        UsageError: If the file is not valid YAML or holds something else.
+        UsageError: If the file cannot be read, is not valid YAML or holds something else.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
