@@ -140,9 +140,10 @@ def check_bounds(config: Any) -> None:
         if bounds is None or value is None:
             continue
         least, greatest = bounds
-        if not least <= value <= greatest:
-            right = f"at least {least}" if greatest == math.inf else f"in [{least}, {greatest}]"
-            raise UsageError(f"{field.name} must be {right}, not {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if not least <= number <= greatest:
+                right = f"at least {least}" if greatest == math.inf else f"in [{least}, {greatest}]"
+                raise UsageError(f"{field.name} must be {right}, not {number}")
 
 
 def find_config(name: str) -> Path:
@@ -231,18 +232,19 @@ def _parser(kind: type, prog: str) -> Parser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file or name of a recipe")
+    text = "YAML file of options, or name of a recipe"
+    parser.add_argument("-c", "--config", metavar="FILE", help=text)
     hints = typing.get_type_hints(kind)
-    # An options class and each of its bases become a group of flags.
+    # Each base of the options class becomes a group of flags.
     for part in reversed(kind.__mro__[:-1]):
-        group = parser.add_argument_group(part.__doc__)
+        group = parser if part is kind else parser.add_argument_group(part.__doc__)
         for name in vars(part).get("__annotations__", {}):
             field = kind.__dataclass_fields__[name]
             _add_flag(group, field, hints[name])
     return parser
 
 
-def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any) -> None:
+def _add_flag(group: argparse._ActionsContainer, field: dataclasses.Field, hint: Any) -> None:
     name, kind = field.name, _without_none(hint)
     meta = dict(field.metadata)
     default = field.default_factory() if callable(field.default_factory) else field.default
