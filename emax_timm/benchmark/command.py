@@ -15,7 +15,7 @@ from ..files import replace_file
 from ..runner import FailedRunError, command
 from ..tables import marks, text_around, write_between
 from ..training.config import Parser, TrainConfig, UsageError
-from ..training.distributed import find_device, open_world
+from ..training.distributed import find_device, open_distributed_context
 from . import growth, layers, loop, networks, onnx, settings, startup, threads
 
 __all__ = ["benchmark", "benchmark_parser"]
@@ -93,9 +93,9 @@ def _train(options: argparse.Namespace) -> Result | None:
         device=options.device,
         epochs=1 + options.rounds,
     )
-    with open_world(options.device) as world:
-        found = loop.compare(config, world)
-    return (found, loop.report(found)) if world.is_primary else None
+    with open_distributed_context(options.device) as context:
+        found = loop.compare(config, context)
+    return (found, loop.report(found)) if context.is_primary else None
 
 
 def _growth(options: argparse.Namespace) -> Result:

@@ -17,7 +17,7 @@ from ..training.config import (
     option,
     parse_settings,
 )
-from ..training.distributed import open_world
+from ..training.distributed import open_distributed_context
 from .integrity import check_folder
 from .release import Release, make_release
 from .upload import check_repo, upload
@@ -113,10 +113,10 @@ def _make(config: PublishConfig, run: Path) -> Release:
     }
     # By convention a repository is named MODEL.TAG, such as resnet50_emax.fashion_mnist.
     tag = config.tag or config.repo.partition("/")[2].partition(".")[2]
-    with open_world(config.device) as world, lock_folder(run) as free:
+    with open_distributed_context(config.device) as context, lock_folder(run) as free:
         if not free:
             raise UsageError(f"a process is training in {run}; wait for its end")
-        release = make_release(run, config.repo, tag, config.license, world, data)
+        release = make_release(run, config.repo, tag, config.license, context, data)
     if config.index and not release.tag:
         raise UsageError("--index needs a --tag for the weights")
     if config.index and not release.default_architecture:

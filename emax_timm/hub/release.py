@@ -18,7 +18,7 @@ from ..models.weights_index import WEIGHTS, WeightsEntry
 from ..training import checkpoint
 from ..training.commands import read_run, validate_with
 from ..training.config import TrainConfig, UsageError, model_arguments
-from ..training.distributed import World
+from ..training.distributed import DistributedContext
 from ..training.evaluate import Metrics
 from ..training.loading import create_model
 from ..version import __version__
@@ -76,7 +76,12 @@ class Release:
 
 
 def make_release(
-    run: Path, repo: str, tag: str, license: str | None, world: World, data: dict[str, Any]
+    run: Path,
+    repo: str,
+    tag: str,
+    license: str | None,
+    context: DistributedContext,
+    data: dict[str, Any],
 ) -> Release:
     """Make a release of a run's best weights, after validating them once more.
 
@@ -88,7 +93,7 @@ def make_release(
         tag: The pretrained tag of the weights in timm.
         license: The licence of the weights; None for Apache-2.0, or for that of the pretrained
             weights that training started from.
-        world: The distributed context to validate in.
+        context: The distributed context to validate in.
         data: Options of `ValidateConfig` that say where the data are and how they are read.
 
     Raises:
@@ -107,7 +112,7 @@ def make_release(
     model = create_model(described["architecture"], **arguments)
     checkpoint.load_weights(model, run / checkpoint.BEST)
     _check_half(model.state_dict(), run / checkpoint.BEST)
-    metrics = _validated(run, summary, world, data)
+    metrics = _validated(run, summary, context, data)
     described["pretrained_cfg"] |= {"tag": tag, "license": license}
     input_size = tuple(described["pretrained_cfg"]["input_size"])
     facts = CardFacts(
@@ -143,7 +148,7 @@ def make_release(
 
 
 def _validated(
-    run: Path, summary: dict[str, Any], world: World, data: dict[str, Any]
+    run: Path, summary: dict[str, Any], context: DistributedContext, data: dict[str, Any]
 ) -> dict[str, float]:
     """Return the run's recorded metrics, after checking that its weights reproduce them."""
     split = "validation" if summary.get("validation") else "test"
@@ -151,7 +156,7 @@ def _validated(
     if not recorded:
         raise UsageError(f"{run} was neither validated nor tested; there is nothing to publish")
     settings = {"checkpoint": str(run / checkpoint.BEST), **data}
-    found: Metrics = validate_with(settings, world, tested=split == "test")
+    found: Metrics = validate_with(settings, context, tested=split == "test")
     if not abs(found.top1 - recorded["top1"]) <= TOLERANCE:
         raise UsageError(
             f"{run / checkpoint.BEST} gives a top-1 of {found.top1:.3f} in {split}, where the run "

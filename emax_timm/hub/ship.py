@@ -15,7 +15,7 @@ from ..files import replace_file, writing_to
 from ..models.weights_index import INDEX_FILE, WEIGHTS
 from ..runner import command
 from ..training.config import UsageError, from_mapping, option, parse_settings
-from ..training.distributed import open_world
+from ..training.distributed import open_distributed_context
 from .publish import put_in_index
 from .release import make_release
 
@@ -44,9 +44,9 @@ def ship(argv: Sequence[str], prog: str) -> int:
     config = from_mapping(ShipConfig, settings, "the command line")
     if config.run is None or not config.tag:
         raise UsageError("nothing to ship: give RUN --tag TAG")
-    with open_world() as world:
+    with open_distributed_context() as context:
         release = make_release(
-            Path(config.run), "emax-timm/package", config.tag, config.license, world, {}
+            Path(config.run), "emax-timm/package", config.tag, config.license, context, {}
         )
     content = release.files[WEIGHTS]
     if len(content) > LARGEST:

@@ -29,7 +29,7 @@ from .data import (
     open_split,
     same_classes,
 )
-from .distributed import World, open_world
+from .distributed import DistributedContext, open_distributed_context
 from .evaluate import Metrics, evaluate, half_precision
 from .loading import create_model
 from .progress import Progress
@@ -50,8 +50,8 @@ def train(argv: Sequence[str], prog: str) -> int:
         settings = _resumed(settings)
     config = from_mapping(TrainConfig, settings, "the configuration")
     try:
-        with open_world(config.device, config.dist_timeout) as world:
-            trainer = build_trainer(config, world)
+        with open_distributed_context(config.device, config.dist_timeout) as context:
+            trainer = build_trainer(config, context)
             with catch_signals() as trainer.stop:
                 trainer.run()
     except Stopped as stopped:  # a signal asked for it, which is no error
@@ -65,20 +65,22 @@ def validate(argv: Sequence[str], prog: str) -> int:
     """Validate a model as the command line says; returns the exit status."""
     settings = parse_settings(ValidateConfig, argv, prog)
     given = from_mapping(ValidateConfig, settings, "the command line")
-    with open_world(given.device, given.dist_timeout) as world:
-        metrics = validate_with(settings, world)
-        if world.is_primary:
+    with open_distributed_context(given.device, given.dist_timeout) as context:
+        metrics = validate_with(settings, context)
+        if context.is_primary:
             print(metrics)
     return 0
 
 
-def validate_with(settings: dict[str, Any], world: World, tested: bool = True) -> Metrics:
+def validate_with(
+    settings: dict[str, Any], context: DistributedContext, tested: bool = True
+) -> Metrics:
     """Return the metrics of a model or of a run's checkpoint.
 
     Args:
         settings: Options of `ValidateConfig` that were given; a run's configuration beside the
             checkpoint fills in the others.
-        world: The distributed context, whose ranks share the images.
+        context: The distributed context, whose ranks share the images.
         tested: Use the run's test split if it has one; False uses its validation split.
 
     Raises:
@@ -122,11 +124,11 @@ def validate_with(settings: dict[str, Any], world: World, tested: bool = True) -
     if config.num_classes is None:
         _check_classes(config, dataset, model.num_classes)
     data_config = data_config_of(config, model)
-    model.to(world.device)
-    loader = evaluation_loader(config, dataset, data_config, config.batch_size or 256, world)
-    progress = Progress("validation", len(loader), interval=50, enabled=world.is_primary)
-    amp, amp_dtype = bool(config.amp), config.amp_dtype or half_precision(world.device)
-    return evaluate(model, progress.track(loader), world, amp, amp_dtype, config.channels_last)
+    model.to(context.device)
+    loader = evaluation_loader(config, dataset, data_config, config.batch_size or 256, context)
+    progress = Progress("validation", len(loader), interval=50, enabled=context.is_primary)
+    amp, amp_dtype = bool(config.amp), config.amp_dtype or half_precision(context.device)
+    return evaluate(model, progress.track(loader), context, amp, amp_dtype, config.channels_last)
 
 
 def _resumed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from .config import TrainConfig, UsageError
 
-__all__ = ["RankError", "World", "find_device", "open_world", "share_statistics"]
+__all__ = [
+    "DistributedContext",
+    "RankError",
+    "find_device",
+    "open_distributed_context",
+    "share_statistics",
+]
 
 
 class RankError(RuntimeError):
@@ -27,7 +33,7 @@ class RankError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """The distributed context: this process's device and rank, and the number of ranks."""
 
     device: torch.device
@@ -98,7 +104,9 @@ GLOO_ERRORS = ("gloo", "Application timeout caused pair closure")
 
 
 @contextmanager
-def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
+def open_distributed_context(
+    device: str = "", timeout: float = 600.0
+) -> Iterator[DistributedContext]:
     """Join the process group of the run, if it has several ranks; yields the distributed context.
 
     The environment variables of torchrun or Slurm describe the ranks. The process group is left at
@@ -114,7 +122,7 @@ def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
     """
     kind = str(find_device(device))
     if not is_distributed_env():
-        yield World(torch.device(kind))
+        yield DistributedContext(torch.device(kind))
         return
     local_rank, rank, size = world_info_from_env()
     if kind == "cuda":
@@ -128,7 +136,7 @@ def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
     backend = dist.get_default_backend_for_device(kind)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
-        yield World(torch.device(kind), rank, size)
+        yield DistributedContext(torch.device(kind), rank, size)
     except RuntimeError as error:
         from_gloo = any(part in str(error) for part in GLOO_ERRORS)
         if not isinstance(error, dist.DistError) and not from_gloo:
@@ -150,12 +158,12 @@ def _silent_ranks(store: dist.Store, rank: int, size: int, wait: float = 5.0) ->
 
 
 def share_statistics(
-    world: World, config: TrainConfig, model: nn.Module, averaged: ModelEmaV3 | None
+    context: DistributedContext, config: TrainConfig, model: nn.Module, averaged: ModelEmaV3 | None
 ) -> None:
     """Give all ranks the same batch norm statistics, as validation and checkpoints need."""
-    if world.size == 1 or config.sync_bn or not config.dist_bn:
+    if context.size == 1 or config.sync_bn or not config.dist_bn:
         return
-    distribute_bn(model, world.size, config.dist_bn == "reduce")
+    distribute_bn(model, context.size, config.dist_bn == "reduce")
     if averaged is not None:
         # As in a checkpoint within an epoch, the averaged statistics are those of rank 0.
-        distribute_bn(averaged, world.size, reduce=False)
+        distribute_bn(averaged, context.size, reduce=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import TrainConfig
 from .data import sample_names
 from .data.decoding import CorruptImageError
-from .distributed import World
+from .distributed import DistributedContext
 
 __all__ = ["Agreement", "BadStepError", "Guard", "Step", "agree"]
 
@@ -46,14 +46,16 @@ class Agreement(NamedTuple):
     """Number of a signal that asks the run to stop, else 0."""
 
 
-def agree(world: World, loss: Tensor, norm: Tensor | None, corrupt: int, signal: int) -> Agreement:
+def agree(
+    context: DistributedContext, loss: Tensor, norm: Tensor | None, corrupt: int, signal: int
+) -> Agreement:
     """Combine the ranks' results of a step, with one all-reduce.
 
     This is the only synchronisation point of a step. (With float16, torch's gradient scaler adds
     one: it reads whether it has to skip the step.)
 
     Args:
-        world: The distributed context.
+        context: The distributed context.
         loss: The loss on this rank, [].
         norm: The norm of the gradients, []; None leaves them unchecked.
         corrupt: Number of corrupt images in this rank's batches.
@@ -62,14 +64,14 @@ def agree(world: World, loss: Tensor, norm: Tensor | None, corrupt: int, signal:
     flag = 2 * ~loss.isfinite()
     if norm is not None:
         flag = flag + ~norm.isfinite()
-    size = world.size
-    values = torch.zeros(2 + 2 * size, dtype=torch.float64, device=world.device)
+    size = context.size
+    values = torch.zeros(2 + 2 * size, dtype=torch.float64, device=context.device)
     values[0] = loss
     values[1] = corrupt
-    values[2 + world.rank] = flag
-    values[2 + size + world.rank] = signal
+    values[2 + context.rank] = flag
+    values[2 + size + context.rank] = signal
     # Here the host waits for the device.
-    total, all_corrupt, *of_ranks = world.sum(values).tolist()
+    total, all_corrupt, *of_ranks = context.sum(values).tolist()
     flags, signals = of_ranks[:size], of_ranks[size:]
     # Gradients are averaged over the ranks, so a loss that is not finite spoils those of all ranks;
     # only the ranks with such a loss are to blame.
@@ -83,7 +85,7 @@ class Guard:
 
     Args:
         config: Its `nonfinite`, `loss_spike`, `on_spike` and `max_broken_fraction` are the policy.
-        world: The distributed context; all of its ranks decide the same.
+        context: The distributed context; all of its ranks decide the same.
         model: The model, not compiled and not in DistributedDataParallel.
         loader: The training loader, which gives the names of samples.
 
@@ -92,8 +94,10 @@ class Guard:
         corrupt: Number of corrupt images in this epoch's steps so far, over all ranks.
     """
 
-    def __init__(self, config: TrainConfig, world: World, model: nn.Module, loader: Any) -> None:
-        self.config, self.world, self.model, self.loader = config, world, model, loader
+    def __init__(
+        self, config: TrainConfig, context: DistributedContext, model: nn.Module, loader: Any
+    ) -> None:
+        self.config, self.context, self.model, self.loader = config, context, model, loader
         self.recent: deque[float] = deque(maxlen=100)
         self.corrupt = 0
         # A forward pass changes the buffers; copies are kept until the gradients are known to be
@@ -175,13 +179,13 @@ class Guard:
             hint = (
                 "lower --lr, clip with --clip-grad, or leave such steps out with --nonfinite skip"
             )
-        if self.world.rank in agreed.bad or self._is_spike(loss.item()):
+        if self.context.rank in agreed.bad or self._is_spike(loss.item()):
             names = [name for batch in step.batches for name in sample_names(self.loader, batch)]
-            text = f"samples at {step} on rank {self.world.rank}: {_list(names)}"
+            text = f"samples at {step} on rank {self.context.rank}: {_list(names)}"
             print(text, file=sys.stderr, flush=True)
         if policy == "stop":
             raise BadStepError(f"{problem}; {hint}")
-        self.world.warn(f"{problem}{': the step is left out' if policy == 'skip' else ''}")
+        self.context.warn(f"{problem}{': the step is left out' if policy == 'skip' else ''}")
 
 
 def _list(items: list[Any]) -> str:

@@ -139,7 +139,7 @@ def open_log(run: Run, stack: ExitStack) -> RunLog | None:
     Raises:
         UsageError: If the directory cannot be written to, or another process is training in it.
     """
-    if not run.world.is_primary:
+    if not run.context.is_primary:
         return None
     try:
         run.folder.mkdir(parents=True, exist_ok=True)

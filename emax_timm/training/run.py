@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainConfig
-from .distributed import World
+from .distributed import DistributedContext
 from .evaluate import Metrics
 from .guard import Guard
 from .progress import Timing
@@ -31,7 +31,7 @@ class Run:
     """
 
     config: TrainConfig
-    world: World
+    context: DistributedContext
     folder: Path
     model: Any
     network: nn.Module
@@ -68,9 +68,9 @@ class Run:
 
     def __post_init__(self) -> None:
         half = bool(self.config.amp) and self.config.amp_dtype == "float16"
-        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
-        self.guard = Guard(self.config, self.world, self.model, self.train_loader)
-        self.statistics = LayerProbe(self.config, self.world, self.val_loader)
+        self.scaler = torch.amp.GradScaler(self.context.device.type, enabled=half)
+        self.guard = Guard(self.config, self.context, self.model, self.train_loader)
+        self.statistics = LayerProbe(self.config, self.context, self.val_loader)
         self.saved_at = time.monotonic()
         self.has_buckets = not isinstance(self.network, DistributedDataParallel)
 

@@ -85,11 +85,11 @@ class Trainer(Run):
         first = self.step - self.epoch * self.steps_per_epoch
         if first < self.steps_per_epoch:
             # A stream's workers draw their seeds from the generators that this seeds.
-            seed_step(self.config.seed, self.step, self.world.rank)
+            seed_step(self.config.seed, self.step, self.context.rank)
             start_epoch(self.train_loader, self.epoch, first * self.config.grad_accum_steps)
             self._train_steps(first)
             self.step = (self.epoch + 1) * self.steps_per_epoch  # a stream may have fewer
-            share_statistics(self.world, self.config, self.model, self.averaged)
+            share_statistics(self.context, self.config, self.model, self.averaged)
         self._stop_if_asked()
         return sum(self.losses) / max(1, len(self.losses))
 
@@ -105,7 +105,7 @@ class Trainer(Run):
             f"epoch {self.epoch + 1}/{self.epochs}",
             self.steps_per_epoch,
             self.config.log_interval,
-            enabled=self.world.is_primary,
+            enabled=self.context.is_primary,
             done=first,
         )
         try:
@@ -114,7 +114,7 @@ class Trainer(Run):
             groups = islice(groups, self.steps_per_epoch - first)
             for batches in self.timing.waiting(groups):
                 images = sum(len(labels) for _, labels in batches)
-                with self.timing.computing(images * self.world.size):
+                with self.timing.computing(images * self.context.size):
                     loss = self.train_step(batches)
                 speed = {
                     "images/s": self.timing.images_per_second,
@@ -139,7 +139,7 @@ class Trainer(Run):
         """
         self.guard.keep()
         self._make_buckets(*batches[0])
-        seed_step(self.config.seed, self.step, self.world.rank)
+        seed_step(self.config.seed, self.step, self.context.rank)
         self._set_grouping(self.model)
         loss = self._backward(batches)
         norm = self._gradient_norm()
@@ -161,7 +161,7 @@ class Trainer(Run):
 
     def _backward(self, batches: list[Batch]) -> Tensor:
         """Accumulate the gradients of the mean loss of `batches`; returns this loss, []."""
-        loss = torch.zeros((), device=self.world.device)
+        loss = torch.zeros((), device=self.context.device)
         for index, (images, labels) in enumerate(batches):
             more = index + 1 < len(batches)
             distributed = isinstance(self.network, DistributedDataParallel)
@@ -174,13 +174,13 @@ class Trainer(Run):
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         # Without the prefetcher the batches are still on the host.
-        images = images.to(self.world.device, non_blocking=True)
-        labels = labels.to(self.world.device, non_blocking=True)
+        images = images.to(self.context.device, non_blocking=True)
+        labels = labels.to(self.context.device, non_blocking=True)
         if self.mixup is not None:
             images, labels = self.mixup(images, labels)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with autocast(self.world, bool(self.config.amp), self.config.amp_dtype):
+        with autocast(self.context, bool(self.config.amp), self.config.amp_dtype):
             return self.criterion(self.network(images), labels)
 
     def _make_buckets(self, images: Tensor, labels: Tensor) -> None:
@@ -207,7 +207,7 @@ class Trainer(Run):
     def _agree(self, loss: Tensor, norm: Tensor | None) -> Agreement:
         """Combine the ranks' results of the step; here the host waits for the device."""
         corrupt = corrupt_images(self.train_loader, self._place().batches)
-        agreed = agree(self.world, loss, norm, corrupt, self.stop.number)
+        agreed = agree(self.context, loss, norm, corrupt, self.stop.number)
         self.stopping = agreed.signal
         return agreed
 
@@ -242,25 +242,27 @@ class Trainer(Run):
 
     def _evaluate(self, model: nn.Module, loader: Any) -> Metrics:
         config = self.config
-        progress = Progress("validation", len(loader), config.log_interval, self.world.is_primary)
+        progress = Progress("validation", len(loader), config.log_interval, self.context.is_primary)
         stream = isinstance(loader.dataset, IterableDataset)  # its length is unknown
-        batches = progress.track(loader if stream else until_signal(loader, self.world, self.stop))
+        batches = progress.track(
+            loader if stream else until_signal(loader, self.context, self.stop)
+        )
         amp = bool(config.amp)
-        return evaluate(model, batches, self.world, amp, config.amp_dtype, config.channels_last)
+        return evaluate(model, batches, self.context, amp, config.amp_dtype, config.channels_last)
 
     def save(self, metrics: Metrics | None) -> None:
         """Write a checkpoint, and the best weights if `metrics` improve or nothing is validated."""
         better = metrics is None and self.val_loader is None
         if metrics is not None and improves(metrics, self.best, self.config.eval_metric):
             better, self.best, self.best_epoch = True, metrics, self.epoch
-        if better and self.world.is_primary:
+        if better and self.context.is_primary:
             with writing_to(self.folder):
                 checkpoint.save_best(self.published, self.folder)
         self._save_checkpoint()
 
     def _save_checkpoint(self) -> None:
         self.saved_at = time.monotonic()
-        if self.world.is_primary:
+        if self.context.is_primary:
             with writing_to(self.folder):
                 keep = self.config.checkpoint_hist
                 checkpoint.save_checkpoint(self.folder, resume.snapshot(self), keep)
@@ -281,11 +283,11 @@ class Trainer(Run):
         test = None
         if self.test_loader is not None:
             best = self.folder / checkpoint.BEST
-            if self.world.is_primary and best.exists():
+            if self.context.is_primary and best.exists():
                 checkpoint.load_weights(self.model, best)
-            self.world.broadcast(self.model.state_dict().values())
+            self.context.broadcast(self.model.state_dict().values())
             test = self._evaluate(self.model, self.test_loader)
-        if self.world.is_primary:
+        if self.context.is_primary:
             write_summary(self, test)
             draw_at_end(self.folder)
             print(closing_line(self, test), flush=True)

@@ -14,10 +14,10 @@ from tiers import mostly_slow
 from training_testing import TRAIN, VALIDATE, newest_checkpoint, only_line
 
 from emax_timm.training.checkpoint import load_checkpoint
-from emax_timm.training.distributed import World
+from emax_timm.training.distributed import DistributedContext
 
 SLOW = pytest.mark.slow
-CPU = World(torch.device("cpu"))
+CPU = DistributedContext(torch.device("cpu"))
 
 # In the save after the second epoch, `at(operation)` is called before each operation on files and,
 # if it writes, once more in the middle of it; `operation` counts from 1.

@@ -37,11 +37,11 @@ from emax_timm.training.checkpoint import (
 )
 from emax_timm.training.commands import validate_with
 from emax_timm.training.config import from_mapping, read_yaml
-from emax_timm.training.distributed import World
+from emax_timm.training.distributed import DistributedContext
 from emax_timm.training.journal import RunLog, read_rows
 from emax_timm.training.trainer import Trainer
 
-CPU = World(torch.device("cpu"))
+CPU = DistributedContext(torch.device("cpu"))
 FILES = {
     *("config.yaml", "config.json", "log.csv", "log.jsonl", "layers.jsonl", "summary.json"),
     *("model.safetensors", "SHA256SUMS", "last.safetensors", "curves.png", ".lock"),

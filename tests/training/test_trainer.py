@@ -15,13 +15,13 @@ from training_testing import MakeTrainer, rows_without_seconds, same_tensors, st
 
 from emax_timm import EMAX
 from emax_timm.training import train
-from emax_timm.training.distributed import World
+from emax_timm.training.distributed import DistributedContext
 from emax_timm.training.evaluate import Metrics, evaluate
 from emax_timm.training.grouping import grouping_schedule
 from emax_timm.training.guard import BadStepError
 from emax_timm.training.trainer import Trainer
 
-CPU = World(torch.device("cpu"))
+CPU = DistributedContext(torch.device("cpu"))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -149,15 +149,15 @@ def test_learning_rate_scales_with_the_batch_as_timms(
     import torch
 
     from emax_timm.training.build import _resolve
-    from emax_timm.training.distributed import World
+    from emax_timm.training.distributed import DistributedContext
 
     data_config = {"input_size": (3, 8, 8), "mean": (0,), "std": (1,)}
     data_config |= {"interpolation": "bilinear", "crop_pct": 1.0}
     config = TrainConfig(opt=opt, batch_size=batch_size, grad_accum_steps=accumulation)
-    resolved = _resolve(config, data_config, 2, World(torch.device("cpu")))
+    resolved = _resolve(config, data_config, 2, DistributedContext(torch.device("cpu")))
     assert resolved.lr == pytest.approx(expected)
-    two = _resolve(config, data_config, 2, World(torch.device("cpu"), size=2))
+    two = _resolve(config, data_config, 2, DistributedContext(torch.device("cpu"), size=2))
     factor = 2**0.5 if opt in ("adamw", "lamb") else 2
     assert two.lr == pytest.approx(expected * factor)
     given = from_mapping(TrainConfig, {"lr": 0.3}, "")
-    assert _resolve(given, data_config, 2, World(torch.device("cpu"))).lr == 0.3
+    assert _resolve(given, data_config, 2, DistributedContext(torch.device("cpu"))).lr == 0.3

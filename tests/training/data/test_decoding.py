@@ -29,9 +29,9 @@ from emax_timm.training.data import (
 )
 from emax_timm.training.data.decoding import MAX_PIXELS, CorruptImageError, ImageFiles, open_image
 from emax_timm.training.data.sampling import Key, KeyedDataset
-from emax_timm.training.distributed import World
+from emax_timm.training.distributed import DistributedContext
 
-CPU = World(torch.device("cpu"))
+CPU = DistributedContext(torch.device("cpu"))
 
 # timm's own data set leaves files open.
 pytestmark = pytest.mark.filterwarnings("error", "ignore::ResourceWarning")
