@@ -92,20 +92,24 @@ def measure_growth(
         found[point] = measure_shape(names, x, rounds, point.factor)
     axes: dict[str, Any] = {}
     for axis, along in series.items():
-        names = on_axis[axis]
-        results = [found[point] for point in along]
-        costs: dict[str, Any] = {
-            passes: {name: [times[passes][name].median for times, _ in results] for name in names}
-            for passes in PASSES
-        }
-        costs[SAVED] = {name: [saved[name] for _, saved in results] for name in names}
         sizes = [getattr(point, AXES[axis][0]) for point in along]
+        costs = _costs([found[point] for point in along], on_axis[axis])
         axes[axis] = {"sizes": sizes, "costs": costs}
     return {
         **conditions(device, dtype, memory_format, rounds),
         "base": base._asdict(),
         "axes": axes,
     }
+
+
+def _costs(results: Sequence[Any], names: Sequence[str]) -> dict[str, Any]:
+    """Turn the results of `measure_shape` at each point into costs by kind and by method."""
+    costs: dict[str, Any] = {
+        passes: {name: [times[passes][name].median for times, _ in results] for name in names}
+        for passes in PASSES
+    }
+    costs[SAVED] = {name: [saved[name] for _, saved in results] for name in names}
+    return costs
 
 
 def _series(axis: str, base: Point, steps: int) -> list[Point]:

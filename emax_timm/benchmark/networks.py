@@ -90,30 +90,6 @@ def measure_models(
     if methods is None:
         methods = available(METHODS, setting.device, setting.dtype)
     check_networks(bases, methods)
-    models: dict[str, Any] = {}
-    for base in bases:
-        torch.compiler.reset()
-        measurable = [method for method in methods if training and "compiled" not in method]
-        peaks = {
-            method: _peak_of_a_process(base, method, setting)
-            for method in tqdm(measurable, f"{base}, {PEAK}", leave=False, disable=None)
-        }
-        networks = {method: make_network(base, method, setting) for method in methods}
-        times: dict[str, dict[str, Measured]] = {}
-        for what, make in ((INFERENCE, inference), (STEP, _training_step))[: 1 + training]:
-            calls = {
-                method: computed(method, make(network, setting))
-                for method, network in networks.items()
-            }
-            times[what] = interleaved(calls, rounds, setting.device)
-        models[base] = {
-            method: {
-                INFERENCE: times[INFERENCE][method],
-                STEP: times[STEP][method] if training else None,
-                PEAK: peaks.get(method),
-            }
-            for method in methods
-        }
     return {
         "machine": machine(setting.device),
         "batch": setting.batch,
@@ -121,7 +97,36 @@ def measure_models(
         "dtype": str(setting.dtype).removeprefix("torch."),
         "memory_format": str(setting.memory_format).removeprefix("torch."),
         "rounds": rounds,
-        "models": models,
+        "models": {
+            base: _measure_variants(base, setting, rounds, methods, training) for base in bases
+        },
+    }
+
+
+def _measure_variants(
+    base: str, setting: Setting, rounds: int, methods: Sequence[str], training: bool
+) -> dict[str, Any]:
+    """Measure the variants of one baseline, as `measure_models` does those of all."""
+    torch.compiler.reset()
+    measurable = [method for method in methods if training and "compiled" not in method]
+    peaks = {
+        method: _peak_of_a_process(base, method, setting)
+        for method in tqdm(measurable, f"{base}, {PEAK}", leave=False, disable=None)
+    }
+    networks = {method: make_network(base, method, setting) for method in methods}
+    times: dict[str, dict[str, Measured]] = {}
+    for what, make in ((INFERENCE, inference), (STEP, _training_step))[: 1 + training]:
+        calls = {
+            method: computed(method, make(network, setting)) for method, network in networks.items()
+        }
+        times[what] = interleaved(calls, rounds, setting.device)
+    return {
+        method: {
+            INFERENCE: times[INFERENCE][method],
+            STEP: times[STEP][method] if training else None,
+            PEAK: peaks.get(method),
+        }
+        for method in methods
     }
 
 

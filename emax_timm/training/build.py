@@ -70,13 +70,7 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
     config = _resolve(config, data_config, num_classes, context)
     optimizer = _create_optimizer(config, model)
     steps = -(-len(loaders["train"]) // config.grad_accum_steps)
-    schedule: dict[str, Any] = scheduler_kwargs(
-        config, decreasing_metric=config.eval_metric == "loss"
-    )
-    scheduler, epochs = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=steps)
-    mixup = None
-    if config.no_prefetcher and mixup_options(config):
-        mixup = Mixup(**mixup_options(config), num_classes=num_classes)
+    scheduler, epochs = _create_scheduler(config, optimizer, steps)
     averaged = _averaged(config, model)  # before the model is wrapped
     trainer = Trainer(
         config=config,
@@ -91,7 +85,7 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
         train_loader=loaders["train"],
         val_loader=loaders.get("validation"),
         test_loader=loaders.get("test"),
-        mixup=mixup,
+        mixup=_mixup_without_prefetcher(config, num_classes),
         epochs=epochs,
         steps_per_epoch=steps,
         data_config=data_config,
@@ -147,6 +141,23 @@ def _create_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Opti
     if getattr(optimizer, "is_second_order", False):
         raise UsageError(f"optimizer {config.opt} needs second derivatives, which are not computed")
     return optimizer
+
+
+def _create_scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> tuple[Any, int]:
+    """Return timm's scheduler, and the number of epochs with those that the schedule adds."""
+    options: dict[str, Any] = scheduler_kwargs(
+        config, decreasing_metric=config.eval_metric == "loss"
+    )
+    return create_scheduler_v2(optimizer, **options, updates_per_epoch=steps_per_epoch)
+
+
+def _mixup_without_prefetcher(config: TrainConfig, num_classes: int) -> Mixup | None:
+    """Return the mixup of the training step; with the prefetcher the loader mixes."""
+    if not config.no_prefetcher or not mixup_options(config):
+        return None
+    return Mixup(**mixup_options(config), num_classes=num_classes)
 
 
 def _open_loaders(

@@ -86,21 +86,10 @@ def validate_with(
     Raises:
         UsageError: If the settings, the data or the checkpoint are invalid.
     """
-    run = None
-    if checkpoint_file := settings.get("checkpoint"):
-        folder = Path(checkpoint_file).parent
-        if not Path(checkpoint_file).is_file():
-            raise UsageError(f"there is no checkpoint {checkpoint_file}")
-        if (folder / checkpoint.CONFIG).is_file():
-            run = read_run(folder)
-            if not tested:
-                run = replace(run, test_split="")
-            settings = layered(_settings_of(run), settings)
-        elif "model" not in settings:
-            raise UsageError(
-                f"there is no {checkpoint.CONFIG} beside {checkpoint_file}; "
-                "name the model with --model, and its classes with --num-classes"
-            )
+    run = _run_of(settings)
+    if run is not None:
+        run = run if tested else replace(run, test_split="")
+        settings = layered(_settings_of(run), settings)
     config = from_mapping(ValidateConfig, settings, "the command line")
     if config.model is None:
         raise UsageError(
@@ -129,6 +118,24 @@ def validate_with(
     progress = Progress("validation", len(loader), interval=50, enabled=context.is_primary)
     amp, amp_dtype = bool(config.amp), config.amp_dtype or half_precision(context.device)
     return evaluate(model, progress.track(loader), context, amp, amp_dtype, config.channels_last)
+
+
+def _run_of(settings: dict[str, Any]) -> TrainConfig | None:
+    """Return the configuration beside the checkpoint to validate; None if there is none."""
+    checkpoint_file = settings.get("checkpoint")
+    if not checkpoint_file:
+        return None
+    if not Path(checkpoint_file).is_file():
+        raise UsageError(f"there is no checkpoint {checkpoint_file}")
+    folder = Path(checkpoint_file).parent
+    if (folder / checkpoint.CONFIG).is_file():
+        return read_run(folder)
+    if "model" not in settings:
+        raise UsageError(
+            f"there is no {checkpoint.CONFIG} beside {checkpoint_file}; "
+            "name the model with --model, and its classes with --num-classes"
+        )
+    return None
 
 
 def _resumed(settings: dict[str, Any]) -> dict[str, Any]:

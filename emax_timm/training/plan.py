@@ -120,11 +120,7 @@ def make_plan(
     Raises:
         UsageError: If the configuration is invalid, or the numbers are too small for a run.
     """
-    for name, value in (("--gpus", gpus), ("--train-images", train_images)):
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}")
-    if images_per_second is not None and not 0 < images_per_second < math.inf:
-        raise UsageError(f"--images-per-second must be positive, not {images_per_second}")
+    _check_numbers(gpus, train_images, images_per_second)
     check_config(config)
     if ":" in config.model:
         raise UsageError(f"a plan needs the name of a registered model, not {config.model}")
@@ -161,6 +157,14 @@ def make_plan(
         images_per_epoch=images,
         hours=None if images_per_second is None else images * epochs / images_per_second / 3600,
     )
+
+
+def _check_numbers(gpus: int, train_images: int, images_per_second: float | None) -> None:
+    for name, value in (("--gpus", gpus), ("--train-images", train_images)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+    if images_per_second is not None and not 0 < images_per_second < math.inf:
+        raise UsageError(f"--images-per-second must be positive, not {images_per_second}")
 
 
 def _kept(config: TrainConfig, train_images: int) -> int:
