@@ -106,33 +106,15 @@ def make_release(
     names = ("architecture", "num_classes", "pretrained_cfg")
     described = _read_json(run / checkpoint.MODEL_CONFIG, names, "it is no complete run")
     license = license or _license_of(config)
-    # Build the model as its users will, and load the weights strictly: every key and shape has to
-    # match, and every value has to be finite.
-    arguments = {**described.get("model_args", {}), "num_classes": described["num_classes"]}
-    model = create_model(described["architecture"], **arguments)
-    checkpoint.load_weights(model, run / checkpoint.BEST)
-    _check_half(model.state_dict(), run / checkpoint.BEST)
+    model = _best_model(run, described)
     metrics = _validated(run, summary, context, data)
     described["pretrained_cfg"] |= {"tag": tag, "license": license}
-    input_size = tuple(described["pretrained_cfg"]["input_size"])
-    facts = CardFacts(
-        repo=repo,
-        model=config.model,
-        config=config,
-        license=license,
-        classes=model.num_classes,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        macs=count_macs(model, torch.zeros(1, *input_size)),
-        input_size=input_size,  # type: ignore[arg-type]
-        summary=summary,
-        version=__version__,
-    )
     files = {
         WEIGHTS: checkpoint.serialized(model.state_dict()),
         checkpoint.MODEL_CONFIG: (json.dumps(described, indent=2) + "\n").encode(),
         checkpoint.CONFIG: _public(config).encode(),
         LOG: _read(run / LOG),
-        CARD: model_card(facts).encode(),
+        CARD: model_card(_facts(config, model, described, summary, repo)).encode(),
     }
     _check_secrets(files)
     sums = "".join(f"{sha256_of(content)}  {name}\n" for name, content in files.items())
@@ -144,6 +126,37 @@ def make_release(
         metrics=metrics,
         cfg=_index_cfg(described),
         default_architecture=_is_default(described),
+    )
+
+
+def _best_model(run: Path, described: dict[str, Any]) -> Any:
+    """Build the model of a config.json as its users will, and load the run's best weights.
+
+    Loading is strict: every key and shape has to match, and every value has to be finite.
+    """
+    arguments = {**described.get("model_args", {}), "num_classes": described["num_classes"]}
+    model = create_model(described["architecture"], **arguments)
+    checkpoint.load_weights(model, run / checkpoint.BEST)
+    _check_half(model.state_dict(), run / checkpoint.BEST)
+    return model
+
+
+def _facts(
+    config: TrainConfig, model: Any, described: dict[str, Any], summary: dict[str, Any], repo: str
+) -> CardFacts:
+    cfg = described["pretrained_cfg"]
+    channels, height, width = cfg["input_size"]
+    return CardFacts(
+        repo=repo,
+        model=config.model,
+        config=config,
+        license=cfg["license"],
+        classes=model.num_classes,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=count_macs(model, torch.zeros(1, channels, height, width)),
+        input_size=(channels, height, width),
+        summary=summary,
+        version=__version__,
     )
 
 
