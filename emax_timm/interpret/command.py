@@ -21,7 +21,7 @@ from ..training.loading import DEFAULT_MODEL, load_model
 from .contents import image_section, look, model_sections
 from .figures import NEEDED
 from .images import Source, find_images, spread
-from .report import MEDIA_TYPES, page
+from .report import MEDIA_TYPES, Section, page
 
 __all__ = ["VisualizeConfig", "visualize"]
 
@@ -101,31 +101,8 @@ def make_report(
         UsageError: If an image is corrupt or a model does not take it, or for attention that is not
             finite.
     """
-
-    def open_source(source: Source) -> Image.Image:
-        try:
-            return open_image(source.path, "RGB", config.exif_orientation)
-        except CorruptImageError as error:
-            raise UsageError(f"corrupt image {source.path}: {error}") from None
-
     try:
-        chosen = spread(sources, config.max_images)
-        found = look(model, sources, chosen, open_source, config.batch_size)
-        sections = model_sections(model, found, _statistics_of_layers(config, name), config.format)
-        sections += [
-            image_section(
-                number,
-                model,
-                seen,
-                open_source,
-                compared,
-                class_namer(model) if model.num_classes else None,
-                config.top,
-                config.grad_cam,
-                config.format,
-            )
-            for number, seen in enumerate(found.seen, start=1)
-        ]
+        sections, drawn = _sections(config, name, model, compared, sources)
     except RuntimeError as error:  # from a model that does not take an image, or from `look`
         raise UsageError(f"model {name}: {str(error).strip().splitlines()[0]}") from None
     files = {
@@ -133,9 +110,44 @@ def make_report(
         for section in sections
         for drawing in section.drawings
     }
-    text = _summary(config, name, model, len(sources), len(found.seen))
+    text = _summary(config, name, model, len(sources), drawn)
     html = page(f"What {name} attends to", text, sections, config.format)
     return {REPORT: html.encode(), **files}
+
+
+def _sections(
+    config: VisualizeConfig,
+    name: str,
+    model: Any,
+    compared: dict[str, Any],
+    sources: Sequence[Source],
+) -> tuple[list[Section], int]:
+    """Return the sections of the report, and the number of images that are drawn."""
+
+    def open_source(source: Source) -> Image.Image:
+        try:
+            return open_image(source.path, "RGB", config.exif_orientation)
+        except CorruptImageError as error:
+            raise UsageError(f"corrupt image {source.path}: {error}") from None
+
+    chosen = spread(sources, config.max_images)
+    found = look(model, sources, chosen, open_source, config.batch_size)
+    sections = model_sections(model, found, _statistics_of_layers(config, name), config.format)
+    sections += [
+        image_section(
+            number,
+            model,
+            seen,
+            open_source,
+            compared,
+            class_namer(model) if model.num_classes else None,
+            config.top,
+            config.grad_cam,
+            config.format,
+        )
+        for number, seen in enumerate(found.seen, start=1)
+    ]
+    return sections, len(found.seen)
 
 
 def _summary(config: VisualizeConfig, name: str, model: Any, images: int, drawn: int) -> str:

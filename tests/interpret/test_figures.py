@@ -15,15 +15,17 @@ from emax_timm import EMAX, EMAXMaps, visualize_attention
 from emax_timm.interpret import GateMaps, attention_of
 from emax_timm.interpret.figures import (
     comparison_figure,
-    contrasting_groups,
     figure_bytes,
     groups_figure,
+    spatial_figure,
+    weights_figure,
+)
+from emax_timm.interpret.selection import (
+    contrasting_groups,
     one_per_stage,
     prepare,
     shown,
     single,
-    spatial_figure,
-    weights_figure,
 )
 from emax_timm.interpret.set_figures import choices_figure, gates_figure, training_figure
 from emax_timm.models.capture import heatmap
