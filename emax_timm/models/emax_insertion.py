@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,14 +60,7 @@ def insert_attention(
     if where not in ("stage", "block"):
         raise ValueError(f'where must be "stage" or "block", not {where!r}')
     _check_has_none(model)
-    parameter = next(model.parameters())
-    build = partial(
-        create_attention,
-        attention,
-        **{"gate_init": 0.0, **(attn_kwargs or {})},
-        device=parameter.device,
-        dtype=parameter.dtype,
-    )
+    build = _builder(model, attention, attn_kwargs or {})
     build(32)  # refuses a wrong name or keyword before the model is touched
     if where == "block":
         place_in_blocks(model, build, stages)
@@ -82,6 +75,20 @@ def insert_attention(
         attn_kwargs=dict(attn_kwargs or {}),
     )
     return model
+
+
+def _builder(
+    model: Any, attention: str, attn_kwargs: Mapping[str, Any]
+) -> Callable[[int], nn.Module]:
+    """Return a function that makes the attention for a number of channels, its gate closed."""
+    parameter = next(model.parameters())
+    return partial(
+        create_attention,
+        attention,
+        **{"gate_init": 0.0, **attn_kwargs},
+        device=parameter.device,
+        dtype=parameter.dtype,
+    )
 
 
 def _check_has_none(model: Any) -> None:

@@ -12,12 +12,6 @@ import timm
 import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.loss import (
-    BinaryCrossEntropy,
-    JsdCrossEntropy,
-    LabelSmoothingCrossEntropy,
-    SoftTargetCrossEntropy,
-)
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -41,6 +35,7 @@ from .data import (
 from .distributed import DistributedContext
 from .evaluate import half_precision
 from .loading import create_model
+from .loss import training_loss
 from .resume import restore
 from .trainer import Trainer
 
@@ -81,7 +76,7 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
         averaged=averaged,
         optimizer=optimizer,
         scheduler=scheduler,
-        criterion=_training_loss(config).to(context.device),
+        criterion=training_loss(config).to(context.device),
         train_loader=loaders["train"],
         val_loader=loaders.get("validation"),
         test_loader=loaders.get("test"),
@@ -290,22 +285,3 @@ def _wrap(config: TrainConfig, model: nn.Module, context: DistributedContext) ->
     if config.no_ddp_bb:  # the argument's name changes with torch 2.14
         network.broadcast_buffers = False
     return network
-
-
-def _training_loss(config: TrainConfig) -> nn.Module:
-    if config.jsd_loss:
-        return JsdCrossEntropy(num_splits=config.aug_splits, smoothing=config.smoothing)
-    mixed = bool(mixup_options(config))
-    if config.bce_loss and (mixed or config.smoothing):
-        weight = config.bce_pos_weight
-        return BinaryCrossEntropy(
-            smoothing=0.0 if mixed else config.smoothing,  # mixup smooths its targets itself
-            target_threshold=config.bce_target_thresh,
-            sum_classes=config.bce_sum,
-            pos_weight=None if weight is None else torch.tensor(weight),
-        )
-    if mixed:
-        return SoftTargetCrossEntropy()
-    if config.smoothing:
-        return LabelSmoothingCrossEntropy(smoothing=config.smoothing)
-    return nn.CrossEntropyLoss()
