@@ -16,14 +16,14 @@ __all__ = ["COMMANDS", "main", "run"]
 # For each command the function that runs it, as module:function, and a line of help.
 COMMANDS = {
     "train": ("emax_timm.training:train", "train an image classifier"),
-    "validate": ("emax_timm.training:validate", "validate one"),
+    "validate": ("emax_timm.training:validate", "validate an image classifier"),
     "curves": ("emax_timm.training.curves:curves", "draw the curves of a training run"),
     "plan": ("emax_timm.training.plan:plan", "work out what a training run will need"),
     "list": ("emax_timm.benchmark:list_models", "list the models, with their size and cost"),
     "benchmark": ("emax_timm.benchmark.command:benchmark", "measure what the attention costs"),
     "backends": ("emax_timm.backends:backends", "say what computes the attention here, or why not"),
     "kernels": ("emax_timm.backends:kernels", "build the attention's kernels for CPUs"),
-    "export": ("emax_timm.hub:export", "export one with torch.export or to ONNX"),
+    "export": ("emax_timm.hub:export", "export a model with torch.export or to ONNX"),
     "predict": ("emax_timm.hub:predict", "classify images"),
     "visualize": (
         "emax_timm.interpret.command:visualize",

@@ -101,8 +101,8 @@ PARTS = [
         "compile",
         "seconds to compile a training step of resnet50 with SE, and with EMAX",
         [
-            Command(f"{COMPILED} --models resnet50 --systems '{system}, compiled'")
-            for system in ("SE", "EMAX, Triton")
+            Command(f"{COMPILED} --models resnet50 --methods '{method}, compiled'")
+            for method in ("SE", "EMAX, Triton")
         ],
         115,
         LIBRARY,

@@ -26,8 +26,10 @@ def backends(argv: Sequence[str], prog: str) -> int:
         allow_abbrev=False,
     )
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    parser.add_argument("--device", choices=devices, default=devices[-1])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    text = "device of the tensors"
+    parser.add_argument("--device", choices=devices, default=devices[-1], help=text)
+    types, text = ["float32", "bfloat16", "float16"], "dtype of the tensors"
+    parser.add_argument("--dtype", choices=types, default="float32", help=text)
     options = parser.parse_args(argv)
     dtype = getattr(torch, options.dtype)
     x = torch.zeros(1, 64, 8, 8, device=options.device, dtype=dtype)

@@ -1,7 +1,8 @@
 """The error handling of all commands: one line on stderr, and an exit status.
 
 An exception class with an `exit_code`, as in click, is meant for whoever typed the command: 2 for
-an error in the command line, the files or the machine, 1 for a run that failed. All other
+an error in the command line, the files or the machine, 1 for a run that failed. An `OSError` that
+names a file is an error in the files too, such as a path that cannot even be looked up. All other
 exceptions are defects of this package, and keep their traceback.
 """
 
@@ -39,13 +40,15 @@ def command(prog: str) -> Callable[[Callable[[Sequence[str], str], int]], Comman
             try:
                 return function(sys.argv[1:] if argv is None else list(argv), prog)
             except Exception as error:
-                exit_code = getattr(error, "exit_code", None)
+                exit_code, message = getattr(error, "exit_code", None), str(error)
+                if isinstance(error, OSError) and error.filename is not None:
+                    exit_code, message = 2, f"{error.filename}: {error.strerror}"
                 if exit_code is None:
                     raise
                 rank = os.environ.get("RANK", "0")
                 who = prog if rank == "0" else f"{prog} (rank {rank})"
                 # Messages of libraries may have several lines; they are joined.
-                print(f"{who}: error: {' '.join(str(error).split())}", file=sys.stderr)
+                print(f"{who}: error: {' '.join(message.split())}", file=sys.stderr)
                 return exit_code
 
         return run

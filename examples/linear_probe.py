@@ -83,7 +83,7 @@ def linear_probe(train: Data, test: Data, weight_decay: float = 1e-4) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Probes of frozen features.")
-    parser.add_argument("--checkpoint", type=Path, help="model.safetensors in the folder of a run")
+    parser.add_argument("--checkpoint", type=Path, help="model.safetensors in a run directory")
     parser.add_argument("--limit", type=int, help="use about this many images of each split")
     parser.add_argument("--output", type=Path, help="folder for the features, as safetensors")
     arguments = parser.parse_args()

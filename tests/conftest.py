@@ -43,7 +43,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(programs: Interpreter, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of train.py; not to be written to."""
+    """The run directory of a run of train.py; not to be written to."""
     options = "--model test_resnet_emax --img-size 32 -b 8 -j 0 --warmup-epochs 0 --epochs 3"
     options += " --opt adamw --lr 0.003 --output . --experiment run"
     folder = tmp_path_factory.mktemp("trained")

@@ -1,12 +1,14 @@
 """The table of commands: what each does with `--help`, with a wrong flag, and before torch."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from training_testing import only_line, run_program
 
 from emax_cli import COMMANDS, WAITING, main
+from emax_timm import runner
 
 ANSWERS = {"--help": 0, "trian": 2}
 
@@ -38,6 +40,45 @@ def test_a_wrong_flag_is_one_line(command: str, capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr()
     assert shown.out == ""
     assert only_line(shown.err).startswith(f"emax {command}: error: ")
+
+
+TOO_LONG = "a" * 300  # for the name of a file, so that the file cannot even be looked for
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--data-dir", TOO_LONG],
+        ["train", "--resume", TOO_LONG],
+        ["validate", "--checkpoint", f"{TOO_LONG}.safetensors"],
+        ["curves", TOO_LONG],
+        ["plan", TOO_LONG, "--gpus", "1"],
+        ["list", "--write", TOO_LONG],
+        ["benchmark", "modules", "--write", TOO_LONG],
+        ["export", "resnet18", "--output", "a.pt2", "--checkpoint", f"{TOO_LONG}.safetensors"],
+        ["predict", TOO_LONG],
+        ["visualize", "--images", TOO_LONG, "--output", "report"],
+        ["publish", TOO_LONG, "--repo", "me/model.tag"],
+        ["weights", "verify", TOO_LONG],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_path_that_cannot_be_read_is_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    line = only_line(capsys.readouterr().err)
+    assert line.startswith(f"emax {arguments[0]}: error: ")
+    assert TOO_LONG in line
+
+
+def test_an_error_that_names_no_file_keeps_its_traceback() -> None:
+    @runner.command("emax test")
+    def fails(argv: Sequence[str], prog: str) -> int:
+        raise OSError("of unknown origin")
+
+    with pytest.raises(OSError, match="of unknown origin"):
+        fails([])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`.ci/gpu` runs each part in its time limit, says what failed or is missing, and goes on."""
+"""`.ci/gpu` runs each part in its time limit, says what failed or is missing, and continues."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Imports between the package's rooms point downwards, as [tool.importlinter] of pyproject says."""
+"""Imports between the subpackages point downwards, as [tool.importlinter] of pyproject says."""
 
 import shutil
 import subprocess
@@ -49,7 +49,7 @@ def test_imports_point_downwards(copy: Path) -> None:
         ("models/cost.py", "from ..training.config import TrainConfig"),  # upwards
         ("ops/weights.py", "from ..attention.emax import EMAX"),
         ("training/plan.py", "def late():\n    from ..hub import card"),
-        ("a_new_room.py", "import math"),  # on no floor
+        ("a_new_package.py", "import math"),  # on no level
     ],
 )
 def test_an_import_that_points_elsewhere_is_noticed(copy: Path, module: str, line: str) -> None:

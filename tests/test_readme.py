@@ -21,7 +21,7 @@ from emax_cli import main
 from emax_timm.attention import ATTENTIONS
 from emax_timm.benchmark import markdown, measure, model_names
 from emax_timm.benchmark.command import benchmark_parser
-from emax_timm.compare.faithfulness import MEASURES, faithfulness_parser
+from emax_timm.compare.faithfulness import MEASURES, FaithfulnessConfig
 from emax_timm.tables import text_around
 from emax_timm.training import TrainConfig, train
 from emax_timm.training.config import from_mapping, parse_settings
@@ -255,8 +255,9 @@ def test_commands_of_the_page_on_interpretability_run(
 def test_tables_of_the_page_on_interpretability_are_of_the_command_named_there() -> None:
     prefix = "python -m emax_timm.compare.faithfulness"
     (line,) = re.findall(rf"^Made by `{prefix} ?(.*)`:", INTERPRETABILITY, re.MULTILINE)
-    options = faithfulness_parser().parse_args(shlex.split(line))
-    assert options.write == Path("docs/interpretability.md")
+    settings = parse_settings(FaithfulnessConfig, shlex.split(line), prefix)
+    options = from_mapping(FaithfulnessConfig, settings, "the page")
+    assert options.write == "docs/interpretability.md"
     for title, _ in MEASURES.values():
         assert f"\n| {title} | " in INTERPRETABILITY
 

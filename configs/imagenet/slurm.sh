@@ -8,7 +8,7 @@
 # Python's environment is that of the shell that submits; it has to have torchrun.
 #
 # Five minutes before the time limit, and wherever the job is preempted, it is put back in the queue
-# and goes on where it stood, by --resume auto.
+# and continues where it stood, by --resume auto.
 #
 #SBATCH --job-name=emax
 #SBATCH --nodes=1

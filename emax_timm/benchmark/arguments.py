@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 
 from ..training.config import UsageError
+from ..training.distributed import find_device
 from . import networks
-from .systems import Tensors
+from .methods import Tensors
 
 __all__ = [
     "HALF",
@@ -16,9 +17,9 @@ __all__ = [
     "add_amp",
     "add_device",
     "add_images",
+    "add_methods",
     "add_networks",
     "add_shapes",
-    "add_systems",
     "add_tensors",
     "device_of",
     "tensors_of",
@@ -36,7 +37,7 @@ def device_of(options: argparse.Namespace) -> torch.device:
     """
     if options.device.partition(":")[0] == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {options.device}: torch {torch.__version__} sees no GPU here")
-    return torch.empty(1, device=options.device).device  # raises if there is no such device
+    return find_device(options.device)
 
 
 def tensors_of(options: argparse.Namespace) -> Tensors:
@@ -46,20 +47,30 @@ def tensors_of(options: argparse.Namespace) -> Tensors:
     return Tensors(device_of(options), getattr(torch, options.dtype), layout, amp)
 
 
-def add_systems(parser: argparse.ArgumentParser, systems: Sequence[str]) -> None:
-    text = f"of {'; '.join(systems)}; the usual ones that can be had"
-    parser.add_argument("--systems", nargs="+", choices=systems, metavar="NAME", help=text)
+def add_methods(parser: argparse.ArgumentParser, methods: Sequence[str]) -> None:
+    parser.add_argument(
+        "--methods",
+        "--systems",
+        nargs="+",
+        type=_method,
+        choices=methods,
+        metavar="NAME",
+        help=f"methods to compare, of {'; '.join(methods)} (without this option, the usual ones "
+        "that are available)",
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, …")
+    parser.add_argument("--device", default="cpu", help="device to measure on: cpu, cuda, …")
 
 
 def add_tensors(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
-    dtypes = ["float32", "bfloat16", "float16", "float64"]
-    parser.add_argument("--dtype", default="float32", choices=dtypes)
-    parser.add_argument("--channels-last", action="store_true", help="instead of contiguous")
+    types = ["float32", "bfloat16", "float16", "float64"]
+    text = "dtype of the input and the weights"
+    parser.add_argument("--dtype", default="float32", choices=types, help=text)
+    text = "measure in channels_last memory format, instead of contiguous"
+    parser.add_argument("--channels-last", action="store_true", help=text)
 
 
 def add_amp(parser: argparse.ArgumentParser) -> None:
@@ -76,23 +87,26 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
         type=a_shape,
         default=None,
         metavar="BxCxHxW",
-        help="of the input; if none are given, ResNet-50's, of 8 images on a CPU and 128 on a GPU",
+        help="shapes of the input; by default those of ResNet-50's stages, of 8 images on a CPU "
+        "and of 128 on a GPU",
     )
 
 
 def add_networks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--models", nargs="+", default=networks.BASES, metavar="NAME", help="of the baselines"
-    )
+    text = "names of baselines, which are compared with their variants with attention"
+    parser.add_argument("--models", nargs="+", default=networks.BASES, metavar="NAME", help=text)
 
 
 def add_images(parser: argparse.ArgumentParser, batch: int, size: int) -> None:
-    parser.add_argument(
-        "--batch-size", "-b", type=a_count, default=batch, metavar="N", help="of images"
-    )
-    parser.add_argument(
-        "--img-size", type=a_count, default=size, metavar="N", help="side in pixels"
-    )
+    text = "images in a batch"
+    parser.add_argument("--batch-size", "-b", type=a_count, default=batch, metavar="N", help=text)
+    text = "side of the square images in pixels"
+    parser.add_argument("--img-size", type=a_count, default=size, metavar="N", help=text)
+
+
+def _method(text: str) -> str:
+    name, *modes = text.split(", ")
+    return ", ".join(["baseline" if name == "plain" else name, *modes])  # an earlier name
 
 
 def a_shape(text: str) -> tuple[int, ...]:

@@ -9,15 +9,15 @@ __all__ = ["Bound", "verdict"]
 
 
 class Bound(NamedTuple):
-    """An upper bound: in the measurement `what`, `system` is at most `ratio` times `over`."""
+    """An upper bound: in the measurement `what`, `method` is at most `ratio` times `over`."""
 
     what: str
-    system: str
+    method: str
     over: str
     ratio: float
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.system} / {self.over}"
+        return f"{self.what}: {self.method} / {self.over}"
 
 
 def verdict(name: str, most: float, values: Sequence[float], holds: bool) -> str:

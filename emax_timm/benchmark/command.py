@@ -15,7 +15,7 @@ from ..files import replace_file
 from ..runner import FailedRunError, command
 from ..tables import marks, text_around, write_between
 from ..training.config import Parser, TrainConfig, UsageError
-from ..training.distributed import open_world
+from ..training.distributed import open_distributed_context
 from . import growth, layers, loop, networks, onnx, settings, startup, threads
 from .arguments import (
     a_count,
@@ -23,16 +23,16 @@ from .arguments import (
     add_amp,
     add_device,
     add_images,
+    add_methods,
     add_networks,
     add_shapes,
-    add_systems,
     add_tensors,
     device_of,
     tensors_of,
 )
 from .layers_report import report_modules
+from .methods import COMPILED, GRAPH, available, split_method
 from .networks_report import report_models
-from .systems import COMPILED, GRAPH, available, split_system
 
 __all__ = ["benchmark", "benchmark_parser"]
 
@@ -73,7 +73,7 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
 def _modules(options: argparse.Namespace) -> Result:
     device, dtype, layout, amp = tensors_of(options)
     found = layers.measure_modules(
-        options.shapes, options.rounds, device, dtype, layout, options.systems, amp
+        options.shapes, options.rounds, device, dtype, layout, options.methods, amp
     )
     return found, report_modules(found)
 
@@ -94,22 +94,22 @@ def _models(options: argparse.Namespace) -> Result:
 def _compiled_too(options: argparse.Namespace, setting: networks.Setting) -> list[str] | None:
     """Return the methods to measure, with those that --compile and --cuda-graph add to them."""
     flags = {COMPILED: options.compile, GRAPH: options.cuda_graph}
-    ways = [way for way, wanted in flags.items() if wanted]
-    if not ways:
-        return options.systems
-    systems = options.systems
-    if systems is None:
+    modes = [mode for mode, wanted in flags.items() if wanted]
+    if not modes:
+        return options.methods
+    methods = options.methods
+    if methods is None:
         gpu = setting.device.type == "cuda"
-        usual = networks.GPU_SYSTEMS if gpu else list(networks.NETWORKS)
-        systems = available(usual, setting.device, setting.amp or setting.dtype)
-    eager = [name for name in systems if not {COMPILED, GRAPH} & set(split_system(name)[1])]
-    return list(dict.fromkeys([*systems, *(f"{name}, {way}" for way in ways for name in eager)]))
+        usual = networks.GPU_METHODS if gpu else list(networks.NETWORKS)
+        methods = available(usual, setting.device, setting.amp or setting.dtype)
+    eager = [name for name in methods if not {COMPILED, GRAPH} & set(split_method(name)[1])]
+    return list(dict.fromkeys([*methods, *(f"{name}, {mode}" for mode in modes for name in eager)]))
 
 
 def _onnx(options: argparse.Namespace) -> Result:
     tensors = device_of(options), torch.float32, torch.contiguous_format
     setting = networks.Setting(options.batch_size, options.img_size, *tensors)
-    found = onnx.measure_onnx(options.models, setting, options.rounds, options.systems)
+    found = onnx.measure_onnx(options.models, setting, options.rounds, options.methods)
     return found, onnx.report_onnx(found)
 
 
@@ -130,9 +130,9 @@ def _train(options: argparse.Namespace) -> Result | None:
         device=options.device,
         epochs=1 + options.rounds,
     )
-    with open_world(options.device) as world:
-        found = loop.compare(config, world)
-    return (found, loop.report(found)) if world.is_primary else None
+    with open_distributed_context(options.device) as context:
+        found = loop.compare(config, context)
+    return (found, loop.report(found)) if context.is_primary else None
 
 
 def _growth(options: argparse.Namespace) -> Result:
@@ -140,7 +140,7 @@ def _growth(options: argparse.Namespace) -> Result:
         growth.check_drawing()
     base = growth.Point(*options.shape, factor=options.factor)
     found = growth.measure_growth(
-        base, options.steps, options.rounds, *tensors_of(options)[:3], options.systems
+        base, options.steps, options.rounds, *tensors_of(options)[:3], options.methods
     )
     report = growth.report_growth(found)
     if options.plot is not None:
@@ -154,7 +154,7 @@ def _growth(options: argparse.Namespace) -> Result:
 def _settings(options: argparse.Namespace) -> Result:
     device = device_of(options)
     shapes = options.shapes or layers.SHAPES
-    found = settings.measure_settings(shapes, options.rounds, device, options.systems)
+    found = settings.measure_settings(shapes, options.rounds, device, options.methods)
     return found, settings.report_settings(found)
 
 
@@ -176,15 +176,42 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
         description="Measure what the attention costs, against its peers in the same run.",
     )
     commands = parser.add_subparsers(title="what is measured", required=True, metavar="WHAT")
+    _add_layer_benchmarks(commands)
+    _add_network_benchmarks(commands)
+    _add_training_benchmarks(commands)
+    return parser
 
+
+def _add_layer_benchmarks(commands: Any) -> None:
     one = _command(commands, _modules, "single layers", rounds=21)
-    add_systems(one, layers.SYSTEMS)
+    add_methods(one, layers.METHODS)
     add_tensors(one)
     add_amp(one)
     add_shapes(one)
 
+    one = _command(commands, _growth, "how time and memory grow with the input", rounds=5)
+    add_methods(one, layers.METHODS)
+    add_tensors(one)
+    text = "shape of the input whose channels, side and batch are halved and doubled"
+    shape = (8, 256, 28, 28)
+    one.add_argument("--shape", type=a_shape, default=shape, metavar="BxCxHxW", help=text)
+    text = "upper bound of the number of channel groups, which is halved and doubled too"
+    one.add_argument("--factor", type=a_count, default=32, metavar="N", help=text)
+    text = "number of times that each is halved, and doubled"
+    one.add_argument("--steps", type=a_count, default=2, metavar="N", help=text)
+    text = "also draw the curves, as an SVG file"
+    one.add_argument("--plot", type=Path, metavar="FILE", help=text)
+
+    text = "single layers in other layouts, types and instructions"
+    one = _command(commands, _settings, text, rounds=21)
+    add_methods(one, layers.METHODS)
+    add_device(one)
+    add_shapes(one)
+
+
+def _add_network_benchmarks(commands: Any) -> None:
     one = _command(commands, _models, "whole networks", rounds=7)
-    add_systems(one, networks.CHOICES)
+    add_methods(one, networks.CHOICES)
     text = "leave out the training step, which torch.compile takes minutes to compile"
     some = one.add_mutually_exclusive_group()
     some.add_argument("--no-training", action="store_true", help=text)
@@ -199,43 +226,31 @@ def benchmark_parser(prog: str) -> argparse.ArgumentParser:
     add_images(one, batch=8, size=224)
 
     one = _command(commands, _onnx, "whole networks in ONNX Runtime", rounds=21)
-    add_systems(one, onnx.SYSTEMS)
-    one.set_defaults(systems=onnx.SYSTEMS)
+    add_methods(one, onnx.METHODS)
+    one.set_defaults(methods=onnx.METHODS)
     add_device(one)
     add_networks(one)
     add_images(one, batch=1, size=224)
 
-    one = _command(commands, _train, "the training loop, against timm's", rounds=5)
-    one.add_argument("--model", default="resnet10t_emax", metavar="NAME", help="of a timm model")
-    add_device(one)
-    add_images(one, batch=64, size=32)
-    one.add_argument("--workers", "-j", type=int, default=0, metavar="N", help="of the loaders")
-    one.add_argument("--amp", action="store_true", help="bfloat16 mixed precision")
-    text = "with train/ of classes; else the sample of Fashion-MNIST"
-    one.add_argument("--data-dir", type=Path, metavar="DIR", help=text)
-
-    one = _command(commands, _growth, "how time and memory grow with the input", rounds=5)
-    add_systems(one, layers.SYSTEMS)
-    add_tensors(one)
-    text = "from which channels, side and batch are halved and doubled"
-    shape = (8, 256, 28, 28)
-    one.add_argument("--shape", type=a_shape, default=shape, metavar="BxCxHxW", help=text)
-    one.add_argument("--factor", type=a_count, default=32, metavar="N", help="likewise")
-    one.add_argument("--steps", type=a_count, default=2, metavar="N", help="how often")
-    one.add_argument("--plot", type=Path, metavar="FILE", help="also draw the curves, an SVG")
-
-    text = "single layers in other layouts, types and instructions"
-    one = _command(commands, _settings, text, rounds=21)
-    add_systems(one, layers.SYSTEMS)
-    add_device(one)
-    add_shapes(one)
-
     one = _command(commands, _startup, "import and creation in fresh processes", rounds=7)
     add_networks(one)
 
+
+def _add_training_benchmarks(commands: Any) -> None:
+    one = _command(commands, _train, "the training loop, against timm's", rounds=5)
+    text = "name of a timm model"
+    one.add_argument("--model", default="resnet10t_emax", metavar="NAME", help=text)
+    add_device(one)
+    add_images(one, batch=64, size=32)
+    text = "processes that load images; 0 loads in the main process"
+    one.add_argument("--workers", "-j", type=int, default=0, metavar="N", help=text)
+    one.add_argument("--amp", action="store_true", help="train in bfloat16 mixed precision")
+    text = "folder with train/, a folder of class folders; else the sample of Fashion-MNIST is used"
+    one.add_argument("--data-dir", type=Path, metavar="DIR", help=text)
+
     one = _command(commands, _threads, "training beside a busy process, on the CPU", rounds=5)
-    one.add_argument("--steps", type=a_count, default=10, metavar="N", help="of each turn")
-    return parser
+    text = "training steps in each round"
+    one.add_argument("--steps", type=a_count, default=10, metavar="N", help=text)
 
 
 def _command(
@@ -246,12 +261,14 @@ def _command(
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
-        description=f"Measure {text}, in turns.",
+        description=f"Measure {text}, in interleaved rounds.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--rounds", type=a_count, default=rounds, metavar="N", help="of turns")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    text = "number of interleaved rounds; in each of them every method is measured once"
+    parser.add_argument("--rounds", type=a_count, default=rounds, metavar="N", help=text)
+    text = "also write the measurements to FILE, as JSON"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=text)
     mark = f"benchmark {name}"
     begin, end = marks(mark)
     text = f"also put the tables between the lines {begin} and {end} of FILE"

@@ -5,9 +5,9 @@ the bytes each has to move, and how long the kernels that hold them take. `docs/
 the list.
 """
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from ..attention import ATTENTIONS
 from ..ops import use_backend
+from ..runner import command
 from ..tables import heading, row
+from ..training.config import AT_LEAST_0, AT_LEAST_1, from_mapping, option, parse_settings
+from ..training.distributed import find_device
 from .layers import SHAPES
-from .systems import differ_in_groups
+from .methods import differ_in_groups
 
 __all__ = ["Loop", "compiled_kernels", "kernel_times", "scheduled_loops"]
 
@@ -135,27 +138,41 @@ def _is_kernel(key: str) -> bool:
     return "_fused_" in key or key in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
 
 
-def compiled_kernels(argv: Sequence[str] | None = None) -> int:
-    """Print the loops and the kernel times of EMAX for one shape, and return the exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m emax_timm.benchmark.compiled_kernels", description=__doc__, allow_abbrev=False
+@dataclass
+class CompiledKernelsConfig:
+    """Print the loops that torch.compile makes of an EMAX layer, and how long its kernels take."""
+
+    shape: list[int] = option(
+        list(SHAPES[1]),
+        "batch, channels, height and width of the input",
+        nargs=4,
+        bounds=AT_LEAST_1,
+        metavar="N",
     )
-    parser.add_argument("--shape", type=int, nargs=4, default=SHAPES[1], metavar="N")
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--rounds", type=int, default=10, help="0: no times")
-    options = parser.parse_args(argv)
+    channels_last: bool = option(False, "take the input in channels_last memory format")
+    device: str = option("cpu", "device to compile for: cpu, cuda, …")
+    rounds: int = option(
+        10, "calls that the times are averaged over; 0 for no times", bounds=AT_LEAST_0
+    )
+
+
+@command("python -m emax_timm.benchmark.compiled_kernels")
+def compiled_kernels(argv: Sequence[str], prog: str) -> int:
+    """Print the loops and the kernel times of EMAX for one shape, and return the exit status."""
+    settings = parse_settings(CompiledKernelsConfig, argv, prog)
+    config = from_mapping(CompiledKernelsConfig, settings, "the command line")
+    device = find_device(config.device)
     torch.manual_seed(0)
-    layer = ATTENTIONS["emax"](options.shape[1]).to(options.device)
+    layer = ATTENTIONS["emax"](config.shape[1]).to(device)
     differ_in_groups(layer)
-    x = torch.randn(*options.shape, device=options.device)
-    if options.channels_last:
+    x = torch.randn(*config.shape, device=device)
+    if config.channels_last:
         x = x.to(memory_format=torch.channels_last)
     with use_backend("portable"):
         for name, loops in scheduled_loops(layer, x).items():
             print("\n".join(_report(name, loops)))
-        if options.rounds:
-            for name, times in kernel_times(layer, x, options.rounds).items():
+        if config.rounds:
+            for name, times in kernel_times(layer, x, config.rounds).items():
                 lines = [row([key, f"{1000 * seconds:.3f}"]) for key, seconds in times]
                 print("\n".join([*heading([f"{name}, kernel", "ms"]), *lines, ""]))
     return 0

@@ -17,7 +17,7 @@ from ..files import replace_file
 from ..tables import heading, row
 from ..training.config import UsageError
 from .layers import PASSES, SAVED, Costs, has_factor, measure_shape, random_features
-from .systems import available
+from .methods import available
 from .timing import conditions, described
 
 __all__ = ["Exponent", "Point", "check_drawing", "draw_growth", "exponent", "measure_growth"]
@@ -29,7 +29,7 @@ AXES = {
     "batch": ("batch",),
     "factor": ("factor",),
 }
-SYSTEMS = ("naive EMAX", "EMAX", "EMAX, C++", "SE")
+METHODS = ("naive EMAX", "EMAX", "EMAX, C++", "SE")
 
 
 class Point(NamedTuple):
@@ -57,7 +57,7 @@ def measure_growth(
     device: torch.device,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
-    systems: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Measure methods along each axis.
 
@@ -68,10 +68,10 @@ def measure_growth(
         device: The device of the inputs and the layers.
         dtype: Their dtype.
         memory_format: The memory format of the inputs.
-        systems: The methods, of `layers.SYSTEMS`; None for those of `SYSTEMS` that are available.
+        methods: The methods, of `layers.METHODS`; None for those of `METHODS` that are available.
 
     Returns:
-        `axes[axis]` with its `sizes`, and `costs[what][system]` at each size: the median seconds
+        `axes[axis]` with its `sizes`, and `costs[what][method]` at each size: the median seconds
         per call for each of `PASSES`, and the bytes kept for the backward pass. Methods without a
         factor are not on its axis.
 
@@ -80,33 +80,37 @@ def measure_growth(
         UsageError: If the base cannot be halved so often, or if `factor` does not divide the
             channels at every point.
     """
-    if systems is None:
-        systems = available(SYSTEMS, device, dtype)
-    on_axis = {axis: [n for n in systems if axis != "factor" or has_factor(n)] for axis in AXES}
+    if methods is None:
+        methods = available(METHODS, device, dtype)
+    on_axis = {axis: [n for n in methods if axis != "factor" or has_factor(n)] for axis in AXES}
     series = {axis: _series(axis, base, steps) for axis, names in on_axis.items() if names}
     found: dict[Point, Costs] = {}
     # All axes share the base.
     points = list(dict.fromkeys(point for along in series.values() for point in along))
     for point in tqdm(points, "points", leave=False, disable=None):
         x = random_features(point[:4], device, dtype, memory_format)
-        names = [name for name in systems if point.factor == base.factor or has_factor(name)]
+        names = [name for name in methods if point.factor == base.factor or has_factor(name)]
         found[point] = measure_shape(names, x, rounds, point.factor)
     axes: dict[str, Any] = {}
     for axis, along in series.items():
-        names = on_axis[axis]
-        results = [found[point] for point in along]
-        costs: dict[str, Any] = {
-            passes: {name: [one.times[passes][name].median for one in results] for name in names}
-            for passes in PASSES
-        }
-        costs[SAVED] = {name: [one.saved[name] for one in results] for name in names}
         sizes = [getattr(point, AXES[axis][0]) for point in along]
+        costs = _costs([found[point] for point in along], on_axis[axis])
         axes[axis] = {"sizes": sizes, "costs": costs}
     return {
         **conditions(device, dtype, memory_format, rounds),
         "base": base._asdict(),
         "axes": axes,
     }
+
+
+def _costs(results: Sequence[Costs], names: Sequence[str]) -> dict[str, Any]:
+    """Turn the results of `measure_shape` at each point into costs by kind and by method."""
+    costs: dict[str, Any] = {
+        passes: {name: [one.times[passes][name].median for one in results] for name in names}
+        for passes in PASSES
+    }
+    costs[SAVED] = {name: [one.saved[name] for one in results] for name in names}
+    return costs
 
 
 def _series(axis: str, base: Point, steps: int) -> list[Point]:
@@ -143,10 +147,10 @@ def report_growth(found: dict[str, Any]) -> str:
     lines: list[str] = []
     for what in (*PASSES, SAVED):
         lines += heading([f"exponent of {what}", *found["axes"]])
-        for system in found["axes"]["channels"]["costs"][what]:
-            cells = [system]
+        for method in found["axes"]["channels"]["costs"][what]:
+            cells = [method]
             for axis in found["axes"].values():
-                costs = axis["costs"][what].get(system)
+                costs = axis["costs"][what].get(method)
                 cells.append("-" if costs is None else _cell(exponent(axis["sizes"], costs)))
             lines.append(row(cells))
         lines.append("")
@@ -192,11 +196,11 @@ def draw_growth(found: dict[str, Any], path: Path) -> None:
         for column, (axis, series) in enumerate(found["axes"].items()):
             for line, (what, (unit, scale)) in enumerate(units.items()):
                 panel, sizes = panels[line][column], series["sizes"]
-                for number, (system, costs) in enumerate(series["costs"][what].items()):
-                    label = f"{system}: {_cell(exponent(sizes, costs))}"
+                for number, (method, costs) in enumerate(series["costs"][what].items()):
+                    label = f"{method}: {_cell(exponent(sizes, costs))}"
                     values = [scale * cost for cost in costs]
                     # Dashes leave EMAX's curve visible where C++ saves the same bytes.
-                    style = "--" if "C++" in system else "-"
+                    style = "--" if "C++" in method else "-"
                     panel.plot(sizes, values, f"{style}.", label=label, color=f"C{number}")
                 panel.set_xscale("log", base=2)
                 panel.set_yscale("log")

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from ..attention import ATTENTIONS, EMAX
 from ..ops import reference
 from .gpu import Kernels, kernels, peak_bytes
-from .systems import (
+from .methods import (
     Tensors,
     autocast,
     available,
     compiled,
     computed,
     differ_in_groups,
-    split_system,
+    split_method,
     works,
 )
 from .timing import Measured, conditions, interleaved
@@ -25,10 +25,10 @@ from .timing import Measured, conditions, interleaved
 __all__ = [
     "GPU_SHAPES",
     "IN_CPP",
+    "METHODS",
     "PASSES",
     "SAVED",
     "SHAPES",
-    "SYSTEMS",
     "Costs",
     "has_factor",
     "measure_modules",
@@ -61,16 +61,16 @@ LAYERS: dict[str, Callable[..., nn.Module]] = {
 COMPILED = ("EMAX", "SE", "CBAM", "CoordAttn")
 IN_CPP = ("EMAX", "EMA")
 # The methods to measure: every layer in PyTorch, and some of them compiled or in another backend.
-WAYS = {
+MODES = {
     "": tuple(LAYERS),
     ", compiled": COMPILED,
     ", C++": IN_CPP,
     ", Triton": ("EMAX", "EMA"),
     ", Triton, compiled": ("EMAX",),
 }
-SYSTEMS = [f"{name}{way}" for name in LAYERS for way, names in WAYS.items() if name in names]
+METHODS = [f"{name}{mode}" for name in LAYERS for mode, names in MODES.items() if name in names]
 # On a GPU the naive formulas are far too slow, and compiling the portable backend takes minutes.
-GPU_SYSTEMS = [
+GPU_METHODS = [
     *("copy", "SE", "CBAM", "CoordAttn", "EMA", "EMA, Triton", "EMAX", "EMAX, Triton"),
 ]
 GPU_ROUNDS = 7
@@ -104,7 +104,7 @@ def measure_modules(
     device: torch.device,
     dtype: torch.dtype,
     memory_format: torch.memory_format,
-    systems: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
     amp: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Time every method on every shape: forward in eval mode, and both passes in training mode.
@@ -115,13 +115,13 @@ def measure_modules(
         device: The device of the inputs and the layers.
         dtype: Their dtype.
         memory_format: The memory format of the inputs.
-        systems: The methods, of `SYSTEMS`; None for the usual ones that are available.
+        methods: The methods, of `METHODS`; None for the usual ones that are available.
         amp: The dtype of the inputs in mixed precision, or None.
 
     Returns:
-        `times[passes][system][shape]`, seconds as in `Measured`, and `saved[system][shape]`, bytes
+        `times[passes][method][shape]`, seconds as in `Measured`, and `saved[method][shape]`, bytes
         kept for the backward pass relative to those of x. From a GPU also
-        `gpu[passes][system][shape]` as in `Kernels`, and `peak[system][shape]`, bytes.
+        `gpu[passes][method][shape]` as in `Kernels`, and `peak[method][shape]`, bytes.
 
     Raises:
         BackendError: If a backend is requested that cannot serve.
@@ -129,17 +129,17 @@ def measure_modules(
     gpu = device.type == "cuda"
     if shapes is None:
         shapes = GPU_SHAPES if gpu else SHAPES
-    if systems is None:
-        systems = available(GPU_SYSTEMS if gpu else SYSTEMS, device, amp or dtype)
+    if methods is None:
+        methods = available(GPU_METHODS if gpu else METHODS, device, amp or dtype)
         if gpu:
-            systems = _working(systems, shapes, Tensors(device, dtype, memory_format, amp))
+            methods = _working(methods, shapes, Tensors(device, dtype, memory_format, amp))
     found: dict[str, Any] = {"times": {passes: {} for passes in PASSES}, "saved": {}}
     if gpu:
         found |= {"gpu": {passes: {} for passes in PASSES}, "peak": {}}
     for shape in shapes:
         x = random_features(shape, device, amp or dtype, memory_format)
-        costs = measure_shape(systems, x, rounds, dtype=dtype, amp=amp, gpu=gpu)
-        for name in systems:
+        costs = measure_shape(methods, x, rounds, dtype=dtype, amp=amp, gpu=gpu)
+        for name in methods:
             size = x.numel() * x.element_size()
             found["saved"].setdefault(name, []).append(costs.saved[name] / size)
             for passes in PASSES:
@@ -156,7 +156,7 @@ def measure_modules(
 
 
 def _working(
-    systems: Sequence[str], shapes: Sequence[tuple[int, ...]], tensors: Tensors
+    methods: Sequence[str], shapes: Sequence[tuple[int, ...]], tensors: Tensors
 ) -> list[str]:
     """Select the methods that compute both passes on every shape."""
     device, dtype, layout, amp = tensors
@@ -168,7 +168,7 @@ def _working(
         torch.cuda.synchronize(device)
 
     return [
-        name for name in systems if all(works(name, partial(both, name, shape)) for shape in shapes)
+        name for name in methods if all(works(name, partial(both, name, shape)) for shape in shapes)
     ]
 
 
@@ -183,7 +183,7 @@ def random_features(
 
 
 def measure_shape(
-    systems: Sequence[str],
+    methods: Sequence[str],
     x: Tensor,
     rounds: int,
     factor: int | None = None,
@@ -194,7 +194,7 @@ def measure_shape(
     """Time methods on one input, and count the bytes that they keep for the backward pass.
 
     Args:
-        systems: The methods, of `SYSTEMS`.
+        methods: The methods, of `METHODS`.
         x: The input, [b, c, h, w].
         rounds: How often each time is measured.
         factor: The factor of the layers that have one; None for their default.
@@ -204,7 +204,7 @@ def measure_shape(
     """
     torch.compiler.reset()
     layers = {
-        name: _layer(name, x.shape[1], factor).to(x.device, dtype or x.dtype) for name in systems
+        name: _layer(name, x.shape[1], factor).to(x.device, dtype or x.dtype) for name in methods
     }
     costs = Costs({}, {}, {}, {})
     for name, layer in layers.items():
@@ -219,16 +219,16 @@ def measure_shape(
     return costs
 
 
-def has_factor(system: str) -> bool:
+def has_factor(method: str) -> bool:
     """Tell whether a method has a `factor`, the upper bound of its number of channel groups."""
-    return split_system(system)[0] in ("naive EMAX", "EMAX", "EMA")
+    return split_method(method)[0] in ("naive EMAX", "EMAX", "EMA")
 
 
-def _layer(system: str, channels: int, factor: int | None) -> nn.Module:
-    options = {} if factor is None or not has_factor(system) else {"factor": factor}
-    layer = LAYERS[split_system(system)[0]](channels, **options)
+def _layer(method: str, channels: int, factor: int | None) -> nn.Module:
+    options = {} if factor is None or not has_factor(method) else {"factor": factor}
+    layer = LAYERS[split_method(method)[0]](channels, **options)
     differ_in_groups(layer)
-    return compiled(layer, system, fullgraph=True)
+    return compiled(layer, method, fullgraph=True)
 
 
 def _forward(layer: nn.Module, x: Tensor, amp: torch.dtype | None) -> Callable[[], Any]:

@@ -126,9 +126,9 @@ def _most(counts: Sequence[int | None]) -> str:
 def _ratios(bound: Bound, found: dict[str, Any]) -> list[float]:
     """Return the ratio that a bound limits, for each shape; empty if it was not measured."""
     if bound.what == SAVED:
-        return found["saved"].get(bound.system, [])
+        return found["saved"].get(bound.method, [])
     times = found["times"][bound.what]
-    pairs = zip(times.get(bound.system, []), times.get(bound.over, []), strict=False)
+    pairs = zip(times.get(bound.method, []), times.get(bound.over, []), strict=False)
     return [ours.median / theirs.median for ours, theirs in pairs]
 
 

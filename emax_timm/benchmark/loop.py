@@ -26,7 +26,7 @@ from ..tables import heading, row
 from ..training.build import build_trainer
 from ..training.config import TrainConfig, mixup_options
 from ..training.data import image_mode, open_split
-from ..training.distributed import World
+from ..training.distributed import DistributedContext
 from ..training.evaluate import autocast
 from ..training.progress import Timing
 from ..training.trainer import Trainer
@@ -60,19 +60,19 @@ class Epoch(NamedTuple):
     timing: Timing
 
 
-def compare(config: TrainConfig, world: World) -> dict[str, Any]:
+def compare(config: TrainConfig, context: DistributedContext) -> dict[str, Any]:
     """Train with both loops in turn, and compare their times.
 
     Args:
         config: The options of the training run; the first of its epochs is a warm-up.
-        world: The distributed context.
+        context: The distributed context.
 
     Returns:
         `loops`, medians over all epochs but each loop's first, and `ratios` and `cpu_ratios`, ours
         over timm's in wall and CPU time per step, for each pair of epochs.
     """
-    trainer = build_trainer(config, world)
-    loops = our_epochs(trainer), timms_epochs(trainer.config, world)
+    trainer = build_trainer(config, context)
+    loops = our_epochs(trainer), timms_epochs(trainer.config, context)
     pairs: list[Any] = []
     for number in range(config.epochs):
         # The order alternates, so that a machine that slows down favours neither loop.
@@ -82,9 +82,9 @@ def compare(config: TrainConfig, world: World) -> dict[str, Any]:
     ratios = [(a.seconds / a.steps) / (b.seconds / b.steps) for a, b in pairs[1:]]
     cpu_ratios = [(a.cpu / a.steps) / (b.cpu / b.steps) for a, b in pairs[1:]]
     return {
-        "machine": machine(world.device),
+        "machine": machine(context.device),
         "model": config.model,
-        "ranks": world.size,
+        "ranks": context.size,
         "workers": config.workers,
         "batch_size": config.batch_size,
         "epochs": len(ratios),
@@ -99,7 +99,7 @@ def our_epochs(trainer: Trainer) -> Iterator[Epoch]:
     while trainer.epoch < trainer.epochs:
         first, start = trainer.step, _now()
         trainer.train_epoch()
-        _synchronise(trainer.world)
+        _synchronise(trainer.context)
         yield Epoch(*_since(start), trainer.step - first, trainer.timing)
         trainer.epoch += 1
         if trainer.scheduler is not None:
@@ -107,34 +107,34 @@ def our_epochs(trainer: Trainer) -> Iterator[Epoch]:
         trainer.losses, trainer.timing = [], Timing()
 
 
-def timms_epochs(config: TrainConfig, world: World) -> Iterator[Epoch]:
+def timms_epochs(config: TrainConfig, context: DistributedContext) -> Iterator[Epoch]:
     """Train as timm's train.py does, and yield the time of each epoch.
 
     Args:
         config: The trainer's config, in which all derived values are filled in.
-        world: The distributed context.
+        context: The distributed context.
     """
     model: Any = timm.create_model(config.model, num_classes=config.num_classes)
-    model.to(world.device)
+    model.to(context.device)
     averaged = ModelEmaV3(model, decay=config.model_ema_decay)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(config))
     criterion = SoftTargetCrossEntropy()
-    loader: Any = _timms_loader(config, world)
+    loader: Any = _timms_loader(config, context)
     schedule: dict[str, Any] = scheduler_kwargs(config)
     scheduler: Any = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=len(loader))[0]
     network: nn.Module = model
-    if world.size > 1:
-        places = None if world.device.type == "cpu" else [world.device]
+    if context.size > 1:
+        places = None if context.device.type == "cpu" else [context.device]
         network = DistributedDataParallel(model, device_ids=places)
     step = 0
     for epoch in range(config.epochs):
         first, timing, start = step, Timing(), _now()
-        if world.size > 1:
+        if context.size > 1:
             loader.sampler.set_epoch(epoch)
         network.train()
         for images, labels in timing.waiting(loader):
-            with timing.computing(len(labels) * world.size):
-                with autocast(world, bool(config.amp), config.amp_dtype):
+            with timing.computing(len(labels) * context.size):
+                with autocast(context, bool(config.amp), config.amp_dtype):
                     loss = criterion(network(images), labels)
                 loss.backward()
                 dispatch_clip_grad(model_parameters(model), config.clip_grad)  # type: ignore
@@ -143,16 +143,16 @@ def timms_epochs(config: TrainConfig, world: World) -> Iterator[Epoch]:
                 step += 1
                 averaged.update(model, step=step)
                 scheduler.step_update(step)
-            if world.is_primary and (step - first) % config.log_interval == 0:
+            if context.is_primary and (step - first) % config.log_interval == 0:
                 print(f"timm's  step {step}  loss: {loss.item():.4g}", file=sys.stderr)
-        if world.size > 1:
-            distribute_bn(model, world.size, reduce=True)
-        _synchronise(world)
+        if context.size > 1:
+            distribute_bn(model, context.size, reduce=True)
+        _synchronise(context)
         yield Epoch(*_since(start), step - first, timing)
         scheduler.step(epoch + 1)
 
 
-def _timms_loader(config: TrainConfig, world: World) -> Any:
+def _timms_loader(config: TrainConfig, context: DistributedContext) -> Any:
     dataset = open_split(
         config,
         config.train_split,
@@ -176,9 +176,9 @@ def _timms_loader(config: TrainConfig, world: World) -> Any:
         "mean": config.mean,
         "std": config.std,
         "num_workers": config.workers,
-        "distributed": world.size > 1,
+        "distributed": context.size > 1,
         "pin_memory": config.pin_mem,
-        "device": world.device,
+        "device": context.device,
     }
     mixup: dict[str, Any] = {**mixup_options(config), "num_classes": config.num_classes}
     return create_loader(dataset, **arguments, collate_fn=FastCollateMixup(**mixup))
@@ -193,9 +193,9 @@ def _since(start: tuple[float, float]) -> tuple[float, float]:
     return wall - start[0], cpu - start[1]
 
 
-def _synchronise(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
+def _synchronise(context: DistributedContext) -> None:
+    if context.device.type == "cuda":
+        torch.cuda.synchronize(context.device)
 
 
 def _medians(epochs: Sequence[Epoch]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from timm.data import resolve_model_data_config
 from tqdm import tqdm
 
 from .. import models
-from ..models.cost import BATCH, activation_bytes, cost_on_paper, count_macs
+from ..models.cost import BATCH, activation_bytes, count_macs, estimated_cost
 from ..runner import command
 from ..tables import marks, text_around, write_between
 from ..training.config import Parser, UsageError, nearest
@@ -111,7 +111,7 @@ def measure(name: str) -> ModelRow:
         with torch.device("meta"):
             model: Any = timm.create_model(name)
         size = resolve_model_data_config(model)["input_size"]
-        macs, kept = cost_on_paper(model, size)
+        macs, kept = estimated_cost(model, size)
     except RuntimeError:  # the computation depends on values, which meta tensors lack
         model = timm.create_model(name)
         size = resolve_model_data_config(model)["input_size"]

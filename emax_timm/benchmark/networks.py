@@ -16,25 +16,25 @@ from tqdm import tqdm
 
 from ..training.config import UsageError, nearest
 from .gpu import kernels, peak_bytes
-from .systems import (
+from .methods import (
     autocast,
     available,
     compiled,
     computed,
     differ_in_groups,
-    split_system,
+    split_method,
     works,
 )
 from .timing import Measured, conditions, interleaved
 
 __all__ = [
     "BASES",
-    "GPU_SYSTEMS",
+    "GPU_METHODS",
     "INFERENCE",
+    "METHODS",
     "NETWORKS",
     "PEAK",
     "STEP",
-    "SYSTEMS",
     "Setting",
     "check_networks",
     "inference",
@@ -47,15 +47,15 @@ __all__ = [
 BASES = ["resnet50", "convnext_tiny"]
 INFERENCE, STEP, PEAK = "inference", "training step", "peak memory"
 # Methods by the suffix of a model's name. All but EMAX are built without the residual gate.
-NETWORKS = {"plain": "", "SE": "_se", "CBAM": "_cbam", "EMA": "_ema", "EMAX": "_emax"}
-SYSTEMS = [*NETWORKS, "EMAX, C++", "plain, compiled", "SE, compiled", "EMAX, compiled"]
-GPU_SYSTEMS = [*NETWORKS, "EMA, Triton", "EMAX, Triton"]
+NETWORKS = {"baseline": "", "SE": "_se", "CBAM": "_cbam", "EMA": "_ema", "EMAX": "_emax"}
+METHODS = [*NETWORKS, "EMAX, C++", "baseline, compiled", "SE, compiled", "EMAX, compiled"]
+GPU_METHODS = [*NETWORKS, "EMA, Triton", "EMAX, Triton"]
 CHOICES = list(
     dict.fromkeys(
         [
-            *SYSTEMS,
-            *GPU_SYSTEMS,
-            *(f"{name}, {way}" for way in ("compiled", "CUDA graph") for name in GPU_SYSTEMS),
+            *METHODS,
+            *GPU_METHODS,
+            *(f"{name}, {mode}" for mode in ("compiled", "CUDA graph") for name in GPU_METHODS),
         ]
     )
 )
@@ -82,7 +82,7 @@ def measure_models(
     bases: Sequence[str],
     setting: Setting,
     rounds: int,
-    systems: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
     training: bool = True,
     evaluation: bool = True,
 ) -> dict[str, Any]:
@@ -95,12 +95,12 @@ def measure_models(
         bases: Names of baselines that have variants with attention.
         setting: The inputs and the device.
         rounds: How often each time is measured.
-        systems: The methods, of `CHOICES`; None for the usual ones that are available.
+        methods: The methods, of `CHOICES`; None for the usual ones that are available.
         training: Whether to measure a training step and its peak memory.
         evaluation: Whether to measure inference.
 
     Returns:
-        `models[base][system]` with `inference` and `training step`, seconds as in `Measured`, and
+        `models[base][method]` with `inference` and `training step`, seconds as in `Measured`, and
         `peak memory`, bytes; None for what was not measured. On a GPU also what `_on_gpu` returns.
 
     Raises:
@@ -108,18 +108,18 @@ def measure_models(
         UsageError: If a network does not exist.
     """
     gpu = setting.device.type == "cuda"
-    usual = systems is None
-    if systems is None:
-        systems = GPU_SYSTEMS if gpu else SYSTEMS
-        systems = available(systems, setting.device, setting.amp or setting.dtype)
-    check_networks(bases, systems)
+    usual = methods is None
+    if methods is None:
+        methods = GPU_METHODS if gpu else METHODS
+        methods = available(methods, setting.device, setting.amp or setting.dtype)
+    check_networks(bases, methods)
     measure = _on_gpu if gpu else _on_cpu
     kinds = {STEP: _training_step} if training else {}
     kinds |= {INFERENCE: inference} if evaluation else {}
     models: dict[str, Any] = {}
     for base in bases:
         torch.compiler.reset()
-        own = _working(base, setting, systems, kinds) if gpu and usual else systems
+        own = _working(base, setting, methods, kinds) if gpu and usual else methods
         models[base] = measure(base, setting, rounds, own, kinds)
     return {
         **conditions(setting.device, setting.dtype, setting.memory_format, rounds, setting.amp),
@@ -130,31 +130,31 @@ def measure_models(
 
 
 def _on_cpu(
-    base: str, setting: Setting, rounds: int, systems: Sequence[str], kinds: Kinds
+    base: str, setting: Setting, rounds: int, methods: Sequence[str], kinds: Kinds
 ) -> dict[str, dict[str, Any]]:
-    measurable = [system for system in systems if STEP in kinds and "compiled" not in system]
+    measurable = [method for method in methods if STEP in kinds and "compiled" not in method]
     peaks = {
-        system: _peak_of_a_process(base, system, setting)
-        for system in tqdm(measurable, f"{base}, {PEAK}", leave=False, disable=None)
+        method: _peak_of_a_process(base, method, setting)
+        for method in tqdm(measurable, f"{base}, {PEAK}", leave=False, disable=None)
     }
-    networks = {system: make_network(base, system, setting) for system in systems}
+    networks = {method: make_network(base, method, setting) for method in methods}
     times: dict[str, dict[str, Measured]] = {}
     for what, make in kinds.items():
         calls = {
-            system: computed(system, make(network, setting)) for system, network in networks.items()
+            method: computed(method, make(network, setting)) for method, network in networks.items()
         }
         times[what] = interleaved(calls, rounds, setting.device)
     return {
-        system: {
-            **{what: times[what][system] if what in kinds else None for what in (INFERENCE, STEP)},
-            PEAK: peaks.get(system),
+        method: {
+            **{what: times[what][method] if what in kinds else None for what in (INFERENCE, STEP)},
+            PEAK: peaks.get(method),
         }
-        for system in systems
+        for method in methods
     }
 
 
 def _on_gpu(
-    base: str, setting: Setting, rounds: int, systems: Sequence[str], kinds: Kinds
+    base: str, setting: Setting, rounds: int, methods: Sequence[str], kinds: Kinds
 ) -> dict[str, dict[str, Any]]:
     """Measure the networks of one baseline on a GPU.
 
@@ -164,39 +164,39 @@ def _on_gpu(
     """
     calls: dict[str, dict[str, Callable[[], Any]]] = {what: {} for what in kinds}
     found: dict[str, dict[str, Any]] = {}
-    for system in tqdm(systems, f"{base}, first calls", leave=False, disable=None):
+    for method in tqdm(methods, f"{base}, first calls", leave=False, disable=None):
         before = torch.cuda.memory_allocated(setting.device)
-        network = make_network(base, system, setting)
-        own: dict[str, Any] = {"network": network_name(base, system), "first call": {}}
+        network = make_network(base, method, setting)
+        own: dict[str, Any] = {"network": network_name(base, method), "first call": {}}
         own |= dict.fromkeys([INFERENCE, STEP, PEAK])
         for what, make in kinds.items():
-            call = calls[what][system] = computed(system, make(network, setting))
+            call = calls[what][method] = computed(method, make(network, setting))
             own["first call"][what] = _first_calls(call, setting.device)
             if what == STEP:
                 kept = torch.cuda.memory_allocated(setting.device) - before
                 own[PEAK] = kept + peak_bytes(call, setting.device)
-        found[system] = own | {"images per second": {}, "kernels": {}}
-    for what, by_system in calls.items():
-        times = interleaved(by_system, rounds, setting.device)
-        costs = kernels(by_system, GPU_ROUNDS, setting.device)
-        for system, own in found.items():
-            own[what] = times[system]
-            own["images per second"][what] = setting.batch / times[system].median
-            own["kernels"][what] = costs[system]
+        found[method] = own | {"images per second": {}, "kernels": {}}
+    for what, by_method in calls.items():
+        times = interleaved(by_method, rounds, setting.device)
+        costs = kernels(by_method, GPU_ROUNDS, setting.device)
+        for method, own in found.items():
+            own[what] = times[method]
+            own["images per second"][what] = setting.batch / times[method].median
+            own["kernels"][what] = costs[method]
     return found
 
 
-def _working(base: str, setting: Setting, systems: Sequence[str], kinds: Kinds) -> list[str]:
+def _working(base: str, setting: Setting, methods: Sequence[str], kinds: Kinds) -> list[str]:
     """Select the methods whose networks compute what is measured, on two images."""
     few = setting._replace(batch=2)
 
-    def every(system: str) -> None:
-        network = make_network(base, system, few)
+    def every(method: str) -> None:
+        network = make_network(base, method, few)
         for make in kinds.values():
-            computed(system, make(network, few))()
+            computed(method, make(network, few))()
         torch.cuda.synchronize(setting.device)
 
-    return [system for system in systems if works(system, partial(every, system))]
+    return [method for method in methods if works(method, partial(every, method))]
 
 
 def _first_calls(call: Callable[[], Any], device: torch.device) -> float:
@@ -210,33 +210,33 @@ def _first_calls(call: Callable[[], Any], device: torch.device) -> float:
     return seconds
 
 
-def check_networks(bases: Sequence[str], systems: Sequence[str]) -> None:
+def check_networks(bases: Sequence[str], methods: Sequence[str]) -> None:
     """Raise UsageError with the nearest name if one of the networks does not exist."""
-    names = [network_name(base, system) for base in bases for system in systems]
+    names = [network_name(base, method) for base in bases for method in methods]
     for name in names:
         if not timm.is_model(name):
             spelt = nearest(name, timm.list_models())
             raise UsageError(f"there is no model {name}; the nearest name is {spelt}")
 
 
-def network_name(base: str, system: str) -> str:
+def network_name(base: str, method: str) -> str:
     """Return the name of a method's variant of the baseline `base`: timm's own where it has one."""
-    name, _ = split_system(system)
+    name, _ = split_method(method)
     if name == "SE" and base.startswith("resnet") and timm.is_model(f"se{base}"):
         return f"se{base}"
     return base + NETWORKS[name]
 
 
-def make_network(base: str, system: str, setting: Setting) -> nn.Module:
+def make_network(base: str, method: str, setting: Setting) -> nn.Module:
     """Create a method's variant of the baseline `base`, in training mode."""
-    name = network_name(base, system)
+    name = network_name(base, method)
     ours = name.endswith(tuple(filter(None, NETWORKS.values())))
-    gated = not ours or split_system(system)[0] == "EMAX"
+    gated = not ours or split_method(method)[0] == "EMAX"
     options: dict[str, Any] = {} if gated else {"attn_kwargs": {"gate_init": None}}
     network: Any = timm.create_model(name, **options)
     differ_in_groups(network)
     network = network.to(setting.device, setting.dtype, memory_format=setting.memory_format)
-    return compiled(network, system)
+    return compiled(network, method)
 
 
 def random_images(setting: Setting) -> Tensor:
@@ -273,15 +273,15 @@ def _training_step(network: nn.Module, setting: Setting) -> Callable[[], Any]:
     return call
 
 
-def _peak_of_a_process(base: str, system: str, setting: Setting) -> int:
+def _peak_of_a_process(base: str, method: str, setting: Setting) -> int:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (base, system, setting))
+        return pool.apply(_peak, (base, method, setting))
 
 
-def _peak(base: str, system: str, setting: Setting) -> int:
+def _peak(base: str, method: str, setting: Setting) -> int:
     """Return the peak memory of this process in bytes, after three training steps."""
-    network = make_network(base, system, setting)
-    step = computed(system, _training_step(network, setting))
+    network = make_network(base, method, setting)
+    step = computed(method, _training_step(network, setting))
     for _ in range(3):
         step()
     # /proc is preferred, because getrusage's peak starts at that of the parent process.

@@ -14,8 +14,8 @@ __all__ = ["report_models"]
 UNITS = {INFERENCE: "ms", STEP: "ms", PEAK: "MB"}
 # Each bound must hold for every network.
 BOUNDS = [
-    Bound(INFERENCE, "EMAX, C++", "plain", 1.1),
-    Bound(INFERENCE, "EMAX, compiled", "plain, compiled", 1.2),
+    Bound(INFERENCE, "EMAX, C++", "baseline", 1.1),
+    Bound(INFERENCE, "EMAX, compiled", "baseline, compiled", 1.2),
     Bound(STEP, "EMAX, C++", "SE", 1.15),
     Bound(PEAK, "EMAX, C++", "SE", 1.05),
 ]
@@ -41,22 +41,22 @@ def report_models(found: dict[str, Any]) -> str:
 
 def _on_cpu(found: dict[str, Any]) -> list[str]:
     lines: list[str] = []
-    for base, systems in found["models"].items():
-        peers = [peer for peer in ("plain", "SE", "plain, compiled") if peer in systems]
+    for base, methods in found["models"].items():
+        peers = [peer for peer in ("baseline", "SE", "baseline, compiled") if peer in methods]
         head = [base]
         measured = [
             what
             for what in (INFERENCE, STEP, PEAK)
-            if any(figures[what] is not None for figures in systems.values())
+            if any(figures[what] is not None for figures in methods.values())
         ]
         for what in measured:
             head += [f"{what}, {UNITS[what]}", *(f"/ {peer}" for peer in peers)]
         lines += heading(head)
-        for system, figures in systems.items():
-            cells = [system]
+        for method, figures in methods.items():
+            cells = [method]
             for what in measured:
                 cells.append(_cell(figures[what]))
-                ratios = (_ratio(figures[what], systems[peer][what]) for peer in peers)
+                ratios = (_ratio(figures[what], methods[peer][what]) for peer in peers)
                 cells += ["-" if math.isnan(ratio) else f"{ratio:.2f}" for ratio in ratios]
             lines.append(row(cells))
         lines.append("")
@@ -66,24 +66,24 @@ def _on_cpu(found: dict[str, Any]) -> list[str]:
 def _on_gpu(found: dict[str, Any]) -> list[str]:
     """Format tables of images per second, memory and kernels; ratios are those of speeds."""
     lines: list[str] = []
-    for base, systems in found["models"].items():
-        peers = [peer for peer in ("plain", "SE") if peer in systems]
+    for base, methods in found["models"].items():
+        peers = [peer for peer in ("baseline", "SE") if peer in methods]
         measured = [
             what
             for what in (INFERENCE, STEP)
-            if all(figures[what] is not None for figures in systems.values())
+            if all(figures[what] is not None for figures in methods.values())
         ]
         head = [base, "network"]
         for what in measured:
             head += [f"{what}, images/s", *(f"/ {peer}" for peer in peers)]
             head += ["GPU ms", "launches", "first call, s"]
         lines += heading([*head, *(["peak, GiB"] if STEP in measured else [])])
-        for system, figures in systems.items():
-            cells = [system, figures["network"]]
+        for method, figures in methods.items():
+            cells = [method, figures["network"]]
             for what in measured:
                 speed = figures["images per second"]
                 cells.append(digits(speed[what]))
-                rest = (systems[peer]["images per second"][what] for peer in peers)
+                rest = (methods[peer]["images per second"][what] for peer in peers)
                 cells += [f"{speed[what] / other:.2f}" for other in rest]
                 cells += _kernels(figures, what)
             if STEP in measured:
@@ -102,7 +102,7 @@ def _kernels(figures: dict[str, Any], what: str) -> list[str]:
 
 def _ratios(bound: Bound, models: dict[str, Any]) -> list[float]:
     """Return the ratio that a bound limits, by network; empty if one was not measured."""
-    pairs = [(systems.get(bound.system), systems.get(bound.over)) for systems in models.values()]
+    pairs = [(methods.get(bound.method), methods.get(bound.over)) for methods in models.values()]
     ratios = [
         _ratio(ours[bound.what], theirs[bound.what]) for ours, theirs in pairs if ours and theirs
     ]

@@ -13,19 +13,19 @@ from ..models.export_file import check_target, export_model
 from ..tables import heading, row
 from ..training.config import UsageError
 from .layers import IN_CPP
+from .methods import CPP, backend_serves, computed
 from .networks import NETWORKS, Setting, check_networks, inference, make_network, random_images
-from .systems import CPP, backend_serves, computed
 from .timing import Measured, described, interleaved, machine, milliseconds
 
-__all__ = ["SYSTEMS", "measure_onnx", "report_onnx"]
+__all__ = ["METHODS", "measure_onnx", "report_onnx"]
 
-SYSTEMS = list(NETWORKS)
+METHODS = list(NETWORKS)
 EAGER, IN_CPP_TOO, ONNX = "PyTorch", "PyTorch, C++", "ONNX Runtime"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def measure_onnx(
-    bases: Sequence[str], setting: Setting, rounds: int, systems: Sequence[str] = tuple(SYSTEMS)
+    bases: Sequence[str], setting: Setting, rounds: int, methods: Sequence[str] = tuple(METHODS)
 ) -> dict[str, Any]:
     """Time inference in PyTorch, and in ONNX Runtime with the files that `emax export` writes.
 
@@ -35,17 +35,17 @@ def measure_onnx(
         bases: Names of baselines that have variants with attention.
         setting: The inputs and the device; the dtype must be float32, the memory format contiguous.
         rounds: How often each time is measured.
-        systems: The methods, of `SYSTEMS`.
+        methods: The methods, of `METHODS`.
 
     Returns:
-        `models[base][system][runtime]`, seconds as in `Measured`.
+        `models[base][method][runtime]`, seconds as in `Measured`.
 
     Raises:
         ExportError: If an exported file does not compute what the network does.
         UsageError: If a network does not exist, a package is missing, or ONNX Runtime cannot use
             the device.
     """
-    check_networks(bases, systems)
+    check_networks(bases, methods)
     models: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "network.onnx")
@@ -53,18 +53,18 @@ def measure_onnx(
         version = _check_provider(setting.device)
         for base in bases:
             calls: dict[tuple[str, str], Callable[[], Any]] = {}
-            for system in tqdm(systems, f"{base}, export", leave=False, disable=None):
+            for method in tqdm(methods, f"{base}, export", leave=False, disable=None):
                 size = (3, setting.size, setting.size)
-                network = make_network(base, system, setting._replace(device=torch.device("cpu")))
+                network = make_network(base, method, setting._replace(device=torch.device("cpu")))
                 export_model(network.eval(), file, input_size=size, overwrite=True)
-                calls[system, ONNX] = _session(file, random_images(setting))
+                calls[method, ONNX] = _session(file, random_images(setting))
                 call = inference(network.to(setting.device), setting)
-                calls[system, EAGER] = computed(EAGER, call)
-                if system in IN_CPP and backend_serves(CPP, setting.device, setting.dtype):
-                    calls[system, IN_CPP_TOO] = computed(IN_CPP_TOO, call)
-            models[base] = {system: {} for system in systems}
-            for (system, runtime), times in interleaved(calls, rounds, setting.device).items():
-                models[base][system][runtime] = times
+                calls[method, EAGER] = computed(EAGER, call)
+                if method in IN_CPP and backend_serves(CPP, setting.device, setting.dtype):
+                    calls[method, IN_CPP_TOO] = computed(IN_CPP_TOO, call)
+            models[base] = {method: {} for method in methods}
+            for (method, runtime), times in interleaved(calls, rounds, setting.device).items():
+                models[base][method][runtime] = times
     return {
         "machine": {**machine(setting.device), "onnxruntime": version},
         "batch": setting.batch,
@@ -91,7 +91,7 @@ def _session(file: Path, images: Tensor) -> Callable[[], Any]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = torch.get_num_threads()
-    # Otherwise its idle threads would go on spinning, and slow down whatever is timed next.
+    # Otherwise its idle threads would continue to spin, and slow down whatever is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     device, number = images.device.type, images.device.index or 0
     session = onnxruntime.InferenceSession(file, options, providers=[PROVIDERS[device]])
@@ -111,25 +111,25 @@ def _session(file: Path, images: Tensor) -> Callable[[], Any]:
 def report_onnx(found: dict[str, Any]) -> str:
     """Format the result of `measure_onnx` as Markdown."""
     lines: list[str] = []
-    for base, systems in found["models"].items():
+    for base, methods in found["models"].items():
         runtimes = [
             name
             for name in (EAGER, IN_CPP_TOO, ONNX)
-            if any(name in times for times in systems.values())
+            if any(name in times for times in methods.values())
         ]
-        plain = systems.get("plain", {})
+        baseline = methods.get("baseline", {})
         head = [base]
         for runtime in runtimes:
-            head += [f"{runtime}, ms", *["/ plain"] * bool(plain)]
+            head += [f"{runtime}, ms", *["/ baseline"] * bool(baseline)]
         lines += heading([*head, f"{ONNX} / {EAGER}"])
-        for system, times in systems.items():
-            cells = [system]
+        for method, times in methods.items():
+            cells = [method]
             for runtime in runtimes:
                 cells.append(milliseconds(Measured(*times[runtime])) if runtime in times else "-")
                 # The baseline has no C++ variant; there the one in PyTorch is compared.
-                twin = plain.get(runtime, plain.get(EAGER))
-                if plain:
-                    cells.append(_ratio(times[runtime], twin) if runtime in times else "-")
+                reference = baseline.get(runtime, baseline.get(EAGER))
+                if baseline:
+                    cells.append(_ratio(times[runtime], reference) if runtime in times else "-")
             lines.append(row([*cells, _ratio(times[ONNX], times[EAGER])]))
         lines.append("")
     lines.append(

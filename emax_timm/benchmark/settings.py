@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..tables import heading, row
 from ..training.config import UsageError
 from .layers import PASSES
-from .systems import CPP, backend_serves
+from .methods import CPP, backend_serves
 from .timing import Measured, described, digits
 
 __all__ = ["measure_settings", "report_settings"]
@@ -50,7 +50,7 @@ def measure_settings(
     shapes: Sequence[tuple[int, ...]],
     rounds: int,
     device: torch.device,
-    systems: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Measure layers in every setting that this machine supports.
 
@@ -58,7 +58,7 @@ def measure_settings(
         shapes: Sizes [b, c, h, w] of the inputs.
         rounds: How often each time is measured.
         device: The device of the inputs and the layers.
-        systems: The methods, of `layers.SYSTEMS`; None for EMAX in PyTorch, its fastest variant,
+        methods: The methods, of `layers.METHODS`; None for EMAX in PyTorch, its fastest variant,
             and `PEERS`.
 
     Returns:
@@ -67,19 +67,19 @@ def measure_settings(
     Raises:
         UsageError: If a measuring process fails.
     """
-    if systems is None:
+    if methods is None:
         fastest = "EMAX, C++" if backend_serves(CPP, device, torch.float32) else "EMAX, compiled"
-        systems = [fastest, "EMAX", *PEERS]
+        methods = [fastest, "EMAX", *PEERS]
     settings = list(SETTINGS)
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         settings.append(AVX2)
-    options = ["--device", str(device), "--rounds", str(rounds), "--systems", *systems]
+    options = ["--device", str(device), "--rounds", str(rounds), "--methods", *methods]
     options += ["--shapes", *("x".join(map(str, shape)) for shape in shapes)]
     found = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "modules.json")
         for setting in tqdm(settings, "settings", leave=False, disable=None):
-            if any("C++" in name for name in systems):
+            if any("C++" in name for name in methods):
                 _build_kernels(setting)
             words = ["benchmark", "modules", *options, *setting.options, "--json", str(file)]
             _run(words, setting)
@@ -116,18 +116,18 @@ def report_settings(found: dict[str, Any]) -> str:
     shapes = ", ".join("x".join(map(str, shape)) for shape in first["shapes"])
     lines: list[str] = []
     for passes in PASSES:
-        systems = list(first["times"][passes])
-        pairs = [(ours, peer) for ours in systems for peer in PEERS if ours.startswith("EMAX")]
-        pairs = [pair for pair in pairs if pair[1] in systems]
+        methods = list(first["times"][passes])
+        pairs = [(ours, peer) for ours in methods for peer in PEERS if ours.startswith("EMAX")]
+        pairs = [pair for pair in pairs if pair[1] in methods]
         ratios = [f"{ours} / {peer}" for ours, peer in pairs]
-        lines += heading([passes, *(f"{name}, ms" for name in systems), *ratios])
+        lines += heading([passes, *(f"{name}, ms" for name in methods), *ratios])
         for setting in found["settings"]:
             medians = {
                 name: [Measured(*one).median for one in times]
                 for name, times in setting["times"][passes].items()
             }
             cells = [_name(setting)]
-            cells += [digits(1000 * geometric_mean(medians[name])) for name in systems]
+            cells += [digits(1000 * geometric_mean(medians[name])) for name in methods]
             cells += [_ratio(medians[ours], medians[peer]) for ours, peer in pairs]
             lines.append(row(cells))
         lines.append("")

@@ -48,7 +48,7 @@ def measure_startup(bases: Sequence[str], rounds: int) -> dict[str, Any]:
     Raises:
         UsageError: If a network does not exist.
     """
-    check_networks(bases, ["plain", "EMAX"])
+    check_networks(bases, ["baseline", "EMAX"])
     pairs = [pair for base in bases for pair in ((THEIRS, base), (OURS, f"{base}_emax"))]
     imports: dict[str, list[float]] = {THEIRS: [], OURS: []}
     creations: dict[str, list[float]] = {name: [] for _, name in pairs}
@@ -78,9 +78,9 @@ def report_startup(found: dict[str, Any]) -> str:
     lines += ["", *heading(["bound", "at most", "", ""])]
     name = f"import {OURS} - import {THEIRS}, seconds"
     lines.append(verdict(name, IMPORT, [added], added <= IMPORT))
-    for base, twin in zip(*[iter(creations)] * 2, strict=True):
-        ratio = Measured(*creations[twin]).median / Measured(*creations[base]).median
-        name = f"create {twin} / create {base}"
+    for base, variant in zip(*[iter(creations)] * 2, strict=True):
+        ratio = Measured(*creations[variant]).median / Measured(*creations[base]).median
+        name = f"create {variant} / create {base}"
         lines.append(verdict(name, CREATION, [ratio], ratio <= CREATION))
     lines += [
         "",

@@ -48,7 +48,7 @@ def interleaved(
     """Time functions in turn, so that a slow period of the machine affects all of them.
 
     The measurement of a function that takes less than ten times `seconds` begins with a call that
-    is not timed: it fetches the memory that the allocator has given back to the system since, which
+    is not timed: it fetches the memory that the allocator has given back to the method since, which
     can cost as much as a call.
 
     Args:

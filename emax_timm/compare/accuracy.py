@@ -13,25 +13,53 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..runner import command
+from ..training.config import UsageError, from_mapping, option, parse_settings
 
 __all__ = ["accuracy", "table"]
 
 _TRAIN = "import sys; from emax_cli import run; sys.exit(run('train', None, 'train.py'))"
 
 
-def accuracy(argv: Sequence[str] | None = None) -> int:
+@dataclass
+class AccuracyConfig:
+    """Train models with several seeds, and print the table of their accuracies."""
+
+    recipe: str | None = option(
+        None,
+        "YAML file or name of a recipe, with a test_split",
+        positional=True,
+        metavar="CONFIG",
+    )
+    models: list[str] = option([], "names of the models to train", metavar="NAME")
+    seeds: list[int] = option([0, 1, 2], "seeds to train each model with", bounds=(0, 2**32 - 1))
+    output: str = option("runs", "folder for run directories", metavar="DIR")
+    options: list[str] = option(
+        [],
+        "further options of train.py; all that follows belongs to them",
+        nargs=argparse.REMAINDER,
+    )
+
+
+@command("python -m emax_timm.compare.accuracy")
+def accuracy(argv: Sequence[str], prog: str) -> int:
     """Train the models, print the table, and return the exit status."""
-    arguments = _parser().parse_args(argv)
+    settings = parse_settings(AccuracyConfig, argv, prog)
+    config = from_mapping(AccuracyConfig, settings, "the command line")
+    if config.recipe is None or not config.models:
+        raise UsageError("nothing to train: give CONFIG --models NAME ...")
     results = {}
-    for seed in arguments.seeds:  # outermost, so that a stop treats all models alike
-        for model in arguments.models:
-            folder = Path(arguments.output) / f"{model}-seed{seed}"
+    for seed in config.seeds:  # outermost, so that a stop treats all models alike
+        for model in config.models:
+            folder = Path(config.output) / f"{model}-seed{seed}"
             if not (folder / "summary.json").exists():
-                options = ["-c", arguments.config, "--model", model, "--seed", str(seed)]
-                options += ["--output", arguments.output, "--experiment", folder.name]
-                options += ["--resume", "auto", *arguments.options]
+                options = ["-c", config.recipe, "--model", model, "--seed", str(seed)]
+                options += ["--output", config.output, "--experiment", folder.name]
+                options += ["--resume", "auto", *config.options]
                 status = subprocess.run([sys.executable, "-c", _TRAIN, *options]).returncode
                 if status:
                     return status
@@ -62,19 +90,6 @@ def table(results: dict[tuple[str, int], dict[str, Any]]) -> str:
             f"| {', '.join(f'{value:.2f}' for value in top1)} | {minutes:.1f} |"
         )
     return "\n".join(rows)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m emax_timm.compare.accuracy",
-        description="Train models with several seeds, and print the table of their accuracies.",
-    )
-    parser.add_argument("config", help="YAML file or name of a recipe, with a test_split")
-    parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--output", default="runs", metavar="DIR")
-    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="of train.py")
-    return parser
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ blocks, and baselines that do not depend on the network. What has been trained o
 repeated, so that an interrupted study can be continued.
 """
 
-import argparse
 import json
 import shlex
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,16 +30,17 @@ from tqdm import tqdm
 from ..files import replace_file
 from ..models.capture import capture_attention, heatmap
 from ..models.gradcam import grad_cam
+from ..runner import command
 from ..samples.scenes import GROUPS, MEAN, STD, Items, compose, load_items
 from ..tables import heading, marks, row, text_around, write_between
-from ..training.config import UsageError
+from ..training.config import AT_LEAST_1, UsageError, from_mapping, option, parse_settings
 from .measures import area_under, insertion_deletion, pointing_game
 
 __all__ = [
     "MEASURES",
+    "FaithfulnessConfig",
     "Scenes",
     "faithfulness",
-    "faithfulness_parser",
     "make_scenes",
     "maps_of",
     "rate",
@@ -48,7 +49,6 @@ __all__ = [
 ]
 
 MARK = "faithfulness"
-_PROG = "python -m emax_timm.compare.faithfulness"
 ATTENTIONS = ("emax", "ema", "cbam")
 SIZE = 64
 BATCH = 64
@@ -60,6 +60,30 @@ MEASURES = {
     "insertion": ("insertion, area under the curve (more is better)", 3),
     "deletion": ("deletion, area under the curve (less is better)", 3),
 }
+
+
+@dataclass
+class FaithfulnessConfig:
+    """Train small networks on scenes, and rate their maps."""
+
+    attentions: list[str] = option(
+        list(ATTENTIONS), "attentions of the networks", choices=ATTENTIONS
+    )
+    seeds: list[int] = option(
+        [0, 1, 2], "seeds to train each network with", bounds=(0, 2**32 - 1), metavar="N"
+    )
+    steps: int = option(1000, f"training steps, of {BATCH} scenes each", bounds=AT_LEAST_1)
+    train_scenes: int = option(16_000, "scenes to train on", bounds=AT_LEAST_1)
+    test_scenes: int = option(1000, "scenes to rate the maps on", bounds=AT_LEAST_1)
+    curves: int = option(200, "test scenes to use for insertion and deletion", bounds=AT_LEAST_1)
+    output: str = option(
+        "runs/faithfulness", "folder of the trained networks and their ratings", metavar="DIR"
+    )
+    write: str | None = option(
+        None,
+        f"also put the tables between the lines {' and '.join(marks(MARK))} of FILE",
+        metavar="FILE",
+    )
 
 
 class Scenes(NamedTuple):
@@ -162,7 +186,7 @@ def maps_of(model: Any, scenes: Scenes) -> dict[str, Tensor]:
     coarse = torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     maps["random"] = heatmap(coarse, size)
     along = torch.linspace(-1, 1, SIZE)
-    maps["centre"] = -(along[:, None] ** 2 + along**2).expand(n, -1, -1)
+    maps["centre prior"] = -(along[:, None] ** 2 + along**2).expand(n, -1, -1)
     maps["the object itself"] = scenes.masks.float()
     return maps
 
@@ -220,61 +244,40 @@ def report(results: dict[tuple[str, int], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def faithfulness(argv: Sequence[str] | None = None) -> int:
+@command("python -m emax_timm.compare.faithfulness")
+def faithfulness(argv: Sequence[str], prog: str) -> int:
     """Train and rate the networks, print the tables, and return the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    options = faithfulness_parser().parse_args(argv)
+    settings = parse_settings(FaithfulnessConfig, argv, prog)
+    config = from_mapping(FaithfulnessConfig, settings, "the command line")
+    page = Path(config.write) if config.write else None
+    if page is not None:
+        text_around(page, MARK)  # refuses a bad file before anything is trained
     try:
-        if options.write is not None:
-            text_around(options.write, MARK)  # refuses a bad file before anything is trained
-        options.output.mkdir(parents=True, exist_ok=True)
-        results = _results(options)
-        tables = report(results)
-        if options.write is not None:
-            command = shlex.join([*_PROG.split(), *argv])
-            write_between(options.write, MARK, f"Made by `{command}`:\n\n{tables}\n")
-    except (ImportError, OSError, UsageError) as error:
-        print(f"{_PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        results = _results(config, Path(config.output))
+    except (ImportError, OSError) as error:
+        raise UsageError(str(error)) from error
+    tables = report(results)
+    if page is not None:
+        made_by = shlex.join([*prog.split(), *argv])
+        write_between(page, MARK, f"Made by `{made_by}`:\n\n{tables}\n")
     print(tables)
     return 0
 
 
-def _results(options: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any]]:
+def _results(config: FaithfulnessConfig, folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    folder.mkdir(parents=True, exist_ok=True)
     results = {}
-    test = make_scenes(load_items("test"), options.test_scenes, TEST_SEED)
-    for seed in options.seeds:  # outermost, so that a stop treats all networks alike
-        for attention in options.attentions:
-            model = trained(attention, seed, options.steps, options.train_scenes, options.output)
-            name = run_name(attention, seed, options.steps, options.train_scenes)
-            path = options.output / f"{name}-on-{options.test_scenes}-{options.curves}.json"
+    test = make_scenes(load_items("test"), config.test_scenes, TEST_SEED)
+    for seed in config.seeds:  # outermost, so that a stop treats all networks alike
+        for attention in config.attentions:
+            model = trained(attention, seed, config.steps, config.train_scenes, folder)
+            name = run_name(attention, seed, config.steps, config.train_scenes)
+            path = folder / f"{name}-on-{config.test_scenes}-{config.curves}.json"
             if not path.exists():
-                text = json.dumps(rate(model, test, options.curves), indent=1)
+                text = json.dumps(rate(model, test, config.curves), indent=1)
                 replace_file(path, lambda file, text=text: file.write_text(text))
             results[attention, seed] = json.loads(path.read_text())
     return results
-
-
-def faithfulness_parser() -> argparse.ArgumentParser:
-    """Make the parser of the command line."""
-    parser = argparse.ArgumentParser(
-        prog=_PROG,
-        description="Train small networks on scenes, and rate their maps.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--attentions", nargs="+", choices=ATTENTIONS, default=list(ATTENTIONS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1000, help=f"of {BATCH} scenes, to train")
-    parser.add_argument("--train-scenes", type=int, default=16_000, metavar="N")
-    parser.add_argument("--test-scenes", type=int, default=1000, metavar="N")
-    text = "of the test scenes, for insertion and deletion"
-    parser.add_argument("--curves", type=int, default=200, metavar="N", help=text)
-    parser.add_argument("--output", type=Path, default="runs/faithfulness", metavar="DIR")
-    begin, end = marks(MARK)
-    text = f"also put the tables between the lines {begin} and {end} of FILE"
-    parser.add_argument("--write", type=Path, metavar="FILE", help=text)
-    return parser
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def model_card(facts: CardFacts) -> str:
         eval_results=_results(facts) or None,
     )
     height, width = facts.input_size[1:]
-    summary, config = facts.summary, facts.config
+    config = facts.config
     return f"""---
 {data.to_yaml()}
 ---
@@ -59,7 +59,23 @@ def model_card(facts: CardFacts) -> str:
 images of {height} x {width} pixels, {facts.parameters / 1e6:.2f} M parameters,
 {facts.macs / 1e6:.1f} M multiply-accumulates an image. {_start(config)}
 
-## Use
+{_use(facts)}
+{_figures(facts)}
+{_training(facts)}
+## Intended use
+
+Classifying images like those that it was trained on, and as a backbone to fine-tune. It has been
+evaluated on the splits above alone; on other images, and for decisions about people, nothing is
+known of its errors. The classes and their balance are those of the data set.
+
+## Licence
+
+{facts.license}, for the weights. The images have licences of their own.
+"""
+
+
+def _use(facts: CardFacts) -> str:
+    return f"""## Use
 
 The architecture is in the package emax-timm; importing it makes the model known to timm.
 
@@ -85,8 +101,12 @@ As a feature extractor: `timm.create_model("hf-hub:{facts.repo}", pretrained=Tru
 features_only=True)`.
 
 `emax weights verify {facts.repo}` compares every file with SHA256SUMS.
+"""
 
-## Figures
+
+def _figures(facts: CardFacts) -> str:
+    summary, config = facts.summary, facts.config
+    return f"""## Figures
 
 | split | top-1 (%) | top-5 (%) | loss |
 | --- | ---: | ---: | ---: |
@@ -100,8 +120,12 @@ emax validate --checkpoint model.safetensors{_data_flag(config)}
 ```
 
 gives the figures of the {"test" if summary["test"] else "validation"} split.
+"""
 
-## Training
+
+def _training(facts: CardFacts) -> str:
+    config = facts.config
+    return f"""## Training
 
 ```bash
 emax train -c config.yaml{_data_flag(config)}
@@ -110,16 +134,6 @@ emax train -c config.yaml{_data_flag(config)}
 with emax-timm {facts.version} ([config.yaml](config.yaml), [log.csv](log.csv)):
 
 {_recipe(config)}
-
-## Intended use
-
-Classifying images like those that it was trained on, and as a backbone to fine-tune. It has been
-evaluated on the splits above alone; on other images, and for decisions about people, nothing is
-known of its errors. The classes and their balance are those of the data set.
-
-## Licence
-
-{facts.license}, for the weights. The images have licences of their own.
 """
 
 

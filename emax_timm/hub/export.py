@@ -28,7 +28,7 @@ class ExportConfig:
 
     model: str | None = option(
         None,
-        "name of a timm model, local-dir:FOLDER (such as that of a run) or hf-hub:NAME",
+        "name of a timm model, local-dir:FOLDER (such as a run directory) or hf-hub:NAME",
         positional=True,
         metavar="MODEL",
     )

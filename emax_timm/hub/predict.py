@@ -13,7 +13,7 @@ from ..models.labels import class_namer
 from ..runner import command
 from ..training.config import AT_LEAST_1, UsageError, from_mapping, option, parse_settings
 from ..training.config.checks import check_model
-from ..training.data.decoding import BrokenImageError, open_image
+from ..training.data.decoding import CorruptImageError, open_image
 from ..training.loading import DEFAULT_MODEL, create_model
 
 __all__ = ["Prediction", "predict", "predictions"]
@@ -26,7 +26,7 @@ class PredictConfig:
     images: list[str] = option([], "image files", positional=True, metavar="IMAGE")
     model: str = option(
         DEFAULT_MODEL,
-        "name of a timm model with weights, local-dir:FOLDER (such as that of a run) or "
+        "name of a timm model with weights, local-dir:FOLDER (such as a run directory) or "
         "hf-hub:ORG/NAME; the default knows ten kinds of clothes, light on a dark ground",
         "-m",
     )
@@ -44,7 +44,7 @@ class Prediction(NamedTuple):
 @command("emax predict")
 def predict(argv: Sequence[str], prog: str) -> int:
     """Classify images, and return the exit status: 1 if an image is corrupt."""
-    broken = 0
+    corrupt = 0
     settings = parse_settings(PredictConfig, argv, prog)
     config = from_mapping(PredictConfig, settings, "the command line")
     if not config.images:
@@ -58,18 +58,18 @@ def predict(argv: Sequence[str], prog: str) -> int:
     if not model.num_classes:
         raise UsageError(f"model {config.model} has no classifier")
     for path, found in predictions(model, config.images, config.top, config.exif_orientation):
-        if isinstance(found, BrokenImageError):
-            broken += 1
-            print(f"{prog}: error: broken image {path}: {found}", file=sys.stderr)
+        if isinstance(found, CorruptImageError):
+            corrupt += 1
+            print(f"{prog}: error: corrupt image {path}: {found}", file=sys.stderr)
         else:
             print(f"{path}: {', '.join(f'{p.name} {p.probability:.3f}' for p in found)}")
-    return 1 if broken else 0
+    return 1 if corrupt else 0
 
 
 @torch.inference_mode()
 def predictions(
     model: Any, paths: Sequence[str | Path], top: int = 3, exif_orientation: bool = True
-) -> Iterator[tuple[Path, list[Prediction] | BrokenImageError]]:
+) -> Iterator[tuple[Path, list[Prediction] | CorruptImageError]]:
     """Yield the most probable classes of each image, or why it cannot be read.
 
     Args:
@@ -81,7 +81,7 @@ def predictions(
 
     Yields:
         The path and its predictions, the most probable first; for a corrupt image the path and the
-        `BrokenImageError`, which is not raised.
+        `CorruptImageError`, which is not raised.
     """
     data_config = resolve_data_config(model=model)
     transform: Any = create_transform(**data_config)
@@ -90,7 +90,7 @@ def predictions(
     for path in map(Path, paths):
         try:
             image = open_image(path, mode, exif_orientation)
-        except BrokenImageError as error:
+        except CorruptImageError as error:
             yield path, error
             continue
         values = model(transform(image).unsqueeze(0)).softmax(dim=1)[0]  # [classes]

@@ -17,7 +17,7 @@ from ..training.config import (
     option,
     parse_settings,
 )
-from ..training.distributed import open_world
+from ..training.distributed import open_distributed_context
 from .integrity import check_folder
 from .release import Release, make_release
 from .upload import check_repo, upload
@@ -29,21 +29,28 @@ __all__ = ["publish", "put_in_index"]
 class PublishConfig:
     """Make a release of a training run's best weights and, with --push, publish it on the hub."""
 
-    run: str | None = option(None, "folder of the run", positional=True, metavar="RUN")
+    run: str | None = option(None, "run directory", positional=True, metavar="RUN")
     repo: str = option("", "ORG/NAME on the hub")
     output: str | None = option(
         None, "folder for the release; replaced if it holds one (default: RUN/release)"
     )
-    push: bool = option(False, "publish it; without, the folder is all that is made")
+    push: bool = option(False, "publish the release; without this flag, only the folder is made")
     private: bool = option(False, "make the repository private, if it does not exist")
-    tag: str = option("", "of the weights (default: what follows the point in NAME)")
+    tag: str = option("", "tag of the weights (default: what follows the point in NAME)")
     license: str | None = option(
-        None, "of the weights (default: apache-2.0, or that of the weights it started from)"
+        None,
+        "licence of the weights (default: apache-2.0, or that of the weights it started from)",
     )
     index: bool = option(False, "with --push: add the weights to the index of the package")
-    index_file: str = option(str(INDEX_FILE), "another index", metavar="FILE")
+    index_file: str = option(
+        str(INDEX_FILE),
+        "index file to add the weights to, instead of the package's",
+        metavar="FILE",
+    )
     data_dir: str | None = option(None, "where the run's data are now")
-    device: str = option("", "cpu, cuda, … (default: cuda if there is one, else cpu)")
+    device: str = option(
+        "", "device to validate on: cpu, cuda, … (default: cuda if there is one, else cpu)"
+    )
     batch_size: int | None = option(
         None, "images per forward pass (default: as the run)", "-b", bounds=AT_LEAST_1
     )
@@ -106,10 +113,10 @@ def _make(config: PublishConfig, run: Path) -> Release:
     }
     # By convention a repository is named MODEL.TAG, such as resnet50_emax.fashion_mnist.
     tag = config.tag or config.repo.partition("/")[2].partition(".")[2]
-    with open_world(config.device) as world, lock_folder(run) as free:
+    with open_distributed_context(config.device) as context, lock_folder(run) as free:
         if not free:
             raise UsageError(f"a process is training in {run}; wait for its end")
-        release = make_release(run, config.repo, tag, config.license, world, data)
+        release = make_release(run, config.repo, tag, config.license, context, data)
     if config.index and not release.tag:
         raise UsageError("--index needs a --tag for the weights")
     if config.index and not release.default_architecture:

@@ -16,11 +16,11 @@ from ..files import SUMS, sha256_of
 from ..models.cost import count_macs
 from ..models.weights_index import WEIGHTS, WeightsEntry
 from ..training import checkpoint
+from ..training.commands import read_run, validate_with
 from ..training.config import TrainConfig, UsageError, model_arguments
-from ..training.distributed import World
+from ..training.distributed import DistributedContext
 from ..training.evaluate import Metrics
 from ..training.loading import create_model
-from ..training.programs import read_run, validate_with
 from ..version import __version__
 from .card import CardFacts, model_card
 
@@ -76,7 +76,12 @@ class Release:
 
 
 def make_release(
-    run: Path, repo: str, tag: str, license: str | None, world: World, data: dict[str, Any]
+    run: Path,
+    repo: str,
+    tag: str,
+    license: str | None,
+    context: DistributedContext,
+    data: dict[str, Any],
 ) -> Release:
     """Make a release of a run's best weights, after validating them once more.
 
@@ -88,7 +93,7 @@ def make_release(
         tag: The pretrained tag of the weights in timm.
         license: The licence of the weights; None for Apache-2.0, or for that of the pretrained
             weights that training started from.
-        world: The distributed context to validate in.
+        context: The distributed context to validate in.
         data: Options of `ValidateConfig` that say where the data are and how they are read.
 
     Raises:
@@ -97,37 +102,19 @@ def make_release(
     """
     config = read_run(run)
     names = ("best_epoch", "epochs", "validation", "test")
-    summary = _read_json(run / SUMMARY, names, "the run has not ended; go on with --resume")
+    summary = _read_json(run / SUMMARY, names, "the run has not ended; continue it with --resume")
     names = ("architecture", "num_classes", "pretrained_cfg")
     described = _read_json(run / checkpoint.MODEL_CONFIG, names, "it is no complete run")
     license = license or _license_of(config)
-    # Build the model as its users will, and load the weights strictly: every key and shape has to
-    # match, and every value has to be finite.
-    arguments = {**described.get("model_args", {}), "num_classes": described["num_classes"]}
-    model = create_model(described["architecture"], **arguments)
-    checkpoint.load_weights(model, run / checkpoint.BEST)
-    _check_half(model.state_dict(), run / checkpoint.BEST)
-    metrics = _validated(run, summary, world, data)
+    model = _best_model(run, described)
+    metrics = _validated(run, summary, context, data)
     described["pretrained_cfg"] |= {"tag": tag, "license": license}
-    input_size = tuple(described["pretrained_cfg"]["input_size"])
-    facts = CardFacts(
-        repo=repo,
-        model=config.model,
-        config=config,
-        license=license,
-        classes=model.num_classes,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        macs=count_macs(model, torch.zeros(1, *input_size)),
-        input_size=input_size,  # type: ignore[arg-type]
-        summary=summary,
-        version=__version__,
-    )
     files = {
         WEIGHTS: checkpoint.serialized(model.state_dict()),
         checkpoint.MODEL_CONFIG: (json.dumps(described, indent=2) + "\n").encode(),
         checkpoint.CONFIG: _public(config).encode(),
         LOG: _read(run / LOG),
-        CARD: model_card(facts).encode(),
+        CARD: model_card(_facts(config, model, described, summary, repo)).encode(),
     }
     _check_secrets(files)
     sums = "".join(f"{sha256_of(content)}  {name}\n" for name, content in files.items())
@@ -142,8 +129,39 @@ def make_release(
     )
 
 
+def _best_model(run: Path, described: dict[str, Any]) -> Any:
+    """Build the model of a config.json as its users will, and load the run's best weights.
+
+    Loading is strict: every key and shape has to match, and every value has to be finite.
+    """
+    arguments = {**described.get("model_args", {}), "num_classes": described["num_classes"]}
+    model = create_model(described["architecture"], **arguments)
+    checkpoint.load_weights(model, run / checkpoint.BEST)
+    _check_half(model.state_dict(), run / checkpoint.BEST)
+    return model
+
+
+def _facts(
+    config: TrainConfig, model: Any, described: dict[str, Any], summary: dict[str, Any], repo: str
+) -> CardFacts:
+    cfg = described["pretrained_cfg"]
+    channels, height, width = cfg["input_size"]
+    return CardFacts(
+        repo=repo,
+        model=config.model,
+        config=config,
+        license=cfg["license"],
+        classes=model.num_classes,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=count_macs(model, torch.zeros(1, channels, height, width)),
+        input_size=(channels, height, width),
+        summary=summary,
+        version=__version__,
+    )
+
+
 def _validated(
-    run: Path, summary: dict[str, Any], world: World, data: dict[str, Any]
+    run: Path, summary: dict[str, Any], context: DistributedContext, data: dict[str, Any]
 ) -> dict[str, float]:
     """Return the run's recorded metrics, after checking that its weights reproduce them."""
     split = "validation" if summary.get("validation") else "test"
@@ -151,7 +169,7 @@ def _validated(
     if not recorded:
         raise UsageError(f"{run} was neither validated nor tested; there is nothing to publish")
     settings = {"checkpoint": str(run / checkpoint.BEST), **data}
-    found: Metrics = validate_with(settings, world, tested=split == "test")
+    found: Metrics = validate_with(settings, context, tested=split == "test")
     if not abs(found.top1 - recorded["top1"]) <= TOLERANCE:
         raise UsageError(
             f"{run / checkpoint.BEST} gives a top-1 of {found.top1:.3f} in {split}, where the run "

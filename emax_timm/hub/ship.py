@@ -6,15 +6,16 @@ This is for maintainers, in a checkout. It writes emax_timm/models/pretrained/MO
 and the entry in weights.json; `python tests/models/golden.py` then adds the golden logits.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import replace_file
+from ..files import replace_file, writing_to
 from ..models.weights_index import INDEX_FILE, WEIGHTS
-from ..training.config import UsageError
-from ..training.distributed import open_world
+from ..runner import command
+from ..training.config import UsageError, from_mapping, option, parse_settings
+from ..training.distributed import open_distributed_context
 from .publish import put_in_index
 from .release import make_release
 
@@ -24,35 +25,44 @@ FOLDER = "pretrained"
 LARGEST = 2_000_000  # bytes; larger weights belong on the Hub
 
 
-def ship(argv: Sequence[str] | None = None) -> int:
+@dataclass
+class ShipConfig:
+    """Put the best weights of a run into the package, as a pretrained tag."""
+
+    run: str | None = option(None, "run directory", positional=True, metavar="RUN")
+    tag: str = option("", "tag of the weights")
+    license: str | None = option(None, "licence of the weights (default: as for emax publish)")
+    index: str = option(
+        str(INDEX_FILE), "index file; the weights are put beside it", metavar="FILE"
+    )
+
+
+@command("python -m emax_timm.hub.ship")
+def ship(argv: Sequence[str], prog: str) -> int:
     """Put the weights of a run into the package, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m emax_timm.hub.ship")
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--tag", required=True)
-    parser.add_argument("--license", help="of the weights (default: as for emax publish)")
-    parser.add_argument("--index", type=Path, default=INDEX_FILE, metavar="FILE")
-    arguments = parser.parse_args(argv)
-    try:
-        with open_world() as world:
-            release = make_release(
-                arguments.run, "emax-timm/package", arguments.tag, arguments.license, world, {}
-            )
-        content = release.files[WEIGHTS]
-        if len(content) > LARGEST:
-            raise UsageError(
-                f"the weights have {len(content)} bytes; at most {LARGEST} are shipped"
-            )
-        if not release.default_architecture:
-            raise UsageError(f"{release.model} was given arguments; its name alone must build it")
-    except UsageError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    settings = parse_settings(ShipConfig, argv, prog)
+    config = from_mapping(ShipConfig, settings, "the command line")
+    if config.run is None or not config.tag:
+        raise UsageError("nothing to ship: give RUN --tag TAG")
+    with open_distributed_context() as context:
+        release = make_release(
+            Path(config.run), "emax-timm/package", config.tag, config.license, context, {}
+        )
+    content = release.files[WEIGHTS]
+    if len(content) > LARGEST:
+        raise UsageError(f"the weights have {len(content)} bytes; at most {LARGEST} are shipped")
+    if not release.default_architecture:
+        raise UsageError(f"{release.model} was given arguments; its name alone must build it")
     file = f"{FOLDER}/{release.model}.{release.tag}.safetensors"
-    entry = release.entry(repo=None, file=file, revision=None)
-    path = arguments.index.parent / file
-    path.parent.mkdir(exist_ok=True)
-    replace_file(path, lambda temporary: temporary.write_bytes(content))
-    put_in_index(entry, arguments.index)
+    index = Path(config.index)
+    path = index.parent / file
+    with writing_to(path):
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, lambda temporary: temporary.write_bytes(content))
+    try:
+        put_in_index(release.entry(repo=None, file=file, revision=None), index)
+    except ValueError as error:  # from an index that is none
+        raise UsageError(str(error)) from error
     print(f"{path}: {len(content)} bytes, {release.metrics}")
     return 0
 

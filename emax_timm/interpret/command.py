@@ -1,7 +1,6 @@
 """The `emax visualize` command."""
 
 import importlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,13 @@ from ..models.gradcam import GRAD_CAM_NEEDED
 from ..models.labels import class_namer
 from ..runner import command
 from ..training.config import AT_LEAST_1, UsageError, from_mapping, option, parse_settings
-from ..training.data.decoding import BrokenImageError, open_image
+from ..training.data.decoding import CorruptImageError, open_image
 from ..training.journal import LAYERS, read_rows
 from ..training.loading import DEFAULT_MODEL, load_model
 from .contents import image_section, look, model_sections
 from .figures import NEEDED
 from .images import Source, find_images, spread
-from .report import MEDIA_TYPES, page
+from .report import MEDIA_TYPES, Section, page
 
 __all__ = ["VisualizeConfig", "visualize"]
 
@@ -35,7 +34,7 @@ class VisualizeConfig:
 
     model: str | None = option(
         None,
-        "name of a timm model, local-dir:FOLDER (such as that of a run) or hf-hub:NAME (default: "
+        "name of a timm model, local-dir:FOLDER (such as a run directory) or hf-hub:NAME (default: "
         f"with --checkpoint the model of the config.json beside it, else {DEFAULT_MODEL})",
         "-m",
     )
@@ -58,7 +57,7 @@ class VisualizeConfig:
     )
     top: int = option(3, "classes to name for each image", bounds=AT_LEAST_1)
     batch_size: int = option(32, "images to run at a time", "-b", bounds=AT_LEAST_1)
-    format: str = option("png", "of the figures", choices=tuple(MEDIA_TYPES))
+    format: str = option("png", "format of the figures", choices=tuple(MEDIA_TYPES))
     exif_orientation: bool = option(True, "turn images upright as their EXIF data say")
     overwrite: bool = option(False, "replace an earlier report")
 
@@ -102,31 +101,8 @@ def make_report(
         UsageError: If an image is corrupt or a model does not take it, or for attention that is not
             finite.
     """
-
-    def open_source(source: Source) -> Image.Image:
-        try:
-            return open_image(source.path, "RGB", config.exif_orientation)
-        except BrokenImageError as error:
-            raise UsageError(f"broken image {source.path}: {error}") from None
-
     try:
-        chosen = spread(sources, config.max_images)
-        found = look(model, sources, chosen, open_source, config.batch_size)
-        sections = model_sections(model, found, _course(config, name), config.format)
-        sections += [
-            image_section(
-                number,
-                model,
-                seen,
-                open_source,
-                compared,
-                class_namer(model) if model.num_classes else None,
-                config.top,
-                config.grad_cam,
-                config.format,
-            )
-            for number, seen in enumerate(found.seen, start=1)
-        ]
+        sections, drawn = _sections(config, name, model, compared, sources)
     except RuntimeError as error:  # from a model that does not take an image, or from `look`
         raise UsageError(f"model {name}: {str(error).strip().splitlines()[0]}") from None
     files = {
@@ -134,9 +110,44 @@ def make_report(
         for section in sections
         for drawing in section.drawings
     }
-    text = _summary(config, name, model, len(sources), len(found.seen))
+    text = _summary(config, name, model, len(sources), drawn)
     html = page(f"What {name} attends to", text, sections, config.format)
     return {REPORT: html.encode(), **files}
+
+
+def _sections(
+    config: VisualizeConfig,
+    name: str,
+    model: Any,
+    compared: dict[str, Any],
+    sources: Sequence[Source],
+) -> tuple[list[Section], int]:
+    """Return the sections of the report, and the number of images that are drawn."""
+
+    def open_source(source: Source) -> Image.Image:
+        try:
+            return open_image(source.path, "RGB", config.exif_orientation)
+        except CorruptImageError as error:
+            raise UsageError(f"corrupt image {source.path}: {error}") from None
+
+    chosen = spread(sources, config.max_images)
+    found = look(model, sources, chosen, open_source, config.batch_size)
+    sections = model_sections(model, found, _statistics_of_layers(config, name), config.format)
+    sections += [
+        image_section(
+            number,
+            model,
+            seen,
+            open_source,
+            compared,
+            class_namer(model) if model.num_classes else None,
+            config.top,
+            config.grad_cam,
+            config.format,
+        )
+        for number, seen in enumerate(found.seen, start=1)
+    ]
+    return sections, len(found.seen)
 
 
 def _summary(config: VisualizeConfig, name: str, model: Any, images: int, drawn: int) -> str:
@@ -229,7 +240,7 @@ def _check_attention(name: str, model: Any) -> None:
         raise UsageError(f"model {name} has no EMAX, EMA, CBAM, SE or ECA layer") from None
 
 
-def _course(config: VisualizeConfig, name: str) -> list[dict[str, Any]]:
+def _statistics_of_layers(config: VisualizeConfig, name: str) -> list[dict[str, Any]]:
     """Read the layers' statistics of the run that the weights are from: a row for each epoch.
 
     The list is empty if the weights are not from a run directory or it has no such file.
@@ -242,5 +253,5 @@ def _course(config: VisualizeConfig, name: str) -> list[dict[str, Any]]:
         return []
     try:
         return read_rows(folder / LAYERS)
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return []

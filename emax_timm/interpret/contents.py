@@ -18,16 +18,13 @@ from .figures import (
     comparison_figure,
     figure_bytes,
     groups_figure,
-    one_per_stage,
-    prepare,
-    shown,
-    single,
     spatial_figure,
     weights_figure,
 )
 from .images import Source
 from .report import Drawing, Section
-from .set_figures import choices_figure, course_figure, gates_figure
+from .selection import one_per_stage, prepare, shown, single
+from .set_figures import choices_figure, gates_figure, training_figure
 
 __all__ = ["Findings", "Seen", "image_section", "look", "model_sections"]
 
@@ -108,7 +105,7 @@ def _is_finite(maps: Maps) -> bool:
 def model_sections(
     model: nn.Module,
     found: Findings,
-    course: Sequence[Mapping[str, Any]],
+    statistics: Sequence[Mapping[str, Any]],
     file_format: str,
 ) -> list[Section]:
     """Make the sections on the model's layers, on their training, and on the set of images.
@@ -116,7 +113,8 @@ def model_sections(
     Args:
         model: The model.
         found: Its results on the images.
-        course: The layers' statistics of each epoch; without any, there is no section on training.
+        statistics: The layers' statistics of each epoch; if it is empty, there is no section on
+            training.
         file_format: The format of the figures.
     """
     names = list(found.seen[0].maps)
@@ -125,9 +123,9 @@ def model_sections(
         text = "gamma, and the mean and the range of the residual gate, of each EMAX layer"
         drawings.append(Drawing("gates", text, figure_bytes(gates_figure(model), file_format)))
     sections = [Section("Attention layers", "", _layer_table(model, names), drawings)]
-    if course:
+    if statistics:
         text = "the gates and the mean chosen group count of each EMAX layer over the training"
-        figure = figure_bytes(course_figure(course), file_format)
+        figure = figure_bytes(training_figure(statistics), file_format)
         sections.append(Section("Training", "", (), [Drawing("training", text, figure)]))
     if found.choices:
         choices = {layer: dict(sorted(by.items())) for layer, by in found.choices.items()}
@@ -193,17 +191,46 @@ def image_section(
         file_format: The format of the figures.
     """
     source, maps = seen.source, seen.maps
-    picture = shown(model, seen.image)
     table: list[list[str]] = []
     heat = None
     if class_name is not None:
-        best = seen.logits.softmax(0).topk(min(top, len(seen.logits)))
-        table = [["prediction", "probability"]]
-        for value, index in zip(*(part.tolist() for part in best), strict=True):
-            table.append([class_name(index), f"{value:.3f}"])
+        table = _predictions(seen.logits, class_name, top)
         if cams:
             batch = seen.image.unsqueeze(0)
             heat = {stage: grad_cam(model, batch, stage)[0] for stage in one_per_stage([*maps])}
+    figures = _figures(model, seen, heat)
+    if compared:
+        text = "the attention of several models in this image, a row for each"
+        picture = shown(model, seen.image)
+        figures["comparison"] = text, _comparison(picture, maps, source, open_source, compared)
+    stem = f"{number:03d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', source.path.stem)[:60]}"
+    drawings = [
+        Drawing(f"{stem}-{kind}", f"{source.name}: {text}", figure_bytes(figure, file_format))
+        for kind, (text, figure) in figures.items()
+    ]
+    text = f"Of the class {source.label}." if source.label else ""
+    return Section(source.name, text, table, drawings)
+
+
+def _predictions(logits: Tensor, class_name: Callable[[int], str], top: int) -> list[list[str]]:
+    best = logits.softmax(0).topk(min(top, len(logits)))
+    table = [["prediction", "probability"]]
+    for value, index in zip(*(part.tolist() for part in best), strict=True):
+        table.append([class_name(index), f"{value:.3f}"])
+    return table
+
+
+def _figures(
+    model: nn.Module, seen: Seen, heat: Mapping[str, Tensor] | None
+) -> dict[str, tuple[str, Any]]:
+    """Draw the figures of one model in one image: their titles and figures, by the kind of map.
+
+    Args:
+        model: The model.
+        seen: Its results on the image.
+        heat: Grad-CAM heatmaps [h, w] by the name of the stage.
+    """
+    maps, picture = seen.maps, shown(model, seen.image)
     figures = {}
     if any(found.spatial is not None for found in maps.values()):
         and_cam = "; below, Grad-CAM for the first prediction" if heat else ""
@@ -217,16 +244,7 @@ def image_section(
     }
     if counts:
         figures["groups"] = "probability of each group count, by layer", groups_figure(maps, counts)
-    if compared:
-        text = "the attention of several models in this image, a row for each"
-        figures["comparison"] = text, _comparison(picture, maps, source, open_source, compared)
-    stem = f"{number:03d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', source.path.stem)[:60]}"
-    drawings = [
-        Drawing(f"{stem}-{kind}", f"{source.name}: {text}", figure_bytes(figure, file_format))
-        for kind, (text, figure) in figures.items()
-    ]
-    text = f"Of the class {source.label}." if source.label else ""
-    return Section(source.name, text, table, drawings)
+    return figures
 
 
 def _comparison(

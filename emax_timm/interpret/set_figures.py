@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..attention import EMAX
 from .figures import new_figure
 
-__all__ = ["choices_figure", "course_figure", "gates_figure"]
+__all__ = ["choices_figure", "gates_figure", "training_figure"]
 
 Choices = Mapping[str, Mapping[str, Mapping[int, int]]]
 """The number of images that chose a group count, by layer, class and count."""
@@ -74,7 +74,7 @@ def gates_figure(model: nn.Module) -> Any:
     return figure
 
 
-def course_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
+def training_figure(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Draw the gates and the mean chosen group count of every EMAX layer by training epoch.
 
     Args:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..ops import use_backend
 
-__all__ = ["BATCH", "Cost", "activation_bytes", "cost_on_paper", "count_macs"]
+__all__ = ["BATCH", "Cost", "activation_bytes", "count_macs", "estimated_cost"]
 
 # Batch of the count of activations: what does not grow with the batch is spread over this many.
 BATCH = 64
@@ -26,8 +26,8 @@ class Cost(NamedTuple):
     """What autograd keeps for the backward pass in float32."""
 
 
-def cost_on_paper(model: nn.Module, input_size: Sequence[int]) -> Cost:
-    """The cost by the shapes of tensors that hold no data; nothing is computed or allocated.
+def estimated_cost(model: nn.Module, input_size: Sequence[int]) -> Cost:
+    """Estimate the cost from the shapes of tensors that hold no data; nothing is computed.
 
     Args:
         model: On the meta device; it is left with fake tensors, in training mode.
@@ -44,7 +44,7 @@ def cost_on_paper(model: nn.Module, input_size: Sequence[int]) -> Cost:
 
 
 def count_macs(model: nn.Module, x: Tensor) -> int:
-    """Multiply-accumulates for the images x [b, c, h, w]; leaves the model in evaluation mode."""
+    """Count multiply-accumulates for images x [b, c, h, w]; leaves the model in evaluation mode."""
     counter = FlopCounterMode(display=False)
     # Fused self-attention on the CPU and our backends are unknown to the counter.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), use_backend("portable"), counter:
@@ -53,7 +53,7 @@ def count_macs(model: nn.Module, x: Tensor) -> int:
 
 
 def activation_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps after the forward pass of the images x [b, c, h, w].
+    """Count the bytes that autograd keeps after the forward pass of the images x [b, c, h, w].
 
     Each storage counts once and as a whole; those of parameters and buffers do not. Leaves the
     model in training mode.

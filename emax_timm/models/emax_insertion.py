@@ -2,13 +2,14 @@
 
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import timm
 import torch
 from timm.models import (
+    PretrainedCfg,
     generate_default_cfgs,
     get_pretrained_cfg,
     resolve_pretrained_cfg,
@@ -58,23 +59,8 @@ def insert_attention(
     """
     if where not in ("stage", "block"):
         raise ValueError(f'where must be "stage" or "block", not {where!r}')
-    if not isinstance(getattr(model, "pretrained_cfg", None), dict):
-        raise ValueError(f"{type(model).__name__} was not made by timm.create_model")
-    if isinstance(model, FeatureDictNet | FeatureGetterNet | FeatureHookNet):
-        raise ValueError(
-            "insert attention before wrapping a model for its features: "
-            'timm.create_model("with_attention", base_model=..., features_only=True) does both'
-        )
-    if any(name.endswith("residual_gate") for name, _ in model.named_parameters()):
-        raise ValueError(f"{type(model).__name__} has attention already")
-    parameter = next(model.parameters())
-    build = partial(
-        create_attention,
-        attention,
-        **{"gate_init": 0.0, **(attn_kwargs or {})},
-        device=parameter.device,
-        dtype=parameter.dtype,
-    )
+    _check_has_none(model)
+    build = _builder(model, attention, attn_kwargs or {})
     build(32)  # refuses a wrong name or keyword before the model is touched
     if where == "block":
         place_in_blocks(model, build, stages)
@@ -89,6 +75,33 @@ def insert_attention(
         attn_kwargs=dict(attn_kwargs or {}),
     )
     return model
+
+
+def _builder(
+    model: Any, attention: str, attn_kwargs: Mapping[str, Any]
+) -> Callable[[int], nn.Module]:
+    """Return a function that makes the attention for a number of channels, its gate closed."""
+    parameter = next(model.parameters())
+    return partial(
+        create_attention,
+        attention,
+        **{"gate_init": 0.0, **attn_kwargs},
+        device=parameter.device,
+        dtype=parameter.dtype,
+    )
+
+
+def _check_has_none(model: Any) -> None:
+    """Check that a model is one of timm's, not wrapped for its features, and without attention."""
+    if not isinstance(getattr(model, "pretrained_cfg", None), dict):
+        raise ValueError(f"{type(model).__name__} was not made by timm.create_model")
+    if isinstance(model, FeatureDictNet | FeatureGetterNet | FeatureHookNet):
+        raise ValueError(
+            "insert attention before wrapping a model for its features: "
+            'timm.create_model("with_attention", base_model=..., features_only=True) does both'
+        )
+    if any(name.endswith("residual_gate") for name, _ in model.named_parameters()):
+        raise ValueError(f"{type(model).__name__} has attention already")
 
 
 def _stage_channels(model: Any, stages: Sequence[int]) -> list[int]:
@@ -134,7 +147,9 @@ def _stage_channels(model: Any, stages: Sequence[int]) -> list[int]:
     with torch.no_grad():
         shadow.forward_features(image)
     if len(runs) != len(stages) or len(set(runs)) != len(stages):
-        raise ValueError(f"the stages of {type(model).__name__} run their modules in a way apart")
+        raise ValueError(
+            f"the stages of {type(model).__name__} run their modules by code of their own"
+        )
     return widths
 
 
@@ -174,22 +189,15 @@ def with_attention(
     base_weights = pretrained and not own.has_weights
     base_cfg = None
     if not own.has_weights:
-        base_cfg = get_pretrained_cfg(base_model)
-        if base_cfg is None:
-            close = difflib.get_close_matches(base_model, timm.list_models(), n=1, cutoff=0)
-            raise ValueError(f"unknown base_model {base_model!r}; the nearest is {close[0]}")
+        base_cfg = _cfg_of_base(base_model)
         pretrained_cfg = without_weights(base_cfg, architecture="with_attention").to_dict()
     feature_cfg: dict[str, Any] = {"out_indices": ()}
 
     def build(**model_kwargs: Any) -> nn.Module:
-        base_overlay = {}
-        if base_weights and base_cfg is not None and not base_cfg.hf_hub_filename:
-            located = locate(base_cfg, cache_dir)  # timm itself would also take a pickle
-            base_overlay = {"file": str(located.path)} if located else {}
         model: Any = timm.create_model(
             base_model,
             pretrained=base_weights,
-            pretrained_cfg_overlay=base_overlay,
+            pretrained_cfg_overlay=_file_of_base(base_cfg, cache_dir) if base_weights else {},
             cache_dir=cache_dir,
             **model_kwargs,
         )
@@ -210,3 +218,19 @@ def with_attention(
         cache_dir=cache_dir,
         **kwargs,
     )
+
+
+def _cfg_of_base(name: str) -> PretrainedCfg:
+    cfg = get_pretrained_cfg(name)
+    if cfg is None:
+        close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0)
+        raise ValueError(f"unknown base_model {name!r}; the nearest is {close[0]}")
+    return cfg
+
+
+def _file_of_base(cfg: PretrainedCfg | None, cache_dir: Any) -> dict[str, str]:
+    """Return the overlay that makes timm read a safetensors file; timm would also take a pickle."""
+    if cfg is None or cfg.hf_hub_filename:
+        return {}
+    located = locate(cfg, cache_dir)
+    return {"file": str(located.path)} if located else {}

@@ -99,27 +99,13 @@ def export_model(
         ExportError: If the model cannot be exported, or the file does not compute what it does.
     """
     file_format = check_target(path, format, overwrite)
-    tensors = [*model.parameters(), *model.buffers()]
-    if model.training or any(tensor.device.type != "cpu" for tensor in tensors):
-        raise ValueError("the model must be on the CPU and in eval mode: model.cpu().eval()")
-    weight = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if file_format == "onnx" and weight > LARGEST_ONNX:
-        raise UsageError(
-            f"one ONNX file holds no more than 2 GB, and the weights are {weight / 1e9:.1f} GB; "
-            "export to a .pt2 file"
-        )
+    _check_model(model, file_format)
     if input_size is None:
         config: Any = model.pretrained_cfg
         input_size = tuple(config["input_size"])
     batch = 1 if fixed_batch else 2
     example = random_images((batch, *input_size), seed=0)
-    try:
-        with torch.no_grad():
-            count = len(outputs_of(model(example)))
-    except Exception as error:  # whatever the model raises
-        raise ExportError(
-            f"the model does not take images of {times(example.shape)}: {first_line(error)}"
-        ) from error
+    count = _count_outputs(model, example)
     fixed = {0: fixed_batch, 2: fixed_size, 3: fixed_size}
     axes = {axis: name for axis, name in AXES.items() if not fixed[axis]}
     program = _trace(model, example, axes)
@@ -137,6 +123,30 @@ def export_model(
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from None
     return ExportReport(path, file_format, ranges, checks)
+
+
+def _check_model(model: nn.Module, file_format: str) -> None:
+    """Check the device, the mode and the size of a model that is to be exported."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if model.training or any(tensor.device.type != "cpu" for tensor in tensors):
+        raise ValueError("the model must be on the CPU and in eval mode: model.cpu().eval()")
+    weight = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if file_format == "onnx" and weight > LARGEST_ONNX:
+        raise UsageError(
+            f"one ONNX file holds no more than 2 GB, and the weights are {weight / 1e9:.1f} GB; "
+            "export to a .pt2 file"
+        )
+
+
+def _count_outputs(model: nn.Module, example: torch.Tensor) -> int:
+    """Run the model on images, which shows whether it takes them, and count its outputs."""
+    try:
+        with torch.no_grad():
+            return len(outputs_of(model(example)))
+    except Exception as error:  # whatever the model raises
+        raise ExportError(
+            f"the model does not take images of {times(example.shape)}: {first_line(error)}"
+        ) from error
 
 
 def check_target(path: Path, format: str | None, overwrite: bool) -> str:

@@ -48,10 +48,10 @@ def register(function: EntryPoint) -> EntryPoint:
     return function
 
 
-def system_names(backbone: str, compared: Sequence[str]) -> dict[str, str]:
+def attentions_by_name(backbone: str, compared: Sequence[str]) -> dict[str, str]:
     """Map the registered names of a backbone to the attention that each of them has."""
-    systems = ATTENTIONS if backbone in compared else ("emax",)
-    return {f"{backbone}_{system}": system for system in systems}
+    attentions = ATTENTIONS if backbone in compared else ("emax",)
+    return {f"{backbone}_{attention}": attention for attention in attentions}
 
 
 def family_cfgs(backbones: Sequence[str], compared: Sequence[str]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def family_cfgs(backbones: Sequence[str], compared: Sequence[str]) -> dict[str, 
     """
     cfgs: dict[str, PretrainedCfg] = {}
     for backbone in backbones:
-        for name in system_names(backbone, compared):
+        for name in attentions_by_name(backbone, compared):
             tagged = {}
             for entry in INDEX:
                 if entry.model == name:
@@ -145,12 +145,12 @@ def register_family(
         build_options: Further arguments of `build_model`.
     """
     for backbone, arguments in backbones.items():
-        for name, system in system_names(backbone, compared).items():
+        for name, attention in attentions_by_name(backbone, compared).items():
             function = entry_point(
-                name, model_class, {**arguments, "attn_layer": system}, build_options
+                name, model_class, {**arguments, "attn_layer": attention}, build_options
             )
             function.__module__ = module
-            function.__doc__ = f"timm's {backbone} with the attention {system!r} in its blocks."
+            function.__doc__ = f"timm's {backbone} with the attention {attention!r} in its blocks."
             setattr(sys.modules[module], name, register(function))
 
 
@@ -230,5 +230,5 @@ def _origin(name: str, located: Located) -> tuple[int, str]:
         return logging.INFO, f"{name}: the weights of {located.source}; {checked}"
     return logging.WARNING, (
         f"{name}: the weights of {located.source} with its attention closed (residual_gate 0), so "
-        f"it computes what the plain model computes until it is trained; {checked}"
+        f"it computes what the baseline computes until it is trained; {checked}"
     )

@@ -12,12 +12,6 @@ import timm
 import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.loss import (
-    BinaryCrossEntropy,
-    JsdCrossEntropy,
-    LabelSmoothingCrossEntropy,
-    SoftTargetCrossEntropy,
-)
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -39,16 +33,17 @@ from .data import (
     same_classes,
     training_loader,
 )
-from .distributed import World
+from .distributed import DistributedContext
 from .evaluate import half_precision
 from .loading import create_model
+from .loss import training_loss
 from .resume import restore
 from .trainer import Trainer
 
 __all__ = ["build_trainer"]
 
 
-def build_trainer(config: TrainConfig, world: World) -> Trainer:
+def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
     """Check the configuration and build the trainer, resumed if asked; nothing is written.
 
     Raises:
@@ -57,7 +52,7 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
     check_config(config)
     saved = None
     if config.resume not in ("", "auto"):
-        saved = checkpoint.load_checkpoint(Path(config.resume), world)
+        saved = checkpoint.load_checkpoint(Path(config.resume), context)
     splits = _open_splits(config)
     classes = class_names(splits["train"])
     num_classes = _num_classes(config, classes)
@@ -65,34 +60,28 @@ def build_trainer(config: TrainConfig, world: World) -> Trainer:
     random_seed(config.seed)  # the same on all ranks, so that they start from the same model
     model = _create_model(config, num_classes)
     data_config = data_config_of(config, model)
-    model = _place(config, model, world)
-    loaders = _open_loaders(config, splits, data_config, num_classes, world)
-    folder = _run_folder(config, data_config, world)
-    config = _resolve(config, data_config, num_classes, world)
+    model = _place(config, model, context)
+    loaders = _open_loaders(config, splits, data_config, num_classes, context)
+    folder = _run_directory(config, data_config, context)
+    config = _resolve(config, data_config, num_classes, context)
     optimizer = _create_optimizer(config, model)
     steps = -(-len(loaders["train"]) // config.grad_accum_steps)
-    schedule: dict[str, Any] = scheduler_kwargs(
-        config, decreasing_metric=config.eval_metric == "loss"
-    )
-    scheduler, epochs = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=steps)
-    mixup = None
-    if config.no_prefetcher and mixup_options(config):
-        mixup = Mixup(**mixup_options(config), num_classes=num_classes)
+    scheduler, epochs = _create_scheduler(config, optimizer, steps)
     averaged = _averaged(config, model)  # before the model is wrapped
     trainer = Trainer(
         config=config,
-        world=world,
+        context=context,
         folder=folder,
         model=model,
-        network=_wrap(config, model, world),
+        network=_wrap(config, model, context),
         averaged=averaged,
         optimizer=optimizer,
         scheduler=scheduler,
-        criterion=_training_loss(config).to(world.device),
+        criterion=training_loss(config).to(context.device),
         train_loader=loaders["train"],
         val_loader=loaders.get("validation"),
         test_loader=loaders.get("test"),
-        mixup=mixup,
+        mixup=_mixup_without_prefetcher(config, num_classes),
         epochs=epochs,
         steps_per_epoch=steps,
         data_config=data_config,
@@ -125,11 +114,11 @@ def _create_model(config: TrainConfig, num_classes: int) -> Any:
     return model
 
 
-def _place(config: TrainConfig, model: Any, world: World) -> Any:
-    model.to(world.device)
+def _place(config: TrainConfig, model: Any, context: DistributedContext) -> Any:
+    model.to(context.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    if world.size > 1 and config.sync_bn:
+    if context.size > 1 and config.sync_bn:
         model = convert_sync_batchnorm(model)
     return model
 
@@ -150,26 +139,43 @@ def _create_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Opti
     return optimizer
 
 
+def _create_scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> tuple[Any, int]:
+    """Return timm's scheduler, and the number of epochs with those that the schedule adds."""
+    options: dict[str, Any] = scheduler_kwargs(
+        config, decreasing_metric=config.eval_metric == "loss"
+    )
+    return create_scheduler_v2(optimizer, **options, updates_per_epoch=steps_per_epoch)
+
+
+def _mixup_without_prefetcher(config: TrainConfig, num_classes: int) -> Mixup | None:
+    """Return the mixup of the training step; with the prefetcher the loader mixes."""
+    if not config.no_prefetcher or not mixup_options(config):
+        return None
+    return Mixup(**mixup_options(config), num_classes=num_classes)
+
+
 def _open_loaders(
     config: TrainConfig,
     splits: dict[str, Any],
     data_config: dict[str, Any],
     num_classes: int,
-    world: World,
+    context: DistributedContext,
 ) -> dict[str, Any]:
     """Create a loader for each split."""
     batch_size = config.validation_batch_size or config.batch_size
     loaders = {
-        name: evaluation_loader(config, dataset, data_config, batch_size, world)
+        name: evaluation_loader(config, dataset, data_config, batch_size, context)
         for name, dataset in splits.items()
         if name != "train"
     }
     train = splits["train"]
-    loaders["train"] = training_loader(config, train, data_config, num_classes, world)
+    loaders["train"] = training_loader(config, train, data_config, num_classes, context)
     if len(loaders["train"]) == 0:
         raise UsageError(
             f"{len(train)} training images make no batch of {config.batch_size} "
-            f"on {world.size} ranks; lower --batch-size"
+            f"on {context.size} ranks; lower --batch-size"
         )
     return loaders
 
@@ -212,7 +218,7 @@ def _num_classes(config: TrainConfig, classes: list[str] | None) -> int:
 
 
 def _resolve(
-    config: TrainConfig, data_config: dict[str, Any], num_classes: int, world: World
+    config: TrainConfig, data_config: dict[str, Any], num_classes: int, context: DistributedContext
 ) -> TrainConfig:
     """Return the configuration with all derived values filled in."""
     root = config.data_dir or config.data
@@ -220,13 +226,13 @@ def _resolve(
     norm = {name: value for name, value in norm.items() if value is not None}
     return dataclasses.replace(
         config,
-        amp=world.device.type == "cuda" if config.amp is None else config.amp,
-        amp_dtype=config.amp_dtype or half_precision(world.device),
+        amp=context.device.type == "cuda" if config.amp is None else config.amp,
+        amp_dtype=config.amp_dtype or half_precision(context.device),
         # As arguments of the model, where code that loads the weights reads them.
         model_kwargs={**config.model_kwargs, **norm},
         bn_momentum=None,
         bn_eps=None,
-        lr=learning_rate(config, world.size),
+        lr=learning_rate(config, context.size),
         num_classes=num_classes,
         data=None,
         data_dir=str(Path(root).absolute()) if root else None,
@@ -241,7 +247,9 @@ def _resolve(
     )
 
 
-def _run_folder(config: TrainConfig, data_config: dict[str, Any], world: World) -> Path:
+def _run_directory(
+    config: TrainConfig, data_config: dict[str, Any], context: DistributedContext
+) -> Path:
     """Return the run directory; one that holds another run is refused."""
     if config.resume not in ("", "auto"):
         return Path(config.resume)
@@ -254,7 +262,7 @@ def _run_folder(config: TrainConfig, data_config: dict[str, Any], world: World) 
     # --resume auto starts a run again that ended before its first checkpoint.
     auto = config.resume == "auto"
     begun = checkpoint.checkpoints(folder) if auto else (folder / checkpoint.CONFIG).exists()
-    if world.is_primary and begun:
+    if context.is_primary and begun:
         raise UsageError(
             f"{folder} already holds a run; continue it with --resume {folder}, "
             "or choose another --experiment or --output"
@@ -265,35 +273,16 @@ def _run_folder(config: TrainConfig, data_config: dict[str, Any], world: World) 
     return folder
 
 
-def _wrap(config: TrainConfig, model: nn.Module, world: World) -> nn.Module:
+def _wrap(config: TrainConfig, model: nn.Module, context: DistributedContext) -> nn.Module:
     """Return the model as the training step calls it: compiled and distributed as configured."""
     if config.torchcompile:
         model = torch.compile(  # type: ignore[assignment]
             model, backend=config.torchcompile, mode=config.torchcompile_mode
         )
-    if world.size == 1:
+    if context.size == 1:
         return model
-    devices = None if world.device.type == "cpu" else [world.device]
+    devices = None if context.device.type == "cpu" else [context.device]
     network = DistributedDataParallel(model, device_ids=devices)
     if config.no_ddp_bb:  # the argument's name changes with torch 2.14
         network.broadcast_buffers = False
     return network
-
-
-def _training_loss(config: TrainConfig) -> nn.Module:
-    if config.jsd_loss:
-        return JsdCrossEntropy(num_splits=config.aug_splits, smoothing=config.smoothing)
-    mixed = bool(mixup_options(config))
-    if config.bce_loss and (mixed or config.smoothing):
-        weight = config.bce_pos_weight
-        return BinaryCrossEntropy(
-            smoothing=0.0 if mixed else config.smoothing,  # mixup smooths its targets itself
-            target_threshold=config.bce_target_thresh,
-            sum_classes=config.bce_sum,
-            pos_weight=None if weight is None else torch.tensor(weight),
-        )
-    if mixed:
-        return SoftTargetCrossEntropy()
-    if config.smoothing:
-        return LabelSmoothingCrossEntropy(smoothing=config.smoothing)
-    return nn.CrossEntropyLoss()

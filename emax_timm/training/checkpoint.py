@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from ..files import SUMS, read_sums, remove, replace_file, sha256_of, write_folder
 from ..models.registry import pool_size_at
 from .config import UsageError
-from .distributed import World
+from .distributed import DistributedContext
 
 __all__ = [
     "BEST",
@@ -96,7 +96,7 @@ def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> None:
     sums = "".join(f"{sha256_of(content)}  {file}\n" for file, content in files.items())
     path = folder / CHECKPOINTS / name
     path.parent.mkdir(exist_ok=True)
-    if path.exists() and not _is_whole(path):
+    if path.exists() and not _is_intact(path):
         remove(path)
     if not path.exists():  # one of the same step has the same content
         write_folder(path, {**files, SUMS: sums.encode()})
@@ -123,12 +123,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / CHECKPOINTS).glob("epoch-*"), reverse=True)
 
 
-def load_checkpoint(folder: Path, world: World) -> Checkpoint:
+def load_checkpoint(folder: Path, context: DistributedContext) -> Checkpoint:
     """Load the newest undamaged checkpoint of the run in `folder`; warns of damaged ones.
 
     Args:
         folder: The run directory.
-        world: The distributed context, on whose device the tensors of the state are loaded.
+        context: The distributed context, on whose device the tensors of the state are loaded.
 
     Raises:
         UsageError: If there is none.
@@ -136,19 +136,19 @@ def load_checkpoint(folder: Path, world: World) -> Checkpoint:
     damaged: list[str] = []
     for path in checkpoints(folder):
         try:
-            found = _read_checkpoint(path, world.device)
+            found = _read_checkpoint(path, context.device)
         except UsageError as error:
             damaged.append(str(error))
             continue
         for reason in damaged:
-            world.warn(f"a damaged checkpoint is left out: {reason}")
+            context.warn(f"a damaged checkpoint is left out: {reason}")
         return found
     if damaged:
-        raise UsageError(f"no checkpoint of {folder} is whole: {damaged[0]}")
+        raise UsageError(f"no checkpoint of {folder} is intact: {damaged[0]}")
     raise UsageError(f"there is no run to resume: {folder} has no checkpoint")
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     try:
         _read_checkpoint(path, torch.device("cpu"))
     except UsageError:

@@ -246,7 +246,7 @@ class _HostState:
             self.device_only = len(self.on_device) == len(self._values) and all(
                 isinstance(value, Tensor) for value in self._values
             )
-        # The learning rate is the schedule's, which has gone on when a step is reverted.
+        # The learning rate is the schedule's, which has moved on when a step is reverted.
         self.groups = [
             {k: self._copy(v) for k, v in group.items() if k not in ("params", "lr")}
             for group in groups

@@ -75,8 +75,8 @@ def draw_at_end(folder: Path) -> None:
 @command("emax curves")
 def curves(argv: Sequence[str], prog: str) -> int:
     """Draw the curves of a run as the command line says; returns the exit status."""
-    parser = Parser(prog, description=f"Draw {FILE} into a run's folder.", allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="the run's folder")
+    parser = Parser(prog, description=f"Draw {FILE} into a run directory.", allow_abbrev=False)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="run directory")
     folder = parser.parse_args(argv).folder
     try:
         print(draw_curves(folder))

@@ -17,7 +17,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from .config import TrainConfig, UsageError
 
-__all__ = ["RankError", "World", "open_world", "share_statistics"]
+__all__ = [
+    "DistributedContext",
+    "RankError",
+    "find_device",
+    "open_distributed_context",
+    "share_statistics",
+]
 
 
 class RankError(RuntimeError):
@@ -27,7 +33,7 @@ class RankError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """The distributed context: this process's device and rank, and the number of ranks."""
 
     device: torch.device
@@ -63,12 +69,44 @@ class World:
                 dist.broadcast(tensor, src=0)
 
 
+def find_device(name: str = "") -> torch.device:
+    """Return the device of a name, after checking that it can be computed on.
+
+    Args:
+        name: The device or its type; empty for cuda if there is one, else cpu.
+
+    Raises:
+        UsageError: If there is no such device here; the message names those that there are.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    found = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    found += ["mps"] * torch.backends.mps.is_available()
+    here = f"there {'is' if len(found) == 1 else 'are'} {', '.join(found)} here"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"unknown device {name}; {here}") from None
+    if device.type == "meta":
+        raise UsageError(f"tensors on the device meta hold no data, so it computes nothing; {here}")
+    if device.type == "cuda":  # allocating on it would use memory of the first GPU on every rank
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device {name}: no such CUDA device is available; {here}")
+        return device
+    try:
+        torch.zeros(1, device=device)
+    except Exception:  # torch raises various errors for devices that it was built without
+        raise UsageError(f"--device {name}: it cannot be used; {here}") from None
+    return device
+
+
 # Gloo raises plain RuntimeErrors. Most name its source file, but one for a timeout may not.
 GLOO_ERRORS = ("gloo", "Application timeout caused pair closure")
 
 
 @contextmanager
-def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
+def open_distributed_context(
+    device: str = "", timeout: float = 600.0
+) -> Iterator[DistributedContext]:
     """Join the process group of the run, if it has several ranks; yields the distributed context.
 
     The environment variables of torchrun or Slurm describe the ranks. The process group is left at
@@ -82,16 +120,9 @@ def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
         UsageError: If the device is unknown or not available.
         RankError: If another rank has ended or hangs. (NCCL ends the process itself instead.)
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if torch.device(kind).type == "meta":
-            raise RuntimeError("nothing is computed on it")
-    except RuntimeError:
-        raise UsageError(f"unknown device {kind}; try cpu or cuda") from None
-    if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {kind}: no CUDA device is available; try --device cpu")
+    kind = str(find_device(device))
     if not is_distributed_env():
-        yield World(torch.device(kind))
+        yield DistributedContext(torch.device(kind))
         return
     local_rank, rank, size = world_info_from_env()
     if kind == "cuda":
@@ -105,7 +136,7 @@ def open_world(device: str = "", timeout: float = 600.0) -> Iterator[World]:
     backend = dist.get_default_backend_for_device(kind)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     try:
-        yield World(torch.device(kind), rank, size)
+        yield DistributedContext(torch.device(kind), rank, size)
     except RuntimeError as error:
         from_gloo = any(part in str(error) for part in GLOO_ERRORS)
         if not isinstance(error, dist.DistError) and not from_gloo:
@@ -127,12 +158,12 @@ def _silent_ranks(store: dist.Store, rank: int, size: int, wait: float = 5.0) ->
 
 
 def share_statistics(
-    world: World, config: TrainConfig, model: nn.Module, averaged: ModelEmaV3 | None
+    context: DistributedContext, config: TrainConfig, model: nn.Module, averaged: ModelEmaV3 | None
 ) -> None:
     """Give all ranks the same batch norm statistics, as validation and checkpoints need."""
-    if world.size == 1 or config.sync_bn or not config.dist_bn:
+    if context.size == 1 or config.sync_bn or not config.dist_bn:
         return
-    distribute_bn(model, world.size, config.dist_bn == "reduce")
+    distribute_bn(model, context.size, config.dist_bn == "reduce")
     if averaged is not None:
         # As in a checkpoint within an epoch, the averaged statistics are those of rank 0.
-        distribute_bn(averaged, world.size, reduce=False)
+        distribute_bn(averaged, context.size, reduce=False)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .distributed import World
+from .distributed import DistributedContext
 
 __all__ = ["Metrics", "autocast", "evaluate", "half_precision", "improves"]
 
@@ -39,11 +39,11 @@ def improves(new: Metrics, best: Metrics | None, name: str) -> bool:
     return value < old if name == "loss" else value > old
 
 
-def autocast(world: World, amp: bool, amp_dtype: str) -> AbstractContextManager:
+def autocast(context: DistributedContext, amp: bool, amp_dtype: str) -> AbstractContextManager:
     """Return torch.autocast if `amp` is on, else a context that does nothing."""
     if not amp:
         return nullcontext()
-    return torch.autocast(world.device.type, dtype=getattr(torch, amp_dtype))
+    return torch.autocast(context.device.type, dtype=getattr(torch, amp_dtype))
 
 
 def half_precision(device: torch.device) -> str:
@@ -57,7 +57,7 @@ def half_precision(device: torch.device) -> str:
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    world: World,
+    context: DistributedContext,
     amp: bool = False,
     amp_dtype: str = "float16",
     channels_last: bool = False,
@@ -67,7 +67,7 @@ def evaluate(
     Args:
         model: Maps [b, c, h, w] images to [b, classes] logits.
         batches: This rank's share of the images, with their labels [b].
-        world: The distributed context, whose ranks share the images.
+        context: The distributed context, whose ranks share the images.
         amp, amp_dtype, channels_last: As in training.
 
     Returns:
@@ -76,12 +76,12 @@ def evaluate(
     training = model.training
     model.eval()
     # Sums of the loss and of correct top-1 and top-5 predictions, and the number of images.
-    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+    totals = torch.zeros(4, dtype=torch.float64, device=context.device)
     for images, labels in batches:
-        images, labels = images.to(world.device), labels.to(world.device)
+        images, labels = images.to(context.device), labels.to(context.device)
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with autocast(world, amp, amp_dtype):
+        with autocast(context, amp, amp_dtype):
             logits = model(images)
         logits = logits.float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [b, 5]
@@ -91,9 +91,9 @@ def evaluate(
                 F.cross_entropy(logits, labels, reduction="sum").double(),
                 right[:, 0].sum().double(),
                 right.sum().double(),
-                torch.tensor(len(labels), dtype=torch.float64, device=world.device),
+                torch.tensor(len(labels), dtype=torch.float64, device=context.device),
             ]
         )
     model.train(training)
-    loss, top1, top5, count = world.sum(totals).tolist()
+    loss, top1, top5, count = context.sum(totals).tolist()
     return Metrics(loss / count, 100 * top1 / count, 100 * top5 / count)

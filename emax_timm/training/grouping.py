@@ -6,7 +6,7 @@ from ..attention import EMAX
 from ..attention.schedule import set_layers
 from .config import TrainConfig
 
-__all__ = ["GroupingSchedule", "grouping_buffers", "grouping_course"]
+__all__ = ["GroupingSchedule", "grouping_buffers", "grouping_schedule"]
 
 
 class GroupingSchedule:
@@ -31,7 +31,7 @@ class GroupingSchedule:
         if not self.layers:
             return
         warmup, temperature = self.config.grouping_warmup, self.config.grouping_temperature
-        values = grouping_course(step / self.steps, warmup, temperature)
+        values = grouping_schedule(step / self.steps, warmup, temperature)
         if values != self._now:
             set_layers(self.layers, *values)
             self._now = values
@@ -43,7 +43,7 @@ def grouping_buffers(model: nn.Module) -> list[Tensor]:
     return [buffer for layer in layers for buffer in (layer.warmup, layer.temperature)]
 
 
-def grouping_course(
+def grouping_schedule(
     progress: float, warmup: list[float], temperature: list[float]
 ) -> tuple[float, float]:
     """Return EMAX's warm-up s and temperature tau at a point in training.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .conditional import Refusal, as_integers
 from .config import TrainConfig
 from .data import sample_names
-from .data.decoding import BrokenImageError
-from .distributed import World
+from .data.decoding import CorruptImageError
+from .distributed import DistributedContext
 from .grouping import grouping_buffers
 from .verdict import Agreement, Report, Step, Verdict
 
@@ -31,21 +31,23 @@ class Guard:
 
     Args:
         config: Its `nonfinite`, `loss_spike`, `on_spike` and `max_broken_fraction` are the policy.
-        world: The distributed context; all of its ranks decide the same.
+        context: The distributed context; all of its ranks decide the same.
         model: The model, not compiled and not in DistributedDataParallel.
         loader: The training loader, which gives the names of samples.
 
     Attributes:
         recent: Losses of the last 100 steps, across epochs; a spike is far above their median.
-        broken: Number of corrupt images in this epoch's steps so far, over all ranks.
+        corrupt: Number of corrupt images in this epoch's steps so far, over all ranks.
         kept: By each of the model's buffers that a forward pass may change, its copy from before
             the step; `keep` overwrites the copies.
     """
 
-    def __init__(self, config: TrainConfig, world: World, model: nn.Module, loader: Any) -> None:
-        self.config, self.world, self.model, self.loader = config, world, model, loader
+    def __init__(
+        self, config: TrainConfig, context: DistributedContext, model: nn.Module, loader: Any
+    ) -> None:
+        self.config, self.context, self.model, self.loader = config, context, model, loader
         self.recent: deque[float] = deque(maxlen=100)
-        self.broken = 0
+        self.corrupt = 0
         # The schedule of the grouping is set by the host, and never by a forward pass.
         scheduled = set(grouping_buffers(model))
         own = [buffer for buffer in model.buffers() if buffer not in scheduled]
@@ -80,30 +82,30 @@ class Guard:
 
         All steps before must have been judged.
         """
-        spike = self.world.size * self._spike()
+        spike = self.context.size * self._spike()
         limits = self._limits_now(spike)
         if self._limits is None:
-            device = torch.tensor(limits, dtype=torch.float64, device=self.world.device)
+            device = torch.tensor(limits, dtype=torch.float64, device=self.context.device)
         else:
             before, device = self._limits
             for place, (old, new) in enumerate(zip(before, limits, strict=True)):
                 if old != new:
                     device[place] = new
         self._limits = limits, device
-        return Verdict(self.world, step, report, device, spike)
+        return Verdict(self.context, step, report, device, spike)
 
     def _limits_now(self, spike: float) -> list[float]:
         """Return what the values of a `Verdict` may be at most for a step to be made."""
-        size, inf = self.world.size, math.inf
+        size, inf = self.context.size, math.inf
         losses, norms, signals = (
             [sys.float_info.max] * size,
             [sys.float_info.max] * size,
             [inf] * size,
         )
-        broken = math.floor(self._allowed) - self.broken
+        corrupt = math.floor(self._allowed) - self.corrupt
         overflow = save = inf
         refused = spike if self.config.on_spike in ("skip", "stop") else inf
-        return [*losses, *norms, *signals, broken, overflow, save, refused]
+        return [*losses, *norms, *signals, corrupt, overflow, save, refused]
 
     def judge(self, verdict: Verdict) -> bool:
         """Return whether a step is made, and count it if so; report a bad one.
@@ -115,18 +117,18 @@ class Guard:
         Raises:
             BadStepError: On every rank, if the loss or a gradient of any rank is not finite or the
                 loss is a spike, and the policy for that is to stop.
-            BrokenImageError: On every rank, if this step brings the epoch's corrupt images above
+            CorruptImageError: On every rank, if this step brings the epoch's corrupt images above
                 the allowed fraction.
         """
         if verdict.made is not None:
             return verdict.made
         agreed, step = verdict.agreement, verdict.step
         policy = self._policy(agreed)
-        if too_many := self._too_many(step, self.broken + agreed.broken):
-            raise BrokenImageError(too_many)
+        if too_many := self._too_many(step, self.corrupt + agreed.corrupt):
+            raise CorruptImageError(too_many)
         if policy != "step":
             self._report(step, policy, agreed, verdict.loss)
-        self.broken += agreed.broken
+        self.corrupt += agreed.corrupt
         verdict.made = policy != "skip"
         if verdict.made:
             self.recent.append(agreed.loss)
@@ -149,13 +151,13 @@ class Guard:
         """The number of images of an epoch that may be corrupt."""
         return self.config.max_broken_fraction * len(self.loader.dataset)
 
-    def _too_many(self, step: Step, broken: int) -> str:
+    def _too_many(self, step: Step, corrupt: int) -> str:
         """Return an error message if the epoch has too many corrupt images, else an empty one."""
-        if broken <= self._allowed:
+        if corrupt <= self._allowed:
             return ""
         fraction = self.config.max_broken_fraction
         return (
-            f"{broken} of {len(self.loader.dataset)} training images are broken by {step}, "
+            f"{corrupt} of {len(self.loader.dataset)} training images are corrupt by {step}, "
             f"more than --max-broken-fraction {fraction}"
         )
 
@@ -171,13 +173,13 @@ class Guard:
             hint = (
                 "lower --lr, clip with --clip-grad, or leave such steps out with --nonfinite skip"
             )
-        if self.world.rank in agreed.bad or loss.item() > self._spike():
+        if self.context.rank in agreed.bad or loss.item() > self._spike():
             names = [name for batch in step.batches for name in sample_names(self.loader, batch)]
-            text = f"samples at {step} on rank {self.world.rank}: {_list(names)}"
+            text = f"samples at {step} on rank {self.context.rank}: {_list(names)}"
             print(text, file=sys.stderr, flush=True)
         if policy == "stop":
             raise BadStepError(f"{problem}; {hint}")
-        self.world.warn(f"{problem}{': the step is left out' if policy == 'skip' else ''}")
+        self.context.warn(f"{problem}{': the step is left out' if policy == 'skip' else ''}")
 
 
 def _list(items: list[Any]) -> str:

@@ -139,7 +139,7 @@ def open_log(run: Run, stack: ExitStack) -> RunLog | None:
     Raises:
         UsageError: If the directory cannot be written to, or another process is training in it.
     """
-    if not run.world.is_primary:
+    if not run.context.is_primary:
         return None
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ def record_epoch(
         "step": run.step,
         "lr": lr,
         "train_loss": loss,
-        "broken": run.guard.broken,
+        "broken": run.guard.corrupt,
         **{f"val_{name}": values.get(name) for name in Metrics._fields},
         "seconds": round(seconds, 3),
         "images_per_second": round(run.timing.images_per_second, 1),
@@ -204,8 +204,8 @@ def record_epoch(
     with writing_to(run.folder):
         log.write(row, run.layers[-1] if layers else {})
     parts = [f"epoch {run.epoch}/{run.epochs}", f"loss: {loss:.4f}"]
-    if run.guard.broken:
-        parts.append(f"broken images: {run.guard.broken}")
+    if run.guard.corrupt:
+        parts.append(f"corrupt images: {run.guard.corrupt}")
     if metrics:
         parts.append(f"validation loss: {metrics.loss:.4f} {metrics}")
     print("  ".join([*parts, f"{seconds:.1f} s"]), flush=True)

@@ -30,7 +30,7 @@ FLOAT = 4  # bytes; weights, gradients and states are float32 under --amp too
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a training run will need.
+    """The memory, the steps, the data and the time that a training run needs.
 
     Args:
         input_size: Channels, height and width of the input.
@@ -46,7 +46,7 @@ class Plan:
         learning_rate: Learning rate after scaling, at the end of warm-up.
         epochs: Number of epochs, with those that the schedule adds to --epochs.
         images_per_epoch: Training images read in an epoch, over all ranks.
-        images_per_second: Training speed of all GPUs together; None if it is unknown.
+        images_per_second: Training speed in total, over all GPUs; None if it is unknown.
         speed_measured: Whether that speed is from `speeds`, not given.
         hours: Hours of training, without validation; None if the speed is unknown.
     """
@@ -111,17 +111,13 @@ def make_plan(
     Args:
         gpus: Number of GPUs, with one rank on each.
         train_images: Number of images in the training split.
-        images_per_second: Training speed of all GPUs together; None for that of `speeds`, if the
+        images_per_second: Training speed in total, over all GPUs; None for that of `speeds`, if the
             model is there.
 
     Raises:
         UsageError: If the configuration is invalid, or the numbers are too small for a run.
     """
-    for name, value in (("--gpus", gpus), ("--train-images", train_images)):
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}")
-    if images_per_second is not None and not 0 < images_per_second < math.inf:
-        raise UsageError(f"--images-per-second must be positive, not {images_per_second}")
+    _check_numbers(gpus, train_images, images_per_second)
     check_config(config)
     if ":" in config.model:
         raise UsageError(f"a plan needs the name of a registered model, not {config.model}")
@@ -166,6 +162,14 @@ def make_plan(
     )
 
 
+def _check_numbers(gpus: int, train_images: int, images_per_second: float | None) -> None:
+    for name, value in (("--gpus", gpus), ("--train-images", train_images)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+    if images_per_second is not None and not 0 < images_per_second < math.inf:
+        raise UsageError(f"--images-per-second must be positive, not {images_per_second}")
+
+
 def _kept(config: TrainConfig, train_images: int) -> int:
     """Return the number of training images without those held out for validation."""
     return train_images - round(train_images * config.val_fraction)
@@ -194,7 +198,7 @@ def report(made: Plan) -> str:
         ("  optimizer", _giga(made.optimizer_bytes), "its states"),
         ("  average", _giga(made.average_bytes), "the averaged weights"),
         ("  activations", _giga(made.batch_bytes), _activation_note(made)),
-        ("  together", _giga(made.fixed_bytes + made.batch_bytes), "without short-lived memory"),
+        ("  total", _giga(made.fixed_bytes + made.batch_bytes), "without short-lived memory"),
         ("", "", ""),
         ("global batch", f"{made.global_batch:,}", f"{batch} forward passes"),
         ("learning rate", f"{made.learning_rate:g}", "after warm-up and scaling"),
@@ -205,7 +209,7 @@ def report(made: Plan) -> str:
         ("images per epoch", f"{made.images_per_epoch:,}", "a last incomplete batch is dropped"),
         ("images", f"{made.images:,}", "in all, without validation"),
         ("data per epoch", _giga(volume), f"an estimate: {IMAGE_BYTES // 1000} kB per image"),
-        ("data", f"{volume * made.epochs / 1e12:.1f} TB", "an estimate, likewise"),
+        ("data", f"{volume * made.epochs / 1e12:.1f} TB", "an estimate too"),
         ("images/s", *speed),
         ("hours", *hours),
     ]
@@ -241,7 +245,7 @@ def _parser(prog: str) -> Parser:
     parser = Parser(
         prog,
         description="Work out what a training run will need, without a GPU or data.",
-        epilog="Further flags are those of train, and win over the file.",
+        epilog="Further flags are those of train, and take precedence over the file.",
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file or name of a recipe")
@@ -250,7 +254,7 @@ def _parser(prog: str) -> Parser:
         "--images-per-second",
         type=float,
         metavar="X",
-        help="training speed of all GPUs together, as measured",
+        help="training speed in total, over all GPUs, as measured",
     )
     parser.add_argument(
         "--train-images",

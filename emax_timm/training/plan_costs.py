@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
-from ..models.cost import cost_on_paper
+from ..models.cost import estimated_cost
 from .config import TrainConfig, UsageError, model_arguments
 from .data import data_config_of
 
@@ -53,7 +53,7 @@ def model_costs(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
         model: Any = timm.create_model(config.model, **arguments)
     size = data_config_of(config, model)["input_size"]
     try:
-        macs, kept = cost_on_paper(model, size)
+        macs, kept = estimated_cost(model, size)
     except RuntimeError as error:
         reason = str(error).strip().split("\n")[0]
         shape = " x ".join(map(str, size))

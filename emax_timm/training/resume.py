@@ -28,7 +28,7 @@ def snapshot(run: Run) -> Checkpoint:
         "losses": run.losses,
         "recent": list(run.guard.recent),
         "timing": asdict(run.timing),
-        "broken": run.guard.broken,
+        "broken": run.guard.corrupt,
         "best": run.best and tuple(run.best),
         "best_epoch": run.best_epoch,
         "seconds": run.seconds,
@@ -71,7 +71,7 @@ def restore(run: Run, saved: Checkpoint) -> None:
             )
         run.step = run.epoch * run.steps_per_epoch
     if changes:
-        run.world.warn(f"not to the bit as it would have gone on: {'; '.join(changes)}")
+        run.context.warn(f"not to the bit as it would have continued: {'; '.join(changes)}")
     if run.step > run.epoch * run.steps_per_epoch:
         _warn_within_epoch(run)
     if run.scheduler is not None:
@@ -109,15 +109,15 @@ def _load(run: Run, saved: Checkpoint) -> None:
     run.best_epoch = state["best_epoch"]
     run.losses, run.rows, run.layers = state["losses"], state["rows"], state["layers"]
     run.timing = Timing(**state["timing"])
-    run.guard.broken = state["broken"]
+    run.guard.corrupt = state["broken"]
     run.guard.recent.extend(state["recent"])
 
 
 def _warn_within_epoch(run: Run) -> None:
     if isinstance(run.train_loader.dataset, IterableDataset):
-        run.world.warn("the data are a stream: the epoch goes on with its first images again")
-    if run.world.size > 1 and run.config.no_ddp_bb and not run.config.sync_bn:
-        run.world.warn("--no-ddp-bb: all ranks go on with the batch norm statistics of rank 0")
+        run.context.warn("the data are a stream: the epoch continues with its first images again")
+    if run.context.size > 1 and run.config.no_ddp_bb and not run.config.sync_bn:
+        run.context.warn("--no-ddp-bb: all ranks continue with the batch norm statistics of rank 0")
 
 
 def _plateau(run: Run) -> Any:
@@ -127,10 +127,10 @@ def _plateau(run: Run) -> Any:
 
 def _environment(run: Run) -> dict[str, Any]:
     """Return what the bits of a result depend on, besides the numbers in the configuration."""
-    device, config = run.world.device, run.config
+    device, config = run.context.device, run.config
     cuda = device.type == "cuda"
     return {
-        "the number of ranks": run.world.size,
+        "the number of ranks": run.context.size,
         "the device": torch.cuda.get_device_name(device) if cuda else device.type,
         "the number of CPU threads": None if cuda else torch.get_num_threads(),
         "--torchcompile": config.torchcompile,

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .averaging import WeightAverage
 from .conditional import OptimizerStep
 from .config import TrainConfig
-from .distributed import World
+from .distributed import DistributedContext
 from .evaluate import Metrics
 from .grouping import GroupingSchedule
 from .guard import Guard
@@ -35,7 +35,7 @@ class Run:
     """
 
     config: TrainConfig
-    world: World
+    context: DistributedContext
     folder: Path
     model: Any
     network: nn.Module
@@ -82,18 +82,18 @@ class Run:
 
     def __post_init__(self) -> None:
         half = bool(self.config.amp) and self.config.amp_dtype == "float16"
-        self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=half)
-        self.guard = Guard(self.config, self.world, self.model, self.train_loader)
+        self.scaler = torch.amp.GradScaler(self.context.device.type, enabled=half)
+        self.guard = Guard(self.config, self.context, self.model, self.train_loader)
         self.update = OptimizerStep(self.config, self.model, self.optimizer, self.scaler)
         # Waiting for a GPU would let it run idle; a CPU is done when the host asks.
-        self.asynchronous = self.world.device.type == "cuda"
+        self.asynchronous = self.context.device.type == "cuda"
         if self.asynchronous and (reason := self.update.needs_host()):
             self.asynchronous = False
-            self.world.warn(f"the host waits for the device in every step, since {reason}")
+            self.context.warn(f"the host waits for the device in every step, since {reason}")
         steps, averaged = self.epochs * self.steps_per_epoch, self.averaged
         models = [self.model] if averaged is None else [self.model, averaged.module]
         self.groupings = [GroupingSchedule(model, steps, self.config) for model in models]
-        self.statistics = LayerProbe(self.config, self.world, self.val_loader)
+        self.statistics = LayerProbe(self.config, self.context, self.val_loader)
         self.saved_at = time.monotonic()
         self.has_buckets = not isinstance(self.network, DistributedDataParallel)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .distributed import World
+from .distributed import DistributedContext
 
 __all__ = ["Stop", "Stopped", "catch_signals", "ignore_signals", "until_signal"]
 
@@ -84,7 +84,7 @@ def _end_workers() -> None:
             process.kill()
 
 
-def until_signal(loader: Any, world: World, stop: Stop) -> Iterator[Any]:
+def until_signal(loader: Any, context: DistributedContext, stop: Stop) -> Iterator[Any]:
     """Yield the batches of a loader until any rank receives a signal.
 
     The ranks agree on this before each batch, with one all-reduce. Their numbers of batches may
@@ -93,10 +93,10 @@ def until_signal(loader: Any, world: World, stop: Stop) -> Iterator[Any]:
     Raises:
         Stopped: On every rank, if any rank has received a signal.
     """
-    rounds = int(world.max(torch.tensor(len(loader), device=world.device)))
+    rounds = int(context.max(torch.tensor(len(loader), device=context.device)))
     batches = iter(loader)
     for _ in range(rounds):
-        if number := int(world.max(torch.tensor(stop.number, device=world.device))):
+        if number := int(context.max(torch.tensor(stop.number, device=context.device))):
             raise Stopped(number)
         if (batch := next(batches, None)) is not None:
             yield batch

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import EMAX
 from .config import TrainConfig
-from .distributed import World
+from .distributed import DistributedContext
 from .evaluate import autocast
 
 __all__ = ["LayerProbe", "first_images", "layer_statistics", "scalars"]
@@ -25,12 +25,12 @@ class LayerProbe:
 
     Args:
         config: The configuration of the run.
-        world: The distributed context of the run.
+        context: The distributed context of the run.
         loader: The loader of validation images, whose first ones are used; None measures nothing.
     """
 
-    def __init__(self, config: TrainConfig, world: World, loader: Any) -> None:
-        self.config, self.world, self.loader = config, world, loader
+    def __init__(self, config: TrainConfig, context: DistributedContext, loader: Any) -> None:
+        self.config, self.context, self.loader = config, context, loader
         self._images: Tensor | None = None
 
     def measure(self, model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -38,11 +38,11 @@ class LayerProbe:
         if self.loader is None or not any(isinstance(m, EMAX) for m in model.modules()):
             return {}
         if self._images is None:
-            images = first_images(self.loader).to(self.world.device)
+            images = first_images(self.loader).to(self.context.device)
             if self.config.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             self._images = images
-        with autocast(self.world, bool(self.config.amp), self.config.amp_dtype):
+        with autocast(self.context, bool(self.config.amp), self.config.amp_dtype):
             return layer_statistics(model, self._images)
 
 

@@ -111,7 +111,7 @@ def open_trackers(
             if name not in failed:
                 # Not the error's text, which may hold an API key.
                 kind = type(error).__name__
-                message = f"warning: {name} failed ({kind}); the run goes on"
+                message = f"warning: {name} failed ({kind}); the run continues"
                 print(message, file=sys.stderr, flush=True)
             failed.add(name)
 

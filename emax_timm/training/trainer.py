@@ -16,8 +16,8 @@ from ..files import writing_to
 from . import checkpoint, resume
 from .conditional import Refusal
 from .curves import draw_at_end
-from .data import broken_images, grouped, start_epoch
-from .data.decoding import BrokenImageError
+from .data import corrupt_images, grouped, start_epoch
+from .data.decoding import CorruptImageError
 from .data.sampling import seed_step
 from .distributed import share_statistics
 from .evaluate import Metrics, autocast, evaluate, improves
@@ -44,7 +44,7 @@ class Trainer(Run):
         Raises:
             BadStepError: If the loss or a gradient is not finite, or the loss is a spike, and the
                 policy is to stop; a checkpoint of the last good step has been written.
-            BrokenImageError: If a validation image or too many training images are corrupt; a
+            CorruptImageError: If a validation image or too many training images are corrupt; a
                 checkpoint has been written, unless only another rank than 0 found such an image.
             Stopped: If a signal asked for it; a checkpoint has been written.
         """
@@ -54,7 +54,7 @@ class Trainer(Run):
                 while self.epoch < self.epochs:
                     self._run_epoch(log)
                 self.finish()
-            except (BadStepError, BrokenImageError):
+            except (BadStepError, CorruptImageError):
                 self._save_checkpoint()
                 raise
 
@@ -70,7 +70,7 @@ class Trainer(Run):
         seconds = time.monotonic() - start
         self.seconds += seconds
         record_epoch(self, log, loss, metrics, lr, seconds)
-        self.losses, self.timing, self.guard.broken = [], Timing(), 0
+        self.losses, self.timing, self.guard.corrupt = [], Timing(), 0
         self.save(metrics)
 
     def train_epoch(self) -> float:
@@ -78,17 +78,17 @@ class Trainer(Run):
 
         Raises:
             BadStepError: On every rank, as `train_step` raises it.
-            BrokenImageError: On every rank, if too many images are corrupt.
+            CorruptImageError: On every rank, if too many images are corrupt.
             Stopped: On every rank, if any rank has received a signal.
         """
         first = self.step - self.epoch * self.steps_per_epoch
         if first < self.steps_per_epoch:
             # A stream's workers draw their seeds from the generators that this seeds.
-            seed_step(self.config.seed, self.step, self.world.rank)
+            seed_step(self.config.seed, self.step, self.context.rank)
             start_epoch(self.train_loader, self.epoch, first * self.config.grad_accum_steps)
             self._train_steps(first)
             self.step = (self.epoch + 1) * self.steps_per_epoch  # a stream may have fewer
-            share_statistics(self.world, self.config, self.model, self.averaged)
+            share_statistics(self.context, self.config, self.model, self.averaged)
         self._stop_if_asked()
         return sum(self.losses) / max(1, len(self.losses))
 
@@ -104,7 +104,7 @@ class Trainer(Run):
             f"epoch {self.epoch + 1}/{self.epochs}",
             self.steps_per_epoch,
             self.config.log_interval,
-            enabled=self.world.is_primary,
+            enabled=self.context.is_primary,
             done=first,
         )
         try:
@@ -113,7 +113,7 @@ class Trainer(Run):
             groups = islice(groups, self.steps_per_epoch - first)
             for batches in self.timing.waiting(groups):
                 images = sum(len(labels) for _, labels in batches)
-                with self.timing.computing(images * self.world.size):
+                with self.timing.computing(images * self.context.size):
                     loss = self.train_step(batches)
                 speed = {
                     "images/s": self.timing.images_per_second,
@@ -140,12 +140,12 @@ class Trainer(Run):
         Raises:
             BadStepError: On every rank, with the weights of the step before, if the loss or a
                 gradient of any rank is not finite or the loss a spike, and the policy is to stop.
-            BrokenImageError: Likewise, if too many of the epoch's images are corrupt.
+            CorruptImageError: Likewise, if too many of the epoch's images are corrupt.
         """
         self._make_buckets(*batches[0])
         self.groupings[0].set(self.step)
         self.guard.keep()
-        seed_step(self.config.seed, self.step, self.world.rank)
+        seed_step(self.config.seed, self.step, self.context.rank)
         loss = self._backward(batches)
         norm, overflow = self.update.check()
         self.settle(self.guard.kept)  # of the step before; the device is busy with this one
@@ -168,7 +168,7 @@ class Trainer(Run):
             kept: The buffers after that step, if a forward pass has changed them since.
 
         Raises:
-            BadStepError, BrokenImageError: As `train_step` raises them.
+            BadStepError, CorruptImageError: As `train_step` raises them.
         """
         verdict, self.unsettled = self.unsettled, None
         if verdict is None:
@@ -188,13 +188,13 @@ class Trainer(Run):
         self.loss, self.stopping, self.saving = agreed.loss, agreed.signal, agreed.save
         try:
             return self.guard.judge(verdict)
-        except (BadStepError, BrokenImageError):
+        except (BadStepError, CorruptImageError):
             resume.rewind(self, verdict.step.number)
             raise
 
     def _backward(self, batches: list[Batch]) -> Tensor:
         """Accumulate the gradients of the mean loss of `batches`; returns this loss, []."""
-        loss = torch.zeros((), device=self.world.device)
+        loss = torch.zeros((), device=self.context.device)
         for index, (images, labels) in enumerate(batches):
             more = index + 1 < len(batches)
             distributed = isinstance(self.network, DistributedDataParallel)
@@ -207,13 +207,13 @@ class Trainer(Run):
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         # Without the prefetcher the batches are still on the host.
-        images = images.to(self.world.device, non_blocking=True)
-        labels = labels.to(self.world.device, non_blocking=True)
+        images = images.to(self.context.device, non_blocking=True)
+        labels = labels.to(self.context.device, non_blocking=True)
         if self.mixup is not None:
             images, labels = self.mixup(images, labels)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with autocast(self.world, bool(self.config.amp), self.config.amp_dtype):
+        with autocast(self.context, bool(self.config.amp), self.config.amp_dtype):
             return self.criterion(self.network(images), labels)
 
     def _make_buckets(self, images: Tensor, labels: Tensor) -> None:
@@ -229,10 +229,10 @@ class Trainer(Run):
             self.has_buckets = True
 
     def _report(self, loss: Tensor, norm: Tensor | None, overflow: Tensor | None) -> Report:
-        broken = broken_images(self.train_loader, self._place().batches)
+        corrupt = corrupt_images(self.train_loader, self._place().batches)
         seconds = 60 * self.config.recovery_minutes
         save = bool(seconds) and time.monotonic() - self.saved_at >= seconds
-        return Report(loss, norm, overflow, broken, self.stop.number, save)
+        return Report(loss, norm, overflow, corrupt, self.stop.number, save)
 
     def _place(self) -> Step:
         size = self.config.grad_accum_steps
@@ -250,18 +250,20 @@ class Trainer(Run):
 
     def _evaluate(self, model: nn.Module, loader: Any) -> Metrics:
         config = self.config
-        progress = Progress("validation", len(loader), config.log_interval, self.world.is_primary)
+        progress = Progress("validation", len(loader), config.log_interval, self.context.is_primary)
         stream = isinstance(loader.dataset, IterableDataset)  # its length is unknown
-        batches = progress.track(loader if stream else until_signal(loader, self.world, self.stop))
+        batches = progress.track(
+            loader if stream else until_signal(loader, self.context, self.stop)
+        )
         amp = bool(config.amp)
-        return evaluate(model, batches, self.world, amp, config.amp_dtype, config.channels_last)
+        return evaluate(model, batches, self.context, amp, config.amp_dtype, config.channels_last)
 
     def save(self, metrics: Metrics | None) -> None:
         """Write a checkpoint, and the best weights if `metrics` improve or nothing is validated."""
         better = metrics is None and self.val_loader is None
         if metrics is not None and improves(metrics, self.best, self.config.eval_metric):
             better, self.best, self.best_epoch = True, metrics, self.epoch
-        if better and self.world.is_primary:
+        if better and self.context.is_primary:
             with writing_to(self.folder):
                 checkpoint.save_best(self.published, self.folder)
         self._save_checkpoint()
@@ -269,7 +271,7 @@ class Trainer(Run):
     def _save_checkpoint(self) -> None:
         self.settle()
         self.saved_at, self.saving = time.monotonic(), False
-        if self.world.is_primary:
+        if self.context.is_primary:
             with writing_to(self.folder):
                 keep = self.config.checkpoint_hist
                 checkpoint.save_checkpoint(self.folder, resume.snapshot(self), keep)
@@ -289,11 +291,11 @@ class Trainer(Run):
         test = None
         if self.test_loader is not None:
             best = self.folder / checkpoint.BEST
-            if self.world.is_primary and best.exists():
+            if self.context.is_primary and best.exists():
                 checkpoint.load_weights(self.model, best)
-            self.world.broadcast(self.model.state_dict().values())
+            self.context.broadcast(self.model.state_dict().values())
             test = self._evaluate(self.model, self.test_loader)
-        if self.world.is_primary:
+        if self.context.is_primary:
             write_summary(self, test)
             draw_at_end(self.folder)
             print(closing_line(self, test), flush=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .distributed import World
+from .distributed import DistributedContext
 
 __all__ = ["Agreement", "Report", "Step", "Verdict"]
 
@@ -23,11 +23,11 @@ class Step(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """What all ranks know about a step."""
+    """The facts about a step that all ranks share."""
 
     loss: float
     """Mean loss over the ranks."""
-    broken: int
+    corrupt: int
     """Number of corrupt images in the batches of all ranks."""
     bad: list[int]
     """Ranks whose loss is not finite; if there are none, those with non-finite gradients."""
@@ -50,7 +50,7 @@ class Report(NamedTuple):
     """The norm of the gradients, []; None leaves them unchecked."""
     overflow: Tensor | None = None
     """Whether the gradient scaler leaves the step out, []."""
-    broken: int = 0
+    corrupt: int = 0
     """Number of corrupt images in the batches."""
     signal: int = 0
     """Number of a signal that this rank has received, else 0."""
@@ -62,7 +62,7 @@ class Verdict:
     """Whether a step is made: known to the device, and to the host once it asks.
 
     Args:
-        world: The distributed context.
+        context: The distributed context.
         step: The step's place in the run.
         report: What this rank has to say about it.
         limits: Of the ranks' reports together, on the device, as `Guard` makes them; a value above
@@ -75,25 +75,25 @@ class Verdict:
     """
 
     def __init__(
-        self, world: World, step: Step, report: Report, limits: Tensor, spike: float
+        self, context: DistributedContext, step: Step, report: Report, limits: Tensor, spike: float
     ) -> None:
-        self.step, self.loss, self.size, self.spike = step, report.loss, world.size, spike
+        self.step, self.loss, self.size, self.spike = step, report.loss, context.size, spike
         self.made: bool | None = None
         self._agreement: Agreement | None = None
         # Each rank has its own places for its loss, the norm and the signal; the others are sums.
         values = torch.zeros_like(limits)
-        values[world.rank] = report.loss
+        values[context.rank] = report.loss
         if report.norm is not None:
-            values[world.size + world.rank] = report.norm
+            values[context.size + context.rank] = report.norm
         if report.overflow is not None:
             values[-3] = report.overflow
-        rest = {2 * world.size + world.rank: report.signal, -4: report.broken, -2: report.save}
+        rest = {2 * context.size + context.rank: report.signal, -4: report.corrupt, -2: report.save}
         for place, value in rest.items():
             if value:
                 values[place] = value
-        world.sum(values)
+        context.sum(values)
         if math.isfinite(spike):
-            values[-1] = values[: world.size].sum().clamp(min=0)
+            values[-1] = values[: context.size].sum().clamp(min=0)
         self.refused = (values.abs() <= limits).all().logical_not()
         self._values, self._arrived = _to_host(values)
 
@@ -109,14 +109,14 @@ class Verdict:
     def _read(self, values: list[float]) -> Agreement:
         size = self.size
         losses, norms, signals = (values[n * size : (n + 1) * size] for n in range(3))
-        broken, overflow, save, spike = values[-4:]
+        corrupt, overflow, save, spike = values[-4:]
         # Gradients are averaged over the ranks, so a loss that is not finite spoils those of all
         # ranks; only the ranks with such a loss are to blame.
         bad = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
         bad = bad or [rank for rank, norm in enumerate(norms) if not math.isfinite(norm)]
         return Agreement(
             loss=sum(losses) / size,
-            broken=int(broken),
+            corrupt=int(corrupt),
             bad=bad,
             signal=int(max(signals)),
             save=save > 0,

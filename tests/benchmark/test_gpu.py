@@ -10,8 +10,8 @@ from emax_timm.benchmark import layers, networks
 from emax_timm.benchmark.command import benchmark
 from emax_timm.benchmark.gpu import Event, Kernels, Span, kernels, peak_bytes, spans
 from emax_timm.benchmark.layers_report import report_modules
+from emax_timm.benchmark.methods import Tensors
 from emax_timm.benchmark.networks_report import report_models
-from emax_timm.benchmark.systems import Tensors
 from emax_timm.benchmark.timing import Measured
 
 FLUSH = "void at::native::vectorized_elementwise_kernel<4, bitwise_not_kernel_cuda>"
@@ -62,16 +62,16 @@ def _invented(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_invented")
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
 def test_report_on_layers(amp: torch.dtype | None) -> None:
-    cpu, systems = torch.device("cpu"), ["SE", "EMAX"]
+    cpu, methods = torch.device("cpu"), ["SE", "EMAX"]
     x = torch.randn(1, 16, 4, 4, dtype=amp)
-    costs = layers.measure_shape(systems, x, 1, dtype=torch.float32, amp=amp, gpu=True)
+    costs = layers.measure_shape(methods, x, 1, dtype=torch.float32, amp=amp, gpu=True)
     assert costs.gpu["forward"]["SE"] == COST
     found = layers.measure_modules(
-        [(1, 16, 4, 4)], 1, cpu, torch.float32, torch.channels_last, systems, amp
+        [(1, 16, 4, 4)], 1, cpu, torch.float32, torch.channels_last, methods, amp
     )
-    found["peak"] = {name: [costs.peak[name]] for name in systems}
+    found["peak"] = {name: [costs.peak[name]] for name in methods}
     found["gpu"] = {
-        passes: {name: [cost[name]] for name in systems} for passes, cost in costs.gpu.items()
+        passes: {name: [cost[name]] for name in methods} for passes, cost in costs.gpu.items()
     }
     report = report_modules(found)
     for title in ("forward, wall ms", "forward, GPU ms", "forward + backward, GPU ms"):
@@ -87,12 +87,12 @@ def test_report_on_networks(training: bool) -> None:
     setting = networks.Setting(
         2, 32, torch.device("cpu"), torch.float32, torch.channels_last, torch.bfloat16
     )
-    systems = ["plain", "SE", "EMAX"]
+    methods = ["baseline", "SE", "EMAX"]
     kinds = {networks.INFERENCE: networks.inference}
     if training:
         kinds[networks.STEP] = networks._training_step
-    models = {"resnet18": networks._on_gpu("resnet18", setting, 1, systems, kinds)}
-    found = networks.measure_models(["resnet18"], setting, 1, ["plain"], training=False)
+    models = {"resnet18": networks._on_gpu("resnet18", setting, 1, methods, kinds)}
+    found = networks.measure_models(["resnet18"], setting, 1, ["baseline"], training=False)
     found |= {"models": models, "machine": {"device": "invented", "cuda": "13.0"}}
     for own in models["resnet18"].values():
         own["images per second"] = dict.fromkeys(own["images per second"], 1500.0)
@@ -130,6 +130,6 @@ def test_no_gpu_is_one_line(what: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_triton_is_refused_where_it_cannot_serve(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--systems", "EMAX, Triton", "--shapes", "1x8x4x4", "--rounds", "1"]
+    options = ["--methods", "EMAX, Triton", "--shapes", "1x8x4x4", "--rounds", "1"]
     assert benchmark(["modules", *options, "--dtype", "float64"]) == 2
     assert "triton" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def test_every_axis_is_measured_and_drawn(
     plot.parent.mkdir()
     page = tmp_path / "page.md"
     page.write_text("{}\n{}\n".format(*marks("benchmark growth")))
-    options = ["--systems", "EMAX", "SE", "--json", str(file), "--plot", str(plot)]
+    options = ["--methods", "EMAX", "SE", "--json", str(file), "--plot", str(plot)]
     options += ["--write", str(page)]
     assert benchmark([*SMALL, *options]) == 0
     axes = json.loads(file.read_text())["axes"]
@@ -57,7 +57,7 @@ def test_every_axis_is_measured_and_drawn(
 
 
 def test_a_layer_that_keeps_nothing_has_no_exponent(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark([*SMALL, "--systems", "copy"]) == 0
+    assert benchmark([*SMALL, "--methods", "copy"]) == 0
     assert "| copy | - | - | - |\n" in capsys.readouterr().out
 
 

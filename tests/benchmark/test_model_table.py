@@ -313,12 +313,12 @@ def test_table_of_all_models_is_complete(capsys: pytest.CaptureFixture[str]) -> 
         assert row["input_size"] == list(model.pretrained_cfg["input_size"]), name
         assert len(row["tags"]) == len(row["licences"]), name
         assert bool(row["tags"]) == (timm.list_models(name, pretrained=True) != []), name
-        twin = name.rpartition("_")[0]
-        if timm.is_model(twin) and not row["reference"]:
-            plain = measure(twin)
+        baseline = name.rpartition("_")[0]
+        if timm.is_model(baseline) and not row["reference"]:
+            measured = measure(baseline)
             # Its default weights may have another number of classes, and be of another image size.
-            head: Any = timm.create_model(twin, num_classes=model.num_classes)
+            head: Any = timm.create_model(baseline, num_classes=model.num_classes)
             assert row["parameters"] >= sum(p.numel() for p in head.parameters()), name
-            if list(plain.input_size) == row["input_size"]:
-                assert row["macs"] >= plain.macs, name
-                assert row["activation_bytes"] > plain.activation_bytes, name
+            if list(measured.input_size) == row["input_size"]:
+                assert row["macs"] >= measured.macs, name
+                assert row["activation_bytes"] > measured.activation_bytes, name

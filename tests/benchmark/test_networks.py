@@ -16,17 +16,17 @@ SMALL = ["--models", "resnet18", "--img-size", "32", "--batch-size", "2", "--rou
 
 
 @pytest.mark.slow
-def test_networks_are_measured_against_their_twins(
+def test_networks_are_measured_against_their_baselines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, systems = tmp_path / "models.json", ["plain", "EMAX"]
+    file, methods = tmp_path / "models.json", ["baseline", "EMAX"]
     text = tmp_path / "text.md"
     begin, end = marks("benchmark models")
     text.write_text(f"# Cost\n{begin}\nold\n{end}\n")
-    options = [*SMALL, "--systems", *systems, "--json", str(file), "--write", str(text)]
+    options = [*SMALL, "--methods", *methods, "--json", str(file), "--write", str(text)]
     assert benchmark(["models", *options]) == 0
     found = json.loads(file.read_text())["models"]["resnet18"]
-    assert list(found) == systems
+    assert list(found) == methods
     for figures in found.values():
         assert figures["inference"][0] > 0
         assert figures["training step"][0] > 0
@@ -34,7 +34,7 @@ def test_networks_are_measured_against_their_twins(
     assert printed in text.read_text()
     assert "old" not in text.read_text()
     row = next(line for line in printed.splitlines() if line.startswith("| EMAX |"))
-    ratio = found["EMAX"]["inference"][0] / found["plain"]["inference"][0]
+    ratio = found["EMAX"]["inference"][0] / found["baseline"]["inference"][0]
     assert f"| {ratio:.2f} |" in row
 
 

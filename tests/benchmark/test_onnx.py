@@ -12,7 +12,7 @@ from emax_timm.benchmark import onnx
 from emax_timm.benchmark.command import benchmark
 from emax_timm.hub import export_model
 
-SMALL = ["onnx", "--models", "test_resnet", "--systems", "plain", "EMAX", "--img-size", "32"]
+SMALL = ["onnx", "--models", "test_resnet", "--methods", "baseline", "EMAX", "--img-size", "32"]
 
 
 @pytest.mark.slow
@@ -23,14 +23,16 @@ def test_networks_are_measured_in_both_runtimes(
     assert benchmark([*SMALL, "--rounds", "1", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
     assert found["machine"]["onnxruntime"] == onnxruntime.__version__
-    systems = found["models"]["test_resnet"]
-    assert list(systems) == ["plain", "EMAX"]
-    runtimes = {name: [times[name][0] for times in systems.values()] for name in systems["plain"]}
+    methods = found["models"]["test_resnet"]
+    assert list(methods) == ["baseline", "EMAX"]
+    runtimes = {
+        name: [times[name][0] for times in methods.values()] for name in methods["baseline"]
+    }
     assert set(runtimes) == {"PyTorch", "ONNX Runtime"}
-    (_, eager), (plain, emax) = runtimes["PyTorch"], runtimes["ONNX Runtime"]
+    (_, eager), (baseline, emax) = runtimes["PyTorch"], runtimes["ONNX Runtime"]
     printed = capsys.readouterr().out
     row = next(line for line in printed.splitlines() if line.startswith("| EMAX |"))
-    assert f"| {emax / plain:.2f} |" in row
+    assert f"| {emax / baseline:.2f} |" in row
     assert row.endswith(f"| {emax / eager:.2f} |")
 
 

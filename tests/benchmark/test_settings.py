@@ -19,7 +19,7 @@ SMALL = ["settings", "--shapes", "1x8x4x4", "2x8x3x5", "--rounds", "1"]
 @pytest.mark.slow
 def test_every_setting_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "settings.json"
-    assert benchmark([*SMALL, "--systems", "EMAX", "SE", "--json", str(file)]) == 0
+    assert benchmark([*SMALL, "--methods", "EMAX", "SE", "--json", str(file)]) == 0
     found = json.loads(file.read_text())["settings"]
     instructions = torch.backends.cpu.get_cpu_capability()
     expected = [
@@ -33,7 +33,7 @@ def test_every_setting_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture
     for name, setting in zip(expected, found, strict=True):
         rows = [line for line in printed.splitlines() if line.startswith(f"| {', '.join(name)} |")]
         assert len(rows) == 2
-        ours, theirs = (setting["times"]["forward"][system] for system in ("EMAX", "SE"))
+        ours, theirs = (setting["times"]["forward"][method] for method in ("EMAX", "SE"))
         ratios = [a[0] / b[0] for a, b in zip(ours, theirs, strict=True)]
         assert f"({min(ratios):.2f}-{max(ratios):.2f})" in rows[0]
 
@@ -63,7 +63,7 @@ def test_a_process_that_fails_is_told(
     (tmp_path / "torch.py").write_text("raise ImportError('another torch')")
     environment: Any = {**os.environ, "PYTHONPATH": str(tmp_path)}
     monkeypatch.setattr(os, "environ", environment)
-    assert benchmark([*SMALL, "--systems", "EMAX"]) == 2
+    assert benchmark([*SMALL, "--methods", "EMAX"]) == 2
     error = capsys.readouterr().err
     assert "`emax benchmark modules` failed: " in error
     assert "another torch" in error

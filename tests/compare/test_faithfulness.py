@@ -87,7 +87,7 @@ SMALL = "--seeds 0 1 --attentions emax cbam --steps 1 --train-scenes 64 --test-s
 
 
 @pytest.mark.slow
-def test_benchmark_rates_every_map_and_goes_on_where_it_was(
+def test_benchmark_rates_every_map_and_continues_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = tmp_path / "page.md"
@@ -98,7 +98,7 @@ def test_benchmark_rates_every_map_and_goes_on_where_it_was(
     assert tables.strip() in page.read_text()
     assert "Made by `python -m emax_timm.compare.faithfulness --seeds 0 1" in page.read_text()
     kinds = [f"{k}, layer{i}" for k in ("attention", "Grad-CAM", "features") for i in range(1, 5)]
-    for name in [*kinds, "constant", "random", "centre", "the object itself"]:
+    for name in [*kinds, "constant", "random", "centre prior", "the object itself"]:
         assert tables.count(f"\n| {name} | ") == 3, name
     # The object's own mask always points at the object.
     assert "| the object itself | 100.0 ± 0.0 | 100.0 ± 0.0 |" in tables

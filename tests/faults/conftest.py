@@ -10,7 +10,7 @@ from training_testing import TRAIN
 
 @pytest.fixture(scope="session")
 def whole(programs: Interpreter, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing befell."""
+    """The run directory of a run that nothing befell."""
     folder = tmp_path_factory.mktemp("whole")
     result = programs.run(TRAIN, images, *RUN, cwd=folder)
     assert result.status == 0, result.stderr

@@ -18,7 +18,7 @@ SLOW = pytest.mark.slow
 pytestmark = pytest.mark.timeout(400)
 GRACE = 30  # seconds between torchrun's SIGTERM to its workers and its SIGKILL
 
-# Rank 0 tells the test that the moment for a signal has come, and goes on when it has one.
+# Rank 0 tells the test that the moment for a signal has come, and continues when it has one.
 TELL = """
 def tell():
     open("ready", "w").close()
@@ -92,7 +92,7 @@ def wait_for(path: Path, seconds: float) -> str:
         pytest.param(IN_SAVE, signal.SIGTERM, 0, 1, 4, id="save", marks=SLOW),
     ],
 )
-def test_signal_to_torchrun_stops_all_ranks_and_the_run_goes_on(
+def test_signal_to_torchrun_stops_all_ranks_and_the_run_continues(
     images: Path,
     whole_on_two_ranks: Path,
     tmp_path: Path,
@@ -142,7 +142,7 @@ def test_signal_to_one_rank_stops_all_at_the_same_step(images: Path, tmp_path: P
 
 
 @SLOW
-def test_run_on_four_ranks_goes_on_to_the_bit(images: Path, tmp_path: Path) -> None:
+def test_run_on_four_ranks_continues_to_the_bit(images: Path, tmp_path: Path) -> None:
     # More than two can be added up in several orders.
     options = [*RUN, "-b", "4", "--model-kwargs", "channels=[64,64,64,64]"]
     launch = {"options": ["--nproc-per-node", "4"]}
@@ -228,7 +228,7 @@ def test_all_ranks_stop_before_a_step_that_is_not_finite_on_one(
 
 
 @SLOW
-def test_run_goes_on_with_a_warning_where_the_number_of_ranks_changes(
+def test_run_continues_with_a_warning_where_the_number_of_ranks_changes(
     programs: Interpreter, images: Path, whole: Path, whole_on_two_ranks: Path, tmp_path: Path
 ) -> None:
     for name, source, step in (("one", whole, 10), ("two", whole_on_two_ranks, 5)):
@@ -242,7 +242,7 @@ def test_run_goes_on_with_a_warning_where_the_number_of_ranks_changes(
         return run_on_two_ranks(ROOT / TRAIN, *command, cwd=folder)
 
     refusal = "the run stands in the middle of an epoch of"
-    change = "warning: not to the bit as it would have gone on: the number of ranks was"
+    change = "warning: not to the bit as it would have continued: the number of ranks was"
     for name, ranks, batch in (("one", 2, "8"), ("two", 1, "8")):
         result = resume(name, ranks, batch)
         assert result.status != 0

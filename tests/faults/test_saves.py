@@ -14,10 +14,10 @@ from tiers import mostly_slow
 from training_testing import TRAIN, VALIDATE, newest_checkpoint, only_line
 
 from emax_timm.training.checkpoint import load_checkpoint
-from emax_timm.training.distributed import World
+from emax_timm.training.distributed import DistributedContext
 
 SLOW = pytest.mark.slow
-CPU = World(torch.device("cpu"))
+CPU = DistributedContext(torch.device("cpu"))
 
 # In the save after the second epoch, `at(operation)` is called before each operation on files and,
 # if it writes, once more in the middle of it; `operation` counts from 1.
@@ -74,7 +74,7 @@ def assert_newest_checkpoint_is_whole(folder: Path) -> None:
     assert (folder / "last.safetensors").is_file()
 
 
-def assert_goes_on(folder: Path, programs: Interpreter, images: Path, whole: Path) -> None:
+def assert_continues(folder: Path, programs: Interpreter, images: Path, whole: Path) -> None:
     """The run in `folder`, as a kill left it, ends as if it had not been killed."""
     result = programs.run(TRAIN, images, *RUN, cwd=folder)
     assert result.status == 0, result.stderr
@@ -84,14 +84,14 @@ def assert_goes_on(folder: Path, programs: Interpreter, images: Path, whole: Pat
 
 
 @pytest.mark.parametrize("operation", mostly_slow([2, 5, 9, 13]))
-def test_run_killed_in_a_save_goes_on(
+def test_run_killed_in_a_save_continues(
     operation: int, programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     script = with_fault(tmp_path, AT_EACH_OPERATION + KILL.format(operation=operation))
     result = programs.run(str(script), images, *RUN, cwd=tmp_path)
     assert result.status == -signal.SIGKILL, result.stderr
     assert_newest_checkpoint_is_whole(tmp_path / "run")
-    assert_goes_on(tmp_path, programs, images, whole)
+    assert_continues(tmp_path, programs, images, whole)
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +118,12 @@ def test_every_operation_of_a_save_leaves_a_whole_checkpoint(snapshots: list[Pat
 
 @SLOW
 @pytest.mark.timeout(1200)
-def test_run_goes_on_from_every_operation_of_a_save(
+def test_run_continues_from_every_operation_of_a_save(
     snapshots: list[Path], programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     for snapshot in snapshots:
         folder = Path(shutil.copytree(snapshot, tmp_path / snapshot.name, symlinks=True))
-        assert_goes_on(folder, programs, images, whole)
+        assert_continues(folder, programs, images, whole)
 
 
 FULL_DISK = """
@@ -231,7 +231,7 @@ def test_run_whose_checkpoints_are_all_damaged_is_refused_and_untouched(
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     result = programs.run(TRAIN, images, *RUN, cwd=tmp_path)
     assert result.status == 2
-    assert "no checkpoint of run is whole: " in only_line(result.stderr)
+    assert "no checkpoint of run is intact: " in only_line(result.stderr)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

@@ -1,4 +1,4 @@
-"""A run that is stopped or killed, and goes on, ends as one that never stopped: rows 3, 5, 24."""
+"""A run that is stopped or killed, and continues, ends as one that never stopped: rows 3, 5, 24."""
 
 import random
 import shutil
@@ -77,7 +77,7 @@ def test_number_of_workers_changes_nothing(
     ids=["step 1", "step 3", "last of epoch", "step 6", "SIGINT", "validation", "save"],
 )
 @pytest.mark.parametrize("workers", mostly_slow([0, 2], 0))
-def test_signal_stops_at_the_step_and_the_run_goes_on(
+def test_signal_stops_at_the_step_and_the_run_continues(
     images: Path,
     whole: Path,
     tmp_path: Path,
@@ -91,14 +91,14 @@ def test_signal_stops_at_the_step_and_the_run_goes_on(
     argv = [*map(str, [images, *RUN, "-j", workers])]
     result = programs.run(str(script), *argv, cwd=tmp_path)
     assert result.status == status, result.stderr
-    assert result.stderr.splitlines()[-1].endswith("go on with --resume")
+    assert result.stderr.splitlines()[-1].endswith("continue with --resume")
     assert state_of(tmp_path / "run")["step"] == step
     assert not (tmp_path / "run" / "summary.json").exists()
     assert programs.run(TRAIN, *argv, cwd=tmp_path).status == 0
     assert_same_run(tmp_path / "run", whole)
 
 
-def test_run_that_goes_on_elsewhere_warns_of_what_is_not_to_the_bit(
+def test_run_that_continues_elsewhere_warns_of_what_is_not_to_the_bit(
     programs: Interpreter, images: Path, whole: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(whole, tmp_path / "run", symlinks=True))
@@ -107,7 +107,7 @@ def test_run_that_goes_on_elsewhere_warns_of_what_is_not_to_the_bit(
     assert result.status == 0, result.stderr
     (warning,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert warning == (
-        "warning: not to the bit as it would have gone on: "
+        "warning: not to the bit as it would have continued: "
         "mixed precision was None and is bfloat16; --channels-last was False and is True"
     )
 

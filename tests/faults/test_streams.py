@@ -1,4 +1,4 @@
-"""Shards of WebDataset: a stopped run goes on at a boundary it can find again, and says so."""
+"""Shards of WebDataset: a stopped run continues at a boundary it can find again, and says so."""
 
 import io
 import signal
@@ -46,7 +46,7 @@ Trainer.{name} = signalled
 """
 
 
-def test_stream_goes_on_in_mid_epoch_with_a_warning_and_as_many_steps(
+def test_stream_continues_in_mid_epoch_with_a_warning_and_as_many_steps(
     programs: Interpreter, shards: Path, tmp_path: Path
 ) -> None:
     script = with_fault(tmp_path, SIGNAL.format(name="train_step", when="step == 5"))
@@ -62,7 +62,7 @@ def test_stream_goes_on_in_mid_epoch_with_a_warning_and_as_many_steps(
 
 
 @pytest.mark.slow
-def test_stream_goes_on_after_an_epoch_as_if_it_had_not_stopped(
+def test_stream_continues_after_an_epoch_as_if_it_had_not_stopped(
     programs: Interpreter, shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "whole").mkdir()

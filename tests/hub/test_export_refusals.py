@@ -66,7 +66,7 @@ MISTAKES = {
         "resnet18 --output a.pt2 --checkpoint other.safetensors",
         ["other.safetensors", "another model"],
     ),
-    "broken checkpoint": (
+    "corrupt checkpoint": (
         "resnet18 --output a.pt2 --checkpoint broken.safetensors",
         ["broken.safetensors", "not a complete"],
     ),

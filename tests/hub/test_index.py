@@ -112,11 +112,11 @@ def test_tags_are_those_of_the_index() -> None:
         for module in ("emax_resnet", "emax_convnext", "emax_mobilenet")
         for name in timm.list_models(module=module, pretrained=True)
     }
-    twins = {entry.name for entry in weights_index.INDEX if entry.cfg is None}
+    baselines = {entry.name for entry in weights_index.INDEX if entry.cfg is None}
     own = {entry.name for entry in weights_index.INDEX if entry.cfg is not None}
     for tag in tags - own:
-        model, _, twin_tag = tag.partition(".")
-        assert f"{model.rpartition('_')[0]}.{twin_tag.removesuffix('_warm')}" in twins
+        model, _, baseline_tag = tag.partition(".")
+        assert f"{model.rpartition('_')[0]}.{baseline_tag.removesuffix('_warm')}" in baselines
     assert own <= tags
 
 

@@ -15,7 +15,7 @@ from training_testing import only_line
 from emax_cli import main
 from emax_timm.hub.predict import predictions
 from emax_timm.training.data import SAMPLES
-from emax_timm.training.data.decoding import BrokenImageError
+from emax_timm.training.data.decoding import CorruptImageError
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_model_without_names_has_numbers(
 ) -> None:
     model = timm.create_model("test_resnet", num_classes=4).eval()
     ((_, found),) = predictions(model, [clothes["8_bag"]], top=9)
-    assert not isinstance(found, BrokenImageError)
+    assert not isinstance(found, CorruptImageError)
     assert {p.name for p in found} == {f"class {index}" for index in range(4)}
     assert sum(p.probability for p in found) == pytest.approx(1)
 
@@ -68,7 +68,7 @@ def test_imagenet_model_has_imagenets_names(clothes: dict[str, Path]) -> None:
         model.fc.weight.zero_()
         model.fc.bias.zero_()[805] = 50
     ((_, found),) = predictions(model, [clothes["8_bag"]], top=1)
-    assert not isinstance(found, BrokenImageError)
+    assert not isinstance(found, CorruptImageError)
     assert found[0].name == "soccer ball"
 
 
@@ -80,7 +80,7 @@ def test_grey_model_takes_colour_images(tmp_path: Path) -> None:
         pretrained_cfg_overlay={"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)},
     ).eval()
     ((_, found),) = predictions(model, [tmp_path / "a.jpg"])
-    assert not isinstance(found, BrokenImageError)
+    assert not isinstance(found, CorruptImageError)
 
 
 def test_photograph_is_turned_upright(clothes: dict[str, Path], tmp_path: Path) -> None:
@@ -99,16 +99,16 @@ def test_photograph_is_turned_upright(clothes: dict[str, Path], tmp_path: Path) 
     assert lying != upright
 
 
-def test_broken_image_is_named_and_the_others_are_classified(
+def test_corrupt_image_is_named_and_the_others_are_classified(
     trained: Path, clothes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(clothes["8_bag"].read_bytes()[:100])
-    arguments = [broken, clothes["8_bag"], "--model", f"local-dir:{trained}"]
+    corrupt = tmp_path / "corrupt.png"
+    corrupt.write_bytes(clothes["8_bag"].read_bytes()[:100])
+    arguments = [corrupt, clothes["8_bag"], "--model", f"local-dir:{trained}"]
     assert main(["predict", *map(str, arguments)]) == 1
     out, err = capsys.readouterr()
     assert only_line(out).startswith(f"{clothes['8_bag']}: ")
-    assert only_line(err).startswith(f"emax predict: error: broken image {broken}: ")
+    assert only_line(err).startswith(f"emax predict: error: corrupt image {corrupt}: ")
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,19 @@ from emax_timm import EMAX, EMAXMaps, visualize_attention
 from emax_timm.interpret import GateMaps, attention_of
 from emax_timm.interpret.figures import (
     comparison_figure,
-    contrasting_groups,
     figure_bytes,
     groups_figure,
+    spatial_figure,
+    weights_figure,
+)
+from emax_timm.interpret.selection import (
+    contrasting_groups,
     one_per_stage,
     prepare,
     shown,
     single,
-    spatial_figure,
-    weights_figure,
 )
-from emax_timm.interpret.set_figures import choices_figure, course_figure, gates_figure
+from emax_timm.interpret.set_figures import choices_figure, gates_figure, training_figure
 from emax_timm.models.capture import heatmap
 
 
@@ -199,12 +201,12 @@ def test_gates_are_those_of_the_layers(model: Any) -> None:
     assert right.lines[0].get_xdata() == pytest.approx(means)
 
 
-def test_course_is_that_of_the_log() -> None:
+def test_training_figure_shows_the_log() -> None:
     def row(epoch: int, gate: float) -> dict[str, Any]:
         layer = {"group_counts": [1, 4], "histogram": [3, 1], "gamma": gate / 2}
         return {"epoch": epoch, "layer1.0.se": {**layer, "residual_gate": gate}}
 
-    figure = course_figure([row(0, 0.2), row(1, 0.6)])
+    figure = training_figure([row(0, 0.2), row(1, 0.6)])
     curves = {axis.get_title(): axis.lines[0].get_xydata().tolist() for axis in figure.axes}
     assert curves == {
         "gamma": [[1, 0.1], [2, 0.3]],

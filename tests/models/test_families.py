@@ -30,7 +30,7 @@ def small_model(name: str, **kwargs: Any) -> Any:
     return timm.create_model(name, num_classes=3, **OPTIONS.get(name, {}), **kwargs)
 
 
-def twin_of(name: str, **kwargs: Any) -> Any:
+def baseline_of(name: str, **kwargs: Any) -> Any:
     return timm.create_model(name.rpartition("_")[0], **kwargs)
 
 
@@ -63,20 +63,20 @@ def test_registered_names_are_the_issue_of_backbones_and_attentions() -> None:
         *("test_resnet_emax", "test_convnext_emax"),
     ]
     compared = [
-        f"{backbone}_{system}"
+        f"{backbone}_{attention}"
         for backbone in ("resnet18", "resnet50", "convnext_atto", "convnext_tiny")
-        for system in ("ema", "cbam", "se", "eca", "coord", "msa")
+        for attention in ("ema", "cbam", "se", "eca", "coord", "msa")
     ]
     assert sorted(NAMES) == sorted(emax + compared)
 
 
 @pytest.mark.parametrize("name", mostly_slow(NAMES, *map(NAMES.index, SMALL)))
-def test_model_is_its_plain_twin_plus_attention_in_every_block(name: str) -> None:
+def test_model_is_its_baseline_plus_attention_in_every_block(name: str) -> None:
     with torch.device("meta"):
         model: Any = timm.create_model(name, num_classes=1000)  # also where its own weights have 10
-        twin = twin_of(name)
+        baseline = baseline_of(name)
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    theirs = {key: tuple(value.shape) for key, value in twin.state_dict().items()}
+    theirs = {key: tuple(value.shape) for key, value in baseline.state_dict().items()}
     assert ours.items() >= theirs.items()
     assert all(".se." in key or ".attention." in key for key in ours.keys() - theirs.keys())
     layers = attentions(model)
@@ -91,44 +91,44 @@ def test_model_is_its_plain_twin_plus_attention_in_every_block(name: str) -> Non
         widths = [(b.bn3 if hasattr(b, "bn3") else b.bn2).num_features for b in blocks]
     assert [len(layer.residual_gate) for layer in layers.values()] == widths
     assert len(widths) >= 4
-    system = ATTENTIONS[name.rpartition("_")[2]]
+    attention = ATTENTIONS[name.rpartition("_")[2]]
     for layer in layers.values():
-        assert type(layer.attention if isinstance(layer, GatedAttention) else layer) is system
+        assert type(layer.attention if isinstance(layer, GatedAttention) else layer) is attention
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_default_config_is_the_twins(name: str) -> None:
-    twin = timm.models.get_pretrained_cfg(name.rpartition("_")[0])
-    assert twin is not None
+def test_default_config_is_the_baselines(name: str) -> None:
+    baseline = timm.models.get_pretrained_cfg(name.rpartition("_")[0])
+    assert baseline is not None
     own_weights = name in ("test_resnet_emax", "test_convnext_emax")
-    ours = timm.models.get_pretrained_cfg(f"{name}.{twin.tag}_warm" if own_weights else name)
+    ours = timm.models.get_pretrained_cfg(f"{name}.{baseline.tag}_warm" if own_weights else name)
     assert ours is not None
     for key in ("input_size", "pool_size", "mean", "std", "interpolation", "crop_pct"):
-        assert getattr(ours, key) == getattr(twin, key), key
-    assert (ours.first_conv, ours.classifier) == (twin.first_conv, twin.classifier)
+        assert getattr(ours, key) == getattr(baseline, key), key
+    assert (ours.first_conv, ours.classifier) == (baseline.first_conv, baseline.classifier)
     assert ours.architecture == name
-    warm = None if "convnextv2" in name else f"{twin.tag}_warm"
+    warm = None if "convnextv2" in name else f"{baseline.tag}_warm"
     assert ours.tag == warm
     assert bool(ours.has_weights) == (warm is not None)
 
 
 @pytest.mark.parametrize("name", mostly_slow(SMALL, 0))
-def test_seed_gives_the_backbone_the_weights_of_its_twin(name: str) -> None:
+def test_seed_gives_the_backbone_the_weights_of_its_baseline(name: str) -> None:
     torch.manual_seed(0)
     model = small_model(name)
     torch.manual_seed(0)
-    twin = twin_of(name, num_classes=3, **OPTIONS.get(name, {}))
-    for key, value in twin.state_dict().items():
+    baseline = baseline_of(name, num_classes=3, **OPTIONS.get(name, {}))
+    for key, value in baseline.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
 
 
-@pytest.mark.parametrize("system", mostly_slow(ATTENTIONS, 0, 3))
+@pytest.mark.parametrize("attention", mostly_slow(ATTENTIONS, 0, 3))
 @pytest.mark.parametrize("name", mostly_slow(SMALL, 0, 1))
-def test_attention_by_name_behind_a_closed_gate_changes_nothing(name: str, system: str) -> None:
-    model = small_model(name, attn_layer=system, attn_kwargs={"gate_init": 0.0}).eval()
+def test_attention_by_name_behind_a_closed_gate_changes_nothing(name: str, attention: str) -> None:
+    model = small_model(name, attn_layer=attention, attn_kwargs={"gate_init": 0.0}).eval()
     open_gates(model)
-    twin = twin_of(name, num_classes=3, **OPTIONS.get(name, {})).eval()
-    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+    baseline = baseline_of(name, num_classes=3, **OPTIONS.get(name, {})).eval()
+    missing, unexpected = baseline.load_state_dict(model.state_dict(), strict=False)
     assert not missing
     assert unexpected
     images = torch.randn(2, 3, 64, 64)
@@ -137,8 +137,8 @@ def test_attention_by_name_behind_a_closed_gate_changes_nothing(name: str, syste
         for layer in attentions(model).values():
             assert layer.residual_gate.shape
             layer.residual_gate.zero_()
-        assert torch.equal(model(images), twin(images))
-        assert not torch.allclose(opened, twin(images), rtol=1e-3)
+        assert torch.equal(model(images), baseline(images))
+        assert not torch.allclose(opened, baseline(images), rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["convnext_atto_emax", "convnextv2_atto_emax"])

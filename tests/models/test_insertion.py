@@ -231,12 +231,12 @@ def test_model_by_name_is_the_model_by_function(tmp_path: Path) -> None:
         pretrained_cfg_overlay={"file": str(file)},
         **arguments,
     ).eval()
-    twin = plain("regnety_002")
-    x = image(twin)
+    baseline = plain("regnety_002")
+    x = image(baseline)
     with torch.inference_mode():
-        assert torch.equal(model(x), twin(x))
+        assert torch.equal(model(x), baseline(x))
     assert len(layers(model)) == 1
-    function = insert_attention(twin, "se", stages=[1])
+    function = insert_attention(baseline, "se", stages=[1])
     assert model.state_dict().keys() == function.state_dict().keys()
     extractor = timm.create_model(
         "with_attention", features_only=True, out_indices=(1, 3), **arguments

@@ -18,7 +18,7 @@ import emax_timm  # noqa: F401  (registers the models)
 from emax_cli import main
 from emax_timm.models import weights_index
 
-TWINS = {
+BASELINES = {
     "resnet18": "a1_in1k",
     "resnet10t": "c3_in1k",
     "convnext_atto": "d2_in1k",
@@ -38,11 +38,11 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A file of weights of each twin: timm's models with random values."""
-    folder = tmp_path_factory.mktemp("twins")
+def baselines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file of weights of each baseline: timm's models with random values."""
+    folder = tmp_path_factory.mktemp("baselines")
     files = {}
-    for name in TWINS:
+    for name in BASELINES:
         files[name] = folder / f"{name}.safetensors"
         model = randomised(timm.create_model(name))
         files[name].write_bytes(as_bytes(model.state_dict()))
@@ -50,22 +50,22 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def hub(twins: dict[str, Path]) -> Hub:
+def hub(baselines: dict[str, Path]) -> Hub:
     return Hub(
         {
-            f"timm/{name}.{tag}/model.safetensors": twins[name].read_bytes()
-            for name, tag in TWINS.items()
+            f"timm/{name}.{tag}/model.safetensors": baselines[name].read_bytes()
+            for name, tag in BASELINES.items()
         }
     )
 
 
-# Its arguments: the model, a file of its twin's weights, and the twin.
+# Its arguments: the model, a file of its baseline's weights, and the baseline.
 COMPARE = """
 import logging, sys, timm, torch, emax_timm
 logging.basicConfig(format="%(message)s")
-name, file, twin = sys.argv[1:]
+name, file, baseline = sys.argv[1:]
 x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-plain = timm.create_model(twin)
+plain = timm.create_model(baseline)
 plain.load_state_dict(timm.models.load_state_dict(file))
 model = timm.create_model(name, pretrained=True)
 closed = all((p == 0).all() for n, p in model.named_parameters() if n.endswith("residual_gate"))
@@ -80,7 +80,7 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize(
-    ("name", "twin"),
+    ("name", "baseline"),
     mostly_slow(
         [
             ("resnet18_emax", "resnet18"),
@@ -93,23 +93,31 @@ with torch.no_grad():
         1,
     ),
 )
-def test_warm_start_from_a_hub_computes_what_the_twin_computes(
-    name: str, twin: str, hub: Hub, twins: dict[str, Path], tmp_path: Path
+def test_warm_start_from_a_hub_computes_what_the_baseline_computes(
+    name: str, baseline: str, hub: Hub, baselines: dict[str, Path], tmp_path: Path
 ) -> None:
     with serve(hub):
-        result = in_new_process(COMPARE, tmp_path, name, twins[twin], twin, HF_ENDPOINT=hub.url)
+        result = in_new_process(
+            COMPARE, tmp_path, name, baselines[baseline], baseline, HF_ENDPOINT=hub.url
+        )
     assert result.stdout.split() == ["True", "True", "False", "True"], result.stderr
-    assert f"the weights of timm/{twin}.{TWINS[twin]} with its attention closed" in result.stderr
+    assert (
+        f"the weights of timm/{baseline}.{BASELINES[baseline]} with its attention closed"
+        in result.stderr
+    )
     assert "unverified" in result.stderr
     # Downloaded once, and nothing else is asked for: no pickle.
     asked = {request.partition(" ")[2] for request in hub.requests if " api/" not in request}
-    digest = hashlib.sha256(twins[twin].read_bytes()).hexdigest()
-    assert asked == {f"timm/{twin}.{TWINS[twin]}/resolve/main/model.safetensors", f"cdn/{digest}"}
+    digest = hashlib.sha256(baselines[baseline].read_bytes()).hexdigest()
+    assert asked == {
+        f"timm/{baseline}.{BASELINES[baseline]}/resolve/main/model.safetensors",
+        f"cdn/{digest}",
+    }
 
 
-def test_warm_start_from_the_hubs_cache(twins: dict[str, Path], tmp_path: Path) -> None:
+def test_warm_start_from_the_hubs_cache(baselines: dict[str, Path], tmp_path: Path) -> None:
     repo = tmp_path / "hub" / "models--timm--resnet18.a1_in1k"
-    content = twins["resnet18"].read_bytes()
+    content = baselines["resnet18"].read_bytes()
     blob = repo / "blobs" / hashlib.sha256(content).hexdigest()
     snapshot = repo / "snapshots" / COMMIT / "model.safetensors"
     for path in (blob, snapshot, repo / "refs" / "main"):
@@ -117,7 +125,7 @@ def test_warm_start_from_the_hubs_cache(twins: dict[str, Path], tmp_path: Path) 
     blob.write_bytes(content)
     snapshot.symlink_to(Path("..", "..", "blobs", blob.name))
     (repo / "refs" / "main").write_text(COMMIT)
-    arguments = ("resnet18_emax", twins["resnet18"], "resnet18")
+    arguments = ("resnet18_emax", baselines["resnet18"], "resnet18")
     result = in_new_process(COMPARE, tmp_path, *arguments, HF_HUB_OFFLINE="1")
     assert result.stdout.split() == ["True", "True", "False", "True"], result.stderr
 
@@ -161,9 +169,9 @@ weights_index.INDEX[:] = [
 
 @pytest.mark.parametrize("right", [True, False])
 def test_warm_start_is_verified_where_it_is_pinned(
-    right: bool, hub: Hub, twins: dict[str, Path], tmp_path: Path
+    right: bool, hub: Hub, baselines: dict[str, Path], tmp_path: Path
 ) -> None:
-    digest = hashlib.sha256(twins["resnet18"].read_bytes()).hexdigest()
+    digest = hashlib.sha256(baselines["resnet18"].read_bytes()).hexdigest()
     with serve(hub):
         result = in_new_process(
             PINNED, tmp_path, COMMIT, digest if right else "0" * 64, HF_ENDPOINT=hub.url
@@ -180,27 +188,27 @@ def overlay(file: Path) -> dict[str, Any]:
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
 
 
-@pytest.mark.parametrize("twin", TWINS)
-def test_warm_start_adapts_stem_and_head(twin: str, twins: dict[str, Path]) -> None:
-    options = {"num_classes": 5, "in_chans": 1, **overlay(twins[twin])}
-    model: Any = timm.create_model(f"{twin}_emax", **options)
-    plain = timm.create_model(twin, **options)
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_warm_start_adapts_stem_and_head(baseline: str, baselines: dict[str, Path]) -> None:
+    options = {"num_classes": 5, "in_chans": 1, **overlay(baselines[baseline])}
+    model: Any = timm.create_model(f"{baseline}_emax", **options)
+    plain = timm.create_model(baseline, **options)
     head = model.pretrained_cfg["classifier"]
     for name, value in plain.state_dict().items():
         if not name.startswith(head):
             assert torch.equal(model.state_dict()[name], value), name
-    headless: Any = timm.create_model(f"{twin}_emax", **{**options, "num_classes": 0})
+    headless: Any = timm.create_model(f"{baseline}_emax", **{**options, "num_classes": 0})
     assert headless.num_classes == 0
 
 
 def changed(tensors: dict[str, Tensor], how: str) -> dict[str, Tensor]:
     tensors = dict(tensors)
     emax = timm.create_model("resnet18_emax").state_dict()
-    if how == "a twin that lacks a key":
+    if how == "a baseline that lacks a key":
         del tensors["layer1.0.conv1.weight"]
-    elif how == "a twin with another key":
+    elif how == "a baseline with another key":
         tensors["layer9.weight"] = torch.zeros(1)
-    elif how == "a twin with one key of EMAX":
+    elif how == "a baseline with one key of EMAX":
         tensors["layer1.0.se.gamma"] = torch.zeros(1)
     elif how == "a truncated EMAX checkpoint":
         del emax["layer4.1.se.residual_gate"]
@@ -216,27 +224,27 @@ def changed(tensors: dict[str, Tensor], how: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("a twin that lacks a key", "lack layer1.0.conv1.weight$"),
-        ("a twin with another key", "for a model with layer9.weight$"),
-        ("a twin with one key of EMAX", r"lack layer1\.0\.se\..* and \d+ more keys$"),
+        ("a baseline that lacks a key", "lack layer1.0.conv1.weight$"),
+        ("a baseline with another key", "for a model with layer9.weight$"),
+        ("a baseline with one key of EMAX", r"lack layer1\.0\.se\..* and \d+ more keys$"),
         ("a truncated EMAX checkpoint", r"lack layer4\.1\.se\.residual_gate$"),
         ("another attention", r"lack layer1\.0\.se\."),
         ("another width", "size mismatch for layer1.0.conv1.weight"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
-    how: str, message: str, num_classes: int, twins: dict[str, Path], tmp_path: Path
+    how: str, message: str, num_classes: int, baselines: dict[str, Path], tmp_path: Path
 ) -> None:
     file = tmp_path / "changed.safetensors"
-    file.write_bytes(as_bytes(changed(safetensors.torch.load_file(twins["resnet18"]), how)))
+    file.write_bytes(as_bytes(changed(safetensors.torch.load_file(baselines["resnet18"]), how)))
     with pytest.raises(RuntimeError, match=message):
         timm.create_model("resnet18_emax", num_classes=num_classes, **overlay(file))
 
 
-def test_warm_start_needs_a_gate(twins: dict[str, Path]) -> None:
+def test_warm_start_needs_a_gate(baselines: dict[str, Path]) -> None:
     with pytest.raises(RuntimeError, match="lack"):
         timm.create_model(
-            "resnet18_cbam", attn_kwargs={"gate_init": None}, **overlay(twins["resnet18"])
+            "resnet18_cbam", attn_kwargs={"gate_init": None}, **overlay(baselines["resnet18"])
         )
 
 
@@ -249,24 +257,26 @@ def test_trained_weights_keep_their_gates(tmp_path: Path) -> None:
         assert torch.equal(copy.state_dict()[name], value), name
 
 
-def test_weights_without_counters_of_batches_load(twins: dict[str, Path], tmp_path: Path) -> None:
-    tensors = safetensors.torch.load_file(twins["resnet18"])
+def test_weights_without_counters_of_batches_load(
+    baselines: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = safetensors.torch.load_file(baselines["resnet18"])
     file = tmp_path / "old.safetensors"
     file.write_bytes(as_bytes({k: v for k, v in tensors.items() if "num_batches" not in k}))
     timm.create_model("resnet18_emax", **overlay(file))
 
 
-def test_index_names_the_twins_own_weights() -> None:
-    twins = [entry for entry in weights_index.INDEX if entry.cfg is None]
-    assert len(twins) == 21
-    for entry in twins:
+def test_index_names_the_baselines_own_weights() -> None:
+    baselines = [entry for entry in weights_index.INDEX if entry.cfg is None]
+    assert len(baselines) == 21
+    for entry in baselines:
         cfg = timm.models.get_pretrained_cfg(f"{entry.model}.{entry.tag}")
         assert cfg is not None, entry
         assert (cfg.hf_hub_id, cfg.license) == (entry.repo, entry.license)
         # Not for commercial use only, nor unknown.
         assert entry.license in ("apache-2.0", "bsd-3-clause", "mit")
         assert entry.sha256 is None or len(entry.sha256) == 64
-        # The twin's default tag is the model's.
+        # The baseline's default tag is the model's.
         assert timm.models.get_pretrained_cfg(entry.model).tag == entry.tag  # type: ignore
         assert f"{entry.model}_emax.{entry.tag}_warm" in timm.list_pretrained()
     assert not timm.list_pretrained("convnextv2*_emax")

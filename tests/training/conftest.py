@@ -10,13 +10,13 @@ from training_testing import MakeTrainer
 
 from emax_timm.training import TrainConfig
 from emax_timm.training.build import build_trainer
-from emax_timm.training.distributed import World
+from emax_timm.training.distributed import DistributedContext
 from emax_timm.training.trainer import Trainer
 
 
 @pytest.fixture
 def trainer_for(images: Path, tmp_path: Path) -> MakeTrainer:
-    """Builds trainers; `name` is the run's folder in `tmp_path`."""
+    """Builds trainers; `name` is the run directory in `tmp_path`."""
 
     def trainer_for(name: str = "run", **options: Any) -> Trainer:
         settings: dict[str, Any] = {
@@ -26,7 +26,7 @@ def trainer_for(images: Path, tmp_path: Path) -> MakeTrainer:
             **{"lr": 0.05, "opt": "sgd"},
             **options,
         }
-        return build_trainer(TrainConfig(**settings), World(torch.device("cpu")))
+        return build_trainer(TrainConfig(**settings), DistributedContext(torch.device("cpu")))
 
     return trainer_for
 

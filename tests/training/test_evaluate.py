@@ -15,10 +15,10 @@ from training_testing import image_folder
 from emax_timm.training import TrainConfig
 from emax_timm.training.build import _resolve
 from emax_timm.training.data import evaluation_loader, open_split
-from emax_timm.training.distributed import World, open_world
+from emax_timm.training.distributed import DistributedContext, open_distributed_context
 from emax_timm.training.evaluate import Metrics, evaluate, half_precision
 
-CPU = World(torch.device("cpu"))
+CPU = DistributedContext(torch.device("cpu"))
 
 
 def model_and_images(classes: int, count: int) -> tuple[nn.Sequential, Tensor, Tensor]:
@@ -103,19 +103,19 @@ def test_metrics_are_written_with_three_decimals() -> None:
     assert str(Metrics(0.5, 83.33333, 100.0)) == "top1: 83.333 top5: 100.000"
 
 
-def evaluate_share(data: str) -> tuple[World, list[float]]:
+def evaluate_share(data: str) -> tuple[DistributedContext, list[float]]:
     """Number of images, a flag that only rank 1 sets, and metrics, as this rank sees them."""
-    with open_world("cpu") as world:
+    with open_distributed_context("cpu") as context:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 6))
         dataset = open_split(TrainConfig(data_dir=data), "validation", "RGB", False, 4)
         data_config = {"input_size": (3, 8, 8), "interpolation": "bilinear", "crop_pct": 1.0}
         data_config |= {"mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_mode": "center"}
         options = TrainConfig(workers=0)
-        share = list(evaluation_loader(options, dataset, data_config, 3, world))
+        share = list(evaluation_loader(options, dataset, data_config, 3, context))
         images = sum(len(labels) for _, labels in share)
-        flag = int(world.max(torch.tensor(world.rank == 1, dtype=torch.int64)))
-        return world, [images, flag, *evaluate(model, share, world)]
+        flag = int(context.max(torch.tensor(context.rank == 1, dtype=torch.int64)))
+        return context, [images, flag, *evaluate(model, share, context)]
 
 
 def evaluate_rank(rank: int, port: int, data: str, output: str) -> None:
@@ -123,8 +123,8 @@ def evaluate_rank(rank: int, port: int, data: str, output: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    world, values = evaluate_share(data)
-    assert (world.rank, world.size, world.is_primary) == (rank, 2, rank == 0)
+    context, values = evaluate_share(data)
+    assert (context.rank, context.size, context.is_primary) == (rank, 2, rank == 0)
     Path(output, str(rank)).write_text(json.dumps(values))
 
 
@@ -132,8 +132,8 @@ def evaluate_rank(rank: int, port: int, data: str, output: str) -> None:
 def test_evaluate_on_two_ranks_counts_each_image_once(tmp_path: Path) -> None:
     # Nine images on two ranks: timm's sampler would count one twice.
     data = str(image_folder(tmp_path / "data", ["validation"], ["a", "b", "c"], [3]))
-    world, expected = evaluate_share(data)
-    assert (world.rank, world.size, world.is_primary) == (0, 1, True)
+    context, expected = evaluate_share(data)
+    assert (context.rank, context.size, context.is_primary) == (0, 1, True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -152,13 +152,13 @@ def test_mixed_precision_is_on_where_a_gpu_trains(
     monkeypatch: pytest.MonkeyPatch, device: str, supported: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported)
-    world = World(torch.device(device))
+    context = DistributedContext(torch.device(device))
     expected = "float16" if device == "cuda" and not supported else "bfloat16"
-    assert half_precision(world.device) == expected
+    assert half_precision(context.device) == expected
     input_ = {"input_size": (3, 32, 32), "mean": (0.5,), "std": (0.5,)}
     input_ |= {"interpolation": "bicubic", "crop_pct": 1.0}
     for asked, amp in ((None, device == "cuda"), (False, False), (True, True)):
-        config = _resolve(TrainConfig(amp=asked), input_, 10, world)
+        config = _resolve(TrainConfig(amp=asked), input_, 10, context)
         assert (config.amp, config.amp_dtype) == (amp, expected)
-    config = _resolve(TrainConfig(amp_dtype="float16"), input_, 10, world)
+    config = _resolve(TrainConfig(amp_dtype="float16"), input_, 10, context)
     assert config.amp_dtype == "float16"

@@ -16,7 +16,7 @@ from training_testing import MakeTrainer, left_by, same_tensors, state_of
 
 from emax_timm.training import TrainConfig
 from emax_timm.training.conditional import OptimizerStep, Refusal
-from emax_timm.training.data.decoding import BrokenImageError
+from emax_timm.training.data.decoding import CorruptImageError
 from emax_timm.training.guard import BadStepError
 from emax_timm.training.resume import snapshot
 from emax_timm.training.signals import Stopped
@@ -264,14 +264,14 @@ def test_late_run_that_meets_a_bad_step_saves_the_one_before(trainer_for: MakeTr
     assert same_tensors(left_by(whole.folder), left_by(failing.folder))
 
 
-def test_late_run_stops_at_too_many_broken_images(
+def test_late_run_stops_at_too_many_corrupt_images(
     trainer_for: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = late(trainer_for(**OPTIONS, max_broken_fraction=0.1))  # of 32 images
-    monkeypatch.setattr("emax_timm.training.trainer.broken_images", lambda *_: 1)
-    with pytest.raises(BrokenImageError, match="4 of 32 training images are broken by step 4"):
+    monkeypatch.setattr("emax_timm.training.trainer.corrupt_images", lambda *_: 1)
+    with pytest.raises(CorruptImageError, match="4 of 32 training images are corrupt by step 4"):
         make_steps(trainer, [1.0] * 8)
-    assert (trainer.step, trainer.guard.broken, len(trainer.losses)) == (3, 3, 3)
+    assert (trainer.step, trainer.guard.corrupt, len(trainer.losses)) == (3, 3, 3)
 
 
 def test_late_run_saves_by_the_clock_what_is_known(

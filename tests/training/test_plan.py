@@ -129,6 +129,7 @@ def test_plan_takes_the_speed_that_was_measured_and_names_the_card(config: Train
     made = make_plan(one, gpus=2)
     # Four times the speed at 224 pixels, of each of two cards.
     assert made.images_per_second == pytest.approx(2 * 4 * TRAINING["resnet50_emax"])
+    assert made.images_per_second is not None
     assert made.hours == pytest.approx(made.images / made.images_per_second / 3600)
     text = report(made)
     assert f"measured on one {CARD}, times 2" in text

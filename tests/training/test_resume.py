@@ -1,4 +1,4 @@
-"""Runs are reproducible, and a run that stopped goes on as if it had not."""
+"""Runs are reproducible, and a run that stopped continues as if it had not."""
 
 import json
 import signal

@@ -19,7 +19,7 @@ from training_testing import MakeTrainer
 from emax_timm import EMAX
 from emax_timm.training import TrainConfig
 from emax_timm.training.build import build_trainer
-from emax_timm.training.distributed import World
+from emax_timm.training.distributed import DistributedContext
 from emax_timm.training.grouping import GroupingSchedule
 from emax_timm.training.trainer import Trainer
 
@@ -147,7 +147,7 @@ def test_gpu_itself_sees_no_wait(images: Path, tmp_path: Path, opt: str, amp_dty
     options = {"data_dir": str(images), "output": str(tmp_path), "opt": opt, **EVERYTHING}
     options |= {"model": "resnet10t_emax", "img_size": 32, "batch_size": 8, "workers": 0}
     config = TrainConfig(**options, amp=True, amp_dtype=amp_dtype)
-    trainer = build_trainer(config, World(torch.device("cuda")))
+    trainer = build_trainer(config, DistributedContext(torch.device("cuda")))
     batch = torch.randn(8, 3, 32, 32).cuda(), torch.randint(2, (8,)).cuda()
     trainer.network.train()
     for _ in range(3):

@@ -236,7 +236,7 @@ def test_tracker_that_fails_does_not_end_the_run(
     shown = capsys.readouterr().err
     assert KEY not in shown
     lines = [line for line in shown.splitlines() if "wandb" in line]
-    assert lines == ["warning: wandb failed (ConnectionError); the run goes on"]
+    assert lines == ["warning: wandb failed (ConnectionError); the run continues"]
     assert calls == (["open"] if moment == "open" else ["open", "log", "log", "log", "close"])
     assert sorted(tensorboard_rows(trainer.folder)) == [0, 1, 2]
 

@@ -16,13 +16,13 @@ from training_testing import MakeTrainer, rows_without_seconds, same_tensors, st
 
 from emax_timm import EMAX
 from emax_timm.training import train
-from emax_timm.training.distributed import World
+from emax_timm.training.distributed import DistributedContext
 from emax_timm.training.evaluate import Metrics, evaluate
-from emax_timm.training.grouping import grouping_course
+from emax_timm.training.grouping import grouping_schedule
 from emax_timm.training.guard import BadStepError
 from emax_timm.training.trainer import Trainer
 
-CPU = World(torch.device("cpu"))
+CPU = DistributedContext(torch.device("cpu"))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -50,18 +50,18 @@ def batch(size: int, seed: int = 0, classes: int = 2) -> tuple[Tensor, Tensor]:
         (1, 1, 0.5),
     ],
 )
-def test_grouping_course_rises_and_cools(
+def test_grouping_schedule_rises_and_cools(
     progress: float, warmup: float, temperature: float
 ) -> None:
-    course = grouping_course(progress, [0.05, 0.2], [1.0, 0.5])
-    assert course == pytest.approx((warmup, temperature), abs=1e-12)
+    schedule = grouping_schedule(progress, [0.05, 0.2], [1.0, 0.5])
+    assert schedule == pytest.approx((warmup, temperature), abs=1e-12)
 
 
-def test_grouping_course_may_be_a_step() -> None:
-    assert grouping_course(0.29, [0.3, 0.3], [2, 2]) == (0, 2)
-    assert grouping_course(0.3, [0.3, 0.3], [2, 2]) == (1, 2)
-    assert grouping_course(0.0, [0.0, 0.0], [1, 0.5]) == (1, 1)
-    assert grouping_course(1.0, [1.0, 1.0], [1, 0.5]) == (1, 0.5)
+def test_grouping_schedule_may_be_a_step() -> None:
+    assert grouping_schedule(0.29, [0.3, 0.3], [2, 2]) == (0, 2)
+    assert grouping_schedule(0.3, [0.3, 0.3], [2, 2]) == (1, 2)
+    assert grouping_schedule(0.0, [0.0, 0.0], [1, 0.5]) == (1, 1)
+    assert grouping_schedule(1.0, [1.0, 1.0], [1, 0.5]) == (1, 0.5)
 
 
 def test_grouping_is_set_on_the_model_and_the_averaged_one(trainer_for: MakeTrainer) -> None:
@@ -73,23 +73,23 @@ def test_grouping_is_set_on_the_model_and_the_averaged_one(trainer_for: MakeTrai
     )
     assert trainer.averaged is not None
     assert (trainer.epochs, trainer.steps_per_epoch) == (5, 4)
-    courses = {}
+    schedules = {}
     for step in range(20):
         trainer.train_step([batch(8)])
         layers = [layer for layer in trainer.model.modules() if isinstance(layer, EMAX)]
         assert len(layers) == 4
         states = {(layer.warmup.item(), layer.temperature.item()) for layer in layers}
         assert len(states) == 1
-        courses[step] = states.pop()
+        schedules[step] = states.pop()
         averaged = [layer for layer in trainer.averaged.modules() if isinstance(layer, EMAX)]
         # The average is for the next step: it is what a validation after this one sees.
-        expected = grouping_course((step + 1) / 20, [0.2, 0.6], [2.0, 1.0])
+        expected = grouping_schedule((step + 1) / 20, [0.2, 0.6], [2.0, 1.0])
         for layer in averaged:
             state = (layer.warmup.item(), layer.temperature.item())
             assert state == pytest.approx(expected, abs=1e-6)
     for step, warmup, temperature in ((0, 0, 2), (4, 0, 1.8), (8, 0.5, 1.6), (12, 1, 1.4)):
-        assert courses[step] == pytest.approx((warmup, temperature), abs=1e-6)
-    assert courses[19] == pytest.approx((1, 1.05))
+        assert schedules[step] == pytest.approx((warmup, temperature), abs=1e-6)
+    assert schedules[19] == pytest.approx((1, 1.05))
 
 
 def test_grouping_is_saved_with_the_weights(trainer_for: MakeTrainer) -> None:

@@ -77,7 +77,7 @@ def files_in(folder: Path) -> set[str]:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The folder of a run's newest checkpoint."""
+    """The folder of the newest checkpoint of a run."""
     return max((folder / "checkpoints").glob("epoch-*"))
 
 

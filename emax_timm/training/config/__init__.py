@@ -2,9 +2,10 @@
 
 from ...errors import UsageError, nearest
 from .arguments import learning_rate, mixup_options, model_arguments
+from .flags import Parser
 from .option import AT_LEAST_0, AT_LEAST_1, option
 from .options import DataOptions, DeviceOptions, InputOptions, ValidateConfig
-from .parsing import Parser, find_config, from_mapping, layered, parse_settings, read_yaml, to_yaml
+from .parsing import find_config, from_mapping, layered, parse_settings, read_yaml, to_yaml
 from .train_options import TrainConfig
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Declaration of an option: a dataclass field that is also a flag and a key of a YAML file.
 
-`parsing.py` turns a class of such fields into flags, and checks values against the types, the
-choices and the bounds.
+`flags.py` turns a class of such fields into flags, and `parsing.py` checks values against their
+types, choices and bounds.
 """
 
 from dataclasses import field

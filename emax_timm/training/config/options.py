@@ -10,10 +10,10 @@ from typing import Any
 
 from .option import AT_LEAST_0, AT_LEAST_1, FILTERS, option
 
-__all__ = ["NOT_HERE", "DataOptions", "DeviceOptions", "InputOptions", "ValidateConfig"]
+__all__ = ["UNSUPPORTED_FLAGS", "DataOptions", "DeviceOptions", "InputOptions", "ValidateConfig"]
 
 # Flags of timm's scripts that these commands do not have, and what to use instead.
-NOT_HERE = {
+UNSUPPORTED_FLAGS = {
     "--aot-autograd": "use --torchcompile",
     "--drop-connect": "use --drop-path",
     "--fuser": "use --torchcompile",
@@ -31,7 +31,7 @@ NOT_HERE = {
     "--train-img-sizes": "there is one image size",
     "--use-ema": "the checkpoint of the best holds the averaged weights if there are any",
     "--wandb-project": "set WANDB_PROJECT",
-    "--wandb-resume-id": "use --resume, which goes on with the run at wandb too",
+    "--wandb-resume-id": "use --resume, which continues the run at wandb too",
     "--wandb-tags": "set WANDB_TAGS",
 }
 
@@ -89,13 +89,15 @@ class InputOptions:
 class DeviceOptions:
     """Device."""
 
-    device: str = option("", "cpu, cuda, … (unlike timm, default: cuda if there is one, else cpu)")
+    device: str = option(
+        "", "device to compute on: cpu, cuda, … (unlike timm, default: cuda if available, else cpu)"
+    )
     amp: bool | None = option(
         None, "automatic mixed precision (unlike timm, on where a GPU trains unless --no-amp)"
     )
     amp_dtype: str = option(
         "",
-        "its dtype (unlike timm, bfloat16 wherever the device has it)",
+        "dtype of mixed precision (unlike timm, bfloat16 wherever the device has it)",
         choices=("", "float16", "bfloat16"),
     )
     channels_last: bool = option(False, "channels_last memory layout")
@@ -108,12 +110,12 @@ class DeviceOptions:
 
 @dataclass
 class EvaluationOptions:
-    """What to validate."""
+    """Model and checkpoint to validate, and the split to validate on."""
 
     checkpoint: str = option(
         "",
         ".safetensors file of a run; the run's configuration beside it gives the model, the data "
-        "and the split, and the flags given here win over it",
+        "and the split, and the flags given here override it",
         metavar="FILE",
     )
     model: str | None = option(None, "name of a timm model", "-m")

@@ -4,23 +4,20 @@ A key of the file is the name of a flag without its leading dashes. Flags overri
 names and values of a wrong type are refused.
 """
 
-import argparse
-import ast
 import dataclasses
 import math
-import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, Union
+from typing import Any, TypeVar
 
 import yaml
 
 from ...errors import UsageError, nearest
-from .options import NOT_HERE
+from .flags import flags_of, without_none
+from .options import UNSUPPORTED_FLAGS
 
 __all__ = [
-    "Parser",
     "check_bounds",
     "find_config",
     "from_mapping",
@@ -47,12 +44,12 @@ def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[st
         UsageError: If a flag is unknown or malformed, or the file is missing or invalid.
         SystemExit: For `--help`.
     """
-    parser = _parser(kind, prog)
+    parser = flags_of(kind, prog)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
-        if flag in NOT_HERE:
-            raise UsageError(f"timm's {flag} does not exist here: {NOT_HERE[flag]}")
+        if flag in UNSUPPORTED_FLAGS:
+            raise UsageError(f"timm's {flag} is not supported: {UNSUPPORTED_FLAGS[flag]}")
         flags = [name for name in parser._option_string_actions if name.startswith("--")]
         raise UsageError(_unknown("flag", flag, flags))
     values = vars(given)
@@ -140,9 +137,10 @@ def check_bounds(config: Any) -> None:
         if bounds is None or value is None:
             continue
         least, greatest = bounds
-        if not least <= value <= greatest:
-            right = f"at least {least}" if greatest == math.inf else f"in [{least}, {greatest}]"
-            raise UsageError(f"{field.name} must be {right}, not {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if not least <= number <= greatest:
+                right = f"at least {least}" if greatest == math.inf else f"in [{least}, {greatest}]"
+                raise UsageError(f"{field.name} must be {right}, not {number}")
 
 
 def find_config(name: str) -> Path:
@@ -152,8 +150,13 @@ def find_config(name: str) -> Path:
         UsageError: If there is neither.
     """
     path = Path(name)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+        if path.exists():
+            raise UsageError(f"config file {name} is not a file")
+    except OSError as error:
+        raise UsageError(f"cannot read config file {name}: {error.strerror}") from None
     package = Path(__file__).parents[2]
     # The wheel has the recipes inside the package, a checkout has them beside it.
     folder = next(
@@ -183,10 +186,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping from a YAML file.
 
     Raises:
-        UsageError: If the file is not valid YAML or holds something else.
+        UsageError: If the file cannot be read, is not valid YAML or holds something else.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -194,91 +199,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `UsageError` with one line, instead of printing its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-class _KeyValues(argparse.Action):
-    """Parse `--flag a=1 b=[2,3]` into a dict; values are Python literals, else strings."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        result = {}
-        for item in values or ():
-            key, separator, value = str(item).partition("=")
-            if not separator:
-                raise UsageError(f"{option_string} takes key=value, not {item}")
-            try:
-                result[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                result[key] = value
-        setattr(namespace, self.dest, result)
-
-
-def _parser(kind: type, prog: str) -> Parser:
-    parser = Parser(
-        prog=prog,
-        description=kind.__doc__,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file or name of a recipe")
-    hints = typing.get_type_hints(kind)
-    # An options class and each of its bases become a group of flags.
-    for part in reversed(kind.__mro__[:-1]):
-        group = parser.add_argument_group(part.__doc__)
-        for name in vars(part).get("__annotations__", {}):
-            field = kind.__dataclass_fields__[name]
-            _add_flag(group, field, hints[name])
-    return parser
-
-
-def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any) -> None:
-    name, kind = field.name, _without_none(hint)
-    meta = dict(field.metadata)
-    default = field.default_factory() if callable(field.default_factory) else field.default
-    text = meta.pop("help").replace("%", "%%")
-    del meta["bounds"]  # from_mapping checks them, so that they hold for a file too
-    if default not in (None, "", [], {}, False):
-        text += f" (default: {default})"
-    if meta.pop("positional", False):
-        several = typing.get_origin(kind) is list
-        metavar = meta.pop("metavar", "DIR")
-        group.add_argument(name, nargs="*" if several else "?", metavar=metavar, help=text)
-        return
-    flags = [*meta.pop("flags", ()), "--" + name.replace("_", "-")]
-    options: dict[str, Any] = {"dest": name, "help": text}
-    if kind is bool:
-        negated = name.startswith("no_")
-        options["action"] = "store_true" if negated else argparse.BooleanOptionalAction
-    elif kind is dict:
-        options |= {"action": _KeyValues, "nargs": "*", "metavar": "KEY=VALUE"}
-    elif typing.get_origin(kind) is list:
-        options |= {"nargs": meta.pop("nargs", "+"), "type": typing.get_args(kind)[0]}
-    else:
-        options |= {"type": kind}
-    if choices := meta.pop("choices", None):
-        options["metavar"] = "{" + ",".join(choices) + "}"
-    elif "action" not in options:
-        options["metavar"] = name.rsplit("_", 1)[-1].upper()
-    group.add_argument(*flags, **(options | meta))
-
-
-def _without_none(hint: Any) -> Any:
-    """Return `X` for the hint `X | None`, and `dict` for `dict[...]`."""
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    return dict if typing.get_origin(hint) is dict else hint
-
-
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
 def _convert(value: Any, hint: Any) -> Any:
     """Convert a value to the type of an option; a ValueError describes the expected type."""
-    kind = _without_none(hint)
+    kind = without_none(hint)
     if value is None and type(None) in typing.get_args(hint):
         return None
     if kind is dict:

@@ -28,7 +28,7 @@ class TrainDataOptions:
         0.01,
         "not in timm: stop if more than this fraction of an epoch's images cannot be read; up to "
         "it they are named, and replaced by others (folders, tars and hfds data; in validation a "
-        "broken image is always an error)",
+        "corrupt image is always an error)",
         bounds=FRACTION,
     )
     train_num_samples: int | None = option(None, "images of an iterable training split")
@@ -42,7 +42,9 @@ class ModelOptions:
 
     model: str = option("resnet50_emax", "name of a timm model (in timm: resnet50)")
     pretrained: bool = option(False, "start from the model's published weights")
-    pretrained_path: str | None = option(None, "start from this file as if it were those")
+    pretrained_path: str | None = option(
+        None, "start from this file as if it held the published weights"
+    )
     initial_checkpoint: str = option("", "load this file into the finished model")
     num_classes: int | None = option(
         None,
@@ -74,11 +76,11 @@ class ModelOptions:
 
 @dataclass
 class GroupingOptions:
-    """Course of EMAX's dynamic grouping (not in timm; docs/emax.md)."""
+    """Schedule of EMAX's dynamic grouping (not in timm; docs/emax.md)."""
 
     grouping_warmup: list[float] = option(
         [0.05, 0.2],
-        "fractions of the training steps between which grouping goes from EMA's to the learned",
+        "fractions of the training steps between which grouping changes from EMA's to the learned",
         nargs=2,
     )
     grouping_temperature: list[float] = option(
@@ -91,19 +93,19 @@ class OptimizerOptions:
     """Optimizer."""
 
     opt: str = option("sgd", "name of a timm optimizer")
-    opt_eps: float | None = option(None, "epsilon")
-    opt_betas: list[float] | None = option(None, "betas")
+    opt_eps: float | None = option(None, "epsilon of the optimizer")
+    opt_betas: list[float] | None = option(None, "betas of the optimizer")
     opt_kwargs: dict[str, Any] = option({}, "further keyword arguments of the optimizer")
-    momentum: float = option(0.9, "momentum")
+    momentum: float = option(0.9, "momentum of the optimizer")
     weight_decay: float = option(
         2e-5, "weight decay; none on biases, norms and gates", bounds=AT_LEAST_0
     )
     clip_grad: float | None = option(
         None, "clip gradients at this norm or value", bounds=AT_LEAST_0
     )
-    clip_mode: str = option("norm", "how", choices=("norm", "value", "agc"))
+    clip_mode: str = option("norm", "kind of clipping", choices=("norm", "value", "agc"))
     layer_decay: float | None = option(None, "layer-wise learning rate decay")
-    layer_decay_min_scale: float = option(0.0, "lower bound of its scale")
+    layer_decay_min_scale: float = option(0.0, "lower bound of layer decay's scale")
     layer_decay_no_opt_scale: float | None = option(None, "freeze layers below this scale")
     batch_size: int = option(128, "images per rank and forward pass", "-b", bounds=AT_LEAST_1)
     grad_accum_steps: int = option(1, "forward passes per optimizer step", bounds=AT_LEAST_1)
@@ -143,7 +145,7 @@ class ScheduleOptions:
     warmup_epochs: int = option(5, "epochs of warm-up")
     warmup_prefix: bool = option(False, "warm-up comes on top of --epochs")
     cooldown_epochs: int = option(0, "epochs at the lowest rate on top of --epochs")
-    patience_epochs: int = option(10, "patience of plateau")
+    patience_epochs: int = option(10, "patience of the plateau schedule")
     decay_rate: float = option(0.1, "factor of a decay", "--dr")
 
 
@@ -156,7 +158,7 @@ class AugmentationOptions:
         None, "crop of the training images", choices=("rrc", "rkrc", "rkrr")
     )
     scale: list[float] = option([0.08, 1.0], "range of the random crop's area", nargs=2)
-    ratio: list[float] = option([3 / 4, 4 / 3], "range of its aspect ratio", nargs=2)
+    ratio: list[float] = option([3 / 4, 4 / 3], "range of the random crop's aspect ratio", nargs=2)
     hflip: float = option(0.5, "probability of a horizontal flip", bounds=FRACTION)
     vflip: float = option(0.0, "probability of a vertical flip", bounds=FRACTION)
     color_jitter: float = option(0.4, "strength of colour jitter")
@@ -168,20 +170,26 @@ class AugmentationOptions:
     aug_splits: int = option(0, "augmentation splits: 0, or 2 and more")
     jsd_loss: bool = option(False, "Jensen-Shannon loss over the augmentation splits")
     bce_loss: bool = option(False, "binary cross entropy")
-    bce_sum: bool = option(False, "sum it over classes")
-    bce_target_thresh: float | None = option(None, "make its soft targets 0 or 1 at this threshold")
-    bce_pos_weight: float | None = option(None, "weight of its positives")
+    bce_sum: bool = option(False, "sum the binary cross entropy over classes")
+    bce_target_thresh: float | None = option(
+        None, "threshold at which soft targets become 0 or 1 for binary cross entropy"
+    )
+    bce_pos_weight: float | None = option(None, "weight of the positives in binary cross entropy")
     reprob: float = option(0.0, "probability of random erasing", bounds=FRACTION)
-    remode: str = option("pixel", "its fill", choices=("const", "rand", "pixel"))
-    recount: int = option(1, "its count")
+    remode: str = option("pixel", "fill of random erasing", choices=("const", "rand", "pixel"))
+    recount: int = option(1, "areas that random erasing erases in an image")
     resplit: bool = option(False, "no erasing in the first augmentation split")
     mixup: float = option(0.0, "mixup's alpha; off at 0")
     cutmix: float = option(0.0, "cutmix's alpha; off at 0")
     cutmix_minmax: list[float] | None = option(None, "range of cutmix's box", nargs=2)
-    mixup_prob: float = option(1.0, "probability of either")
+    mixup_prob: float = option(1.0, "probability of mixup or cutmix, where one is on")
     mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on")
-    mixup_mode: str = option("batch", "scope of the choice", choices=("batch", "pair", "elem"))
-    mixup_off_epoch: int = option(0, "epoch from which both are off; 0 for never")
+    mixup_mode: str = option(
+        "batch",
+        "images that share one choice of mixup or cutmix",
+        choices=("batch", "pair", "elem"),
+    )
+    mixup_off_epoch: int = option(0, "epoch from which mixup and cutmix are off; 0 for never")
     smoothing: float = option(0.1, "label smoothing", bounds=FRACTION)
     train_interpolation: str = option(
         "random", "resize filter for training", choices=("random", "", *FILTERS)
@@ -193,26 +201,30 @@ class AveragingOptions:
     """Exponential moving average of the weights."""
 
     model_ema: bool = option(False, "keep an average, validate it and publish it as the best")
-    model_ema_decay: float = option(0.9998, "its decay per optimizer step", bounds=FRACTION)
-    model_ema_warmup: bool = option(False, "warm its decay up")
+    model_ema_decay: float = option(
+        0.9998, "decay of the average per optimizer step", bounds=FRACTION
+    )
+    model_ema_warmup: bool = option(False, "warm the decay of the average up")
 
 
 @dataclass
 class RunOptions:
     """Run."""
 
-    output: str = option("output/train", "folder of runs (timm's default, spelt out)")
-    experiment: str = option("", "name of the run's folder in it (default: time-model-size)")
+    output: str = option("output/train", "folder for run directories (timm's default, spelt out)")
+    experiment: str = option("", "name of the run directory in it (default: time-model-size)")
     resume: str = option(
         "",
-        "go on with the run in this folder, where it stood; auto (not in timm): with the run of "
+        "continue the run in this folder, where it stood; auto (not in timm): the run of "
         "--experiment if there is one, else start it",
     )
     recovery_interval: int = option(
         0, "optimizer steps between checkpoints within an epoch; 0 for none", bounds=AT_LEAST_0
     )
     recovery_minutes: float = option(
-        0.0, "not in timm: minutes between them; 0 for none", bounds=AT_LEAST_0
+        0.0,
+        "not in timm: minutes between checkpoints within an epoch; 0 for none",
+        bounds=AT_LEAST_0,
     )
     checkpoint_hist: int = option(
         3,
@@ -232,15 +244,20 @@ class RunOptions:
     )
     on_spike: str = option(
         "warn",
-        "not in timm: what happens at one; each policy names the samples",
+        "not in timm: what happens at a spike of the loss; each choice names the samples",
         choices=("warn", "skip", "stop"),
     )
     seed: int = option(42, "seed of everything random", bounds=(0, 2**32 - 1))
     validation_batch_size: int | None = option(
-        None, "(default: --batch-size)", "-vb", bounds=AT_LEAST_1
+        None,
+        "images per rank and forward pass in validation (default: --batch-size)",
+        "-vb",
+        bounds=AT_LEAST_1,
     )
     val_interval: int = option(1, "epochs between validations", bounds=AT_LEAST_1)
-    eval_metric: str = option("top1", "metric of the best", choices=("top1", "top5", "loss"))
+    eval_metric: str = option(
+        "top1", "metric by which weights are the best", choices=("top1", "top5", "loss")
+    )
     log_interval: int = option(50, "optimizer steps between log lines", bounds=AT_LEAST_1)
     log_to: list[str] = option(
         [],

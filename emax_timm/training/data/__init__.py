@@ -3,7 +3,7 @@
 from .datasets import SAMPLES, class_names, hold_out, open_split, same_classes
 from .inputs import data_config_of, image_mode
 from .loaders import (
-    broken_images,
+    corrupt_images,
     evaluation_loader,
     grouped,
     sample_names,
@@ -13,8 +13,8 @@ from .loaders import (
 
 __all__ = [
     "SAMPLES",
-    "broken_images",
     "class_names",
+    "corrupt_images",
     "data_config_of",
     "evaluation_loader",
     "grouped",

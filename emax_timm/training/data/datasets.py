@@ -71,32 +71,40 @@ def open_split(
         UsageError: If the split does not exist, cannot be read or is empty.
     """
     kind, name, root = _source(options, split, must_exist or training)
-    arguments: dict[str, Any] = {
-        "root": str(root),
-        "split": split,
-        "is_training": training,
-        "class_map": options.class_map or None,
-        "download": options.dataset_download,
-        "batch_size": batch_size,
-        "num_samples": num_samples,
-        "seed": seed,
-        "repeats": repeats,
-        "input_img_mode": options.input_img_mode or input_img_mode,
-        "input_key": options.input_key,
-        "target_key": options.target_key,
-    }
+    mode = options.input_img_mode or input_img_mode
+    dataset = _create(
+        name,
+        root=str(root),
+        split=split,
+        is_training=training,
+        class_map=options.class_map or None,
+        download=options.dataset_download,
+        batch_size=batch_size,
+        num_samples=num_samples,
+        seed=seed,
+        repeats=repeats,
+        input_img_mode=mode,
+        input_key=options.input_key,
+        target_key=options.target_key,
+    )
+    if isinstance(dataset, ImageDataset):
+        return ImageFiles(dataset.reader, mode, options.exif_orientation)
+    if kind == "torch":  # torchvision decodes images itself
+        return ConvertedImages(dataset, mode)
+    return dataset  # a stream, which also decodes images itself
+
+
+def _create(name: str, **arguments: Any) -> Any:
+    """Call timm's `create_dataset`, and refuse a split that cannot be read or is empty."""
     try:
         dataset: Any = create_dataset(name, **arguments)
         if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
             raise RuntimeError("it holds no images")
     except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"cannot read split {split!r} of {name or root}: {text}") from None
-    if isinstance(dataset, ImageDataset):
-        return ImageFiles(dataset.reader, arguments["input_img_mode"], options.exif_orientation)
-    if kind == "torch":  # torchvision decodes images itself
-        return ConvertedImages(dataset, arguments["input_img_mode"])
-    return dataset  # a stream, which also decodes images itself
+        source = f"split {arguments['split']!r} of {name or arguments['root']}"
+        raise UsageError(f"cannot read {source}: {text}") from None
+    return dataset
 
 
 def _source(options: DataOptions, split: str, must_exist: bool) -> tuple[str, str, str | Path]:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-__all__ = ["BrokenImageError", "ConvertedImages", "ImageFiles", "open_image"]
+__all__ = ["ConvertedImages", "CorruptImageError", "ImageFiles", "open_image"]
 
 # Twice the size at which Pillow warns; beyond it Pillow raises an error too, by default.
 MAX_PIXELS = 2 * (1024**3 // 4 // 3)
@@ -32,7 +32,7 @@ _UPRIGHT = {
 }
 
 
-class BrokenImageError(Exception):
+class CorruptImageError(Exception):
     """An image is corrupt, or too many images are; the message is one line."""
 
     exit_code = 1
@@ -57,13 +57,13 @@ def open_image(source: bytes | str | Path | BinaryIO, mode: str, exif: bool = Fa
         exif: Rotate and flip the image as its EXIF orientation says.
 
     Raises:
-        BrokenImageError: If the file cannot be read, is truncated or no image, or has more than
+        CorruptImageError: If the file cannot be read, is truncated or no image, or has more than
             `MAX_PIXELS` pixels; the message gives the reason.
     """
     try:
         return _decode(_read(source), mode, exif)
     except Exception as error:  # Pillow's decoders may raise anything
-        raise BrokenImageError(_reason(error)) from error
+        raise CorruptImageError(_reason(error)) from error
 
 
 def _read(source: bytes | str | Path | BinaryIO) -> bytes:
@@ -77,11 +77,11 @@ def _read(source: bytes | str | Path | BinaryIO) -> bytes:
 
 def _decode(data: bytes, mode: str, exif: bool) -> Image.Image:
     if not data:
-        raise BrokenImageError("the file is empty")
+        raise CorruptImageError("the file is empty")
     with _strictly(), Image.open(BytesIO(data)) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
-            raise BrokenImageError(f"{width} x {height} pixels; at most {MAX_PIXELS} are decoded")
+            raise CorruptImageError(f"{width} x {height} pixels; at most {MAX_PIXELS} are decoded")
         image.load()
         upright = _upright(image) if exif else image
         wide = upright.mode.startswith("I") and mode not in ("I", "F")
@@ -122,7 +122,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its text has a memory address, no name
         return "not an image of a known format"
     text = getattr(error, "strerror", None) or " ".join(str(error).split())
-    known = isinstance(error, (OSError, BrokenImageError)) and text
+    known = isinstance(error, (OSError, CorruptImageError)) and text
     return text if known else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
@@ -147,7 +147,7 @@ class ImageFiles(Dataset):
         """Return the transformed image and its label, which is -1 if there is none.
 
         Raises:
-            BrokenImageError: If the image is corrupt; the message gives its file and the reason.
+            CorruptImageError: If the image is corrupt; the message gives its file and the reason.
             IndexError: If there is no image of that index.
         """
         if not -len(self) <= index < len(self):
@@ -156,8 +156,8 @@ class ImageFiles(Dataset):
             source, target = self.reader[index]
             image: Any = open_image(source, self.mode, self.exif)
         except Exception as error:  # also the reader's own, such as for a deleted file
-            text = f"broken image {self._name(index)}: {_reason(error)}"
-            raise BrokenImageError(text) from error
+            text = f"corrupt image {self._name(index)}: {_reason(error)}"
+            raise CorruptImageError(text) from error
         if self.transform is not None:
             image = self.transform(image)
         if target is None:

@@ -9,14 +9,14 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ...errors import UsageError
 from ..config import DataOptions, TrainConfig, mixup_options
-from ..distributed import World
+from ..distributed import DistributedContext
 from ..signals import ignore_signals
 from .datasets import Subset
 from .decoding import ConvertedImages
 from .sampling import KeyedBatches, KeyedDataset, KeyedErasing
 
 __all__ = [
-    "broken_images",
+    "corrupt_images",
     "evaluation_loader",
     "grouped",
     "sample_names",
@@ -26,7 +26,11 @@ __all__ = [
 
 
 def training_loader(
-    config: TrainConfig, dataset: Any, data_config: dict[str, Any], num_classes: int, world: World
+    config: TrainConfig,
+    dataset: Any,
+    data_config: dict[str, Any],
+    num_classes: int,
+    context: DistributedContext,
 ) -> Any:
     """Create timm's augmenting loader; it also applies mixup unless the prefetcher is off.
 
@@ -67,10 +71,10 @@ def training_loader(
         "mean": data_config["mean"],
         "std": data_config["std"],
         "num_workers": config.workers,
-        "distributed": stream and world.size > 1,
+        "distributed": stream and context.size > 1,
         "collate_fn": collate,
         "pin_memory": config.pin_mem,
-        "device": world.device,
+        "device": context.device,
         "use_prefetcher": not config.no_prefetcher,
         # Persistent workers would keep their random state from epoch to epoch, so that the
         # augmentation of an epoch would depend on the epoch in which the process started.
@@ -81,17 +85,17 @@ def training_loader(
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())
         raise UsageError(f"cannot augment as asked (--aa {config.aa}): {text}") from None
-    return loader if stream else _keyed(loader, config, world)
+    return loader if stream else _keyed(loader, config, context)
 
 
-def _keyed(loader: Any, config: TrainConfig, world: World) -> Any:
+def _keyed(loader: Any, config: TrainConfig, context: DistributedContext) -> Any:
     """Make the loader's order and its random numbers depend on the place in the run alone."""
     inner: Any = loader if config.no_prefetcher else loader.loader
     repeats = max(1, int(config.aug_repeats))
     keyed = DataLoader(
         KeyedDataset(inner.dataset, config.seed),
         batch_sampler=KeyedBatches(
-            len(inner.dataset), config.batch_size, config.seed, world.rank, world.size, repeats
+            len(inner.dataset), config.batch_size, config.seed, context.rank, context.size, repeats
         ),
         collate_fn=inner.collate_fn,
         num_workers=inner.num_workers,
@@ -102,7 +106,7 @@ def _keyed(loader: Any, config: TrainConfig, world: World) -> Any:
         return keyed
     loader.loader = keyed
     if loader.random_erasing is not None:
-        loader.random_erasing = KeyedErasing(loader.random_erasing, config.seed, world.rank)
+        loader.random_erasing = KeyedErasing(loader.random_erasing, config.seed, context.rank)
     return loader
 
 
@@ -136,15 +140,15 @@ def sample_names(loader: Any, batch: int) -> list[str]:
     return [_name(loader.dataset.dataset, key.image) for key in loader.batch_sampler.batch(batch)]
 
 
-def broken_images(loader: Any, batches: Iterable[int]) -> int:
+def corrupt_images(loader: Any, batches: Iterable[int]) -> int:
     """Count the corrupt images in batches of the current epoch that have been loaded.
 
     The corrupt images of a stream are not counted.
     """
     sampler = loader.batch_sampler
-    if not isinstance(sampler, KeyedBatches) or not loader.dataset.any_broken.value:
+    if not isinstance(sampler, KeyedBatches) or not loader.dataset.any_corrupt.value:
         return 0
-    return sum(loader.dataset.count_broken(sampler.batch(number)) for number in batches)
+    return sum(loader.dataset.count_corrupt(sampler.batch(number)) for number in batches)
 
 
 def _name(dataset: Any, index: int) -> str:
@@ -156,12 +160,16 @@ def _name(dataset: Any, index: int) -> str:
 
 
 def evaluation_loader(
-    options: DataOptions, dataset: Any, data_config: dict[str, Any], batch_size: int, world: World
+    options: DataOptions,
+    dataset: Any,
+    data_config: dict[str, Any],
+    batch_size: int,
+    context: DistributedContext,
 ) -> Any:
     """Create timm's loader over this rank's share of the images; no image is repeated."""
-    if world.size > 1 and not isinstance(dataset, IterableDataset):
+    if context.size > 1 and not isinstance(dataset, IterableDataset):
         # timm's distributed sampler would repeat images to make the shares equal.
-        dataset = Subset(dataset, range(world.rank, len(dataset), world.size))
+        dataset = Subset(dataset, range(context.rank, len(dataset), context.size))
     return create_loader(
         dataset,  # type: ignore[arg-type]
         input_size=data_config["input_size"],
@@ -174,7 +182,7 @@ def evaluation_loader(
         crop_mode=data_config["crop_mode"],
         num_workers=options.workers,
         pin_memory=options.pin_mem,
-        device=world.device,
+        device=context.device,
         use_prefetcher=not options.no_prefetcher,
         persistent_workers=False,
     )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from .decoding import BrokenImageError
+from .decoding import CorruptImageError
 
 __all__ = ["Key", "KeyedBatches", "KeyedDataset", "KeyedErasing", "seed_step"]
 
@@ -105,15 +105,15 @@ class KeyedDataset(Dataset):
     leaves the generators of Python, numpy and torch's CPU seeded for collation, which may draw from
     them.
 
-    A corrupt image is replaced by another one, drawn at random for the key. `broken` is shared by
+    A corrupt image is replaced by another one, drawn at random for the key. `corrupt` is shared by
     all processes: for each image it is one plus the last epoch in which the image could not be
-    read, or 0; `any_broken` is 1 once there is one.
+    read, or 0; `any_corrupt` is 1 once there is one.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset, self.seed = dataset, seed
         # No lock is needed, because all workers write the same value for an image and epoch.
-        self.broken, self.any_broken = RawArray("i", len(dataset)), RawValue("b", 0)
+        self.corrupt, self.any_corrupt = RawArray("i", len(dataset)), RawValue("b", 0)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -124,16 +124,16 @@ class KeyedDataset(Dataset):
         for _ in range(ATTEMPTS - 1):
             try:
                 return self.dataset[index]
-            except BrokenImageError as error:
-                if not self.broken[index]:
+            except CorruptImageError as error:
+                if not self.corrupt[index]:
                     print(f"skipped {error}", file=sys.stderr, flush=True)
-                self.broken[index], self.any_broken.value = key.epoch + 1, 1
+                self.corrupt[index], self.any_corrupt.value = key.epoch + 1, 1
             index = random.randrange(len(self))
         return self.dataset[index]
 
-    def count_broken(self, keys: list[Key]) -> int:
+    def count_corrupt(self, keys: list[Key]) -> int:
         """Count the samples of a loaded batch that replace a corrupt image."""
-        return sum(self.broken[key.image] == key.epoch + 1 for key in keys)
+        return sum(self.corrupt[key.image] == key.epoch + 1 for key in keys)
 
     def __getitems__(self, keys: list[Key]) -> list[Any]:
         samples = [self[key] for key in keys]

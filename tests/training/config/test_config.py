@@ -1,6 +1,8 @@
 """From a YAML file and flags to a configuration."""
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,25 @@ def test_config_refuses_a_file_that_is_no_text(recipe: Path) -> None:
         parse("-c", recipe)
 
 
+def test_config_refuses_a_file_that_cannot_be_read(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(recipe))
+
+    recipe.write_text("epochs: 1\n")
+    # As root, which tests may run as, every file can be read.
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UsageError, match=r"^cannot read .*recipe\.yaml: Permission denied$"):
+        parse("-c", recipe)
+
+
+@pytest.mark.parametrize(("name", "problem"), [(".", "not a file"), ("a" * 300, "name too long")])
+def test_find_config_refuses_a_path_that_is_no_file(name: str, problem: str) -> None:
+    with pytest.raises(UsageError, match=rf"config file {name}.* {problem}$"):
+        find_config(name)
+
+
 def test_find_config_takes_a_path_before_a_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +193,7 @@ def test_find_config_takes_a_path_before_a_recipe(
     assert find_config("quickstart") == Path("quickstart")
 
 
-@pytest.mark.parametrize("name", ["quikstart", "configs/quikstart.yaml", "quickstart.yml", "."])
+@pytest.mark.parametrize("name", ["quikstart", "configs/quikstart.yaml", "quickstart.yml"])
 def test_find_config_names_the_nearest_recipe(name: str) -> None:
     with pytest.raises(UsageError, match="nearest recipe is") as caught:
         find_config(name)

@@ -13,7 +13,7 @@ from training_testing import TRAIN, VALIDATE
 
 from emax_timm.training import TrainConfig, UsageError
 from emax_timm.training.config import from_mapping, parse_settings
-from emax_timm.training.config.options import NOT_HERE
+from emax_timm.training.config.options import UNSUPPORTED_FLAGS
 
 # Read off the argparse parser of timm's own train.py (huggingface/pytorch-image-models, release
 # 1.0.31): the default of each of its flags that this project has too.
@@ -84,8 +84,8 @@ def test_option_has_timms_default_or_says_so(name: str) -> None:
         assert "timm" in OPTIONS[name].metadata["help"], name
 
 
-def test_flags_of_timm_that_are_not_here_say_what_stands_in() -> None:
-    for flag, hint in NOT_HERE.items():
+def test_unsupported_flags_of_timm_say_what_to_use() -> None:
+    for flag, hint in UNSUPPORTED_FLAGS.items():
         assert flag[2:].replace("-", "_") not in OPTIONS
         with pytest.raises(UsageError, match=hint) as caught:
             parse_settings(TrainConfig, [flag, "1"], "train.py")
@@ -149,15 +149,15 @@ def test_learning_rate_scales_with_the_batch_as_timms(
     import torch
 
     from emax_timm.training.build import _resolve
-    from emax_timm.training.distributed import World
+    from emax_timm.training.distributed import DistributedContext
 
     data_config = {"input_size": (3, 8, 8), "mean": (0,), "std": (1,)}
     data_config |= {"interpolation": "bilinear", "crop_pct": 1.0}
     config = TrainConfig(opt=opt, batch_size=batch_size, grad_accum_steps=accumulation)
-    resolved = _resolve(config, data_config, 2, World(torch.device("cpu")))
+    resolved = _resolve(config, data_config, 2, DistributedContext(torch.device("cpu")))
     assert resolved.lr == pytest.approx(expected)
-    two = _resolve(config, data_config, 2, World(torch.device("cpu"), size=2))
+    two = _resolve(config, data_config, 2, DistributedContext(torch.device("cpu"), size=2))
     factor = 2**0.5 if opt in ("adamw", "lamb") else 2
     assert two.lr == pytest.approx(expected * factor)
     given = from_mapping(TrainConfig, {"lr": 0.3}, "")
-    assert _resolve(given, data_config, 2, World(torch.device("cpu"))).lr == 0.3
+    assert _resolve(given, data_config, 2, DistributedContext(torch.device("cpu"))).lr == 0.3

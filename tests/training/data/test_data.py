@@ -28,10 +28,10 @@ from emax_timm.training.data import (
     training_loader,
 )
 from emax_timm.training.data.datasets import DEBIAN_FASHION_MNIST
-from emax_timm.training.distributed import World
+from emax_timm.training.distributed import DistributedContext
 
 SAMPLE = SAMPLES / "fashion_mnist"
-CPU = World(torch.device("cpu"))
+CPU = DistributedContext(torch.device("cpu"))
 
 
 def open_train(root: Path | str, **options: Any) -> Any:
@@ -191,8 +191,8 @@ def test_evaluation_loaders_of_all_ranks_share_the_images(images: Path, size: in
     seen = []
     for rank in range(size):
         dataset = open_split(config, "validation", "RGB", False, 8)
-        world = World(torch.device("cpu"), rank, size)
-        loader = evaluation_loader(config, dataset, data_config(), 4, world)
+        context = DistributedContext(torch.device("cpu"), rank, size)
+        loader = evaluation_loader(config, dataset, data_config(), 4, context)
         seen += [image.sum().item() for batch, _ in loader for image in batch]
     whole = evaluation_loader(
         config, open_split(config, "validation", "RGB", False, 8), data_config(), 4, CPU

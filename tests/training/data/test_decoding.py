@@ -21,17 +21,17 @@ from training_testing import image_folder
 
 from emax_timm.training import TrainConfig
 from emax_timm.training.data import (
-    broken_images,
+    corrupt_images,
     evaluation_loader,
     open_split,
     start_epoch,
     training_loader,
 )
-from emax_timm.training.data.decoding import MAX_PIXELS, BrokenImageError, ImageFiles, open_image
+from emax_timm.training.data.decoding import MAX_PIXELS, CorruptImageError, ImageFiles, open_image
 from emax_timm.training.data.sampling import Key, KeyedDataset
-from emax_timm.training.distributed import World
+from emax_timm.training.distributed import DistributedContext
 
-CPU = World(torch.device("cpu"))
+CPU = DistributedContext(torch.device("cpu"))
 
 # timm's own data set leaves files open.
 pytestmark = pytest.mark.filterwarnings("error", "ignore::ResourceWarning")
@@ -172,7 +172,7 @@ HTML = b"<!DOCTYPE html><html><body>404 Not Found</body></html>"
 BOMB = png(60000, 60000, 1, 0, bytes(60000))
 # Of noise, which does not fit into a decoder's first buffer.
 WHOLE = {kind: saved(Image.fromarray(noise(90, 80, 3)), kind) for kind in ("JPEG", "PNG", "WEBP")}
-BROKEN = {
+CORRUPT = {
     "zero bytes": (b"", "empty"),
     "HTML": (HTML, "not an image"),
     "garbage": (noise(500).tobytes(), "not an image"),
@@ -187,14 +187,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("tolerant", [False, True])
-@pytest.mark.parametrize("kind", BROKEN)
-def test_open_image_refuses_a_broken_file(
+@pytest.mark.parametrize("kind", CORRUPT)
+def test_open_image_refuses_a_corrupt_file(
     monkeypatch: pytest.MonkeyPatch, kind: str, tolerant: bool
 ) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", tolerant)
-    data, reason = BROKEN[kind]
+    data, reason = CORRUPT[kind]
     for exif in (False, True):
-        with pytest.raises(BrokenImageError, match=reason) as found:
+        with pytest.raises(CorruptImageError, match=reason) as found:
             open_image(data, "RGB", exif)
         assert len(str(found.value).splitlines()) == 1
         assert "0x" not in str(found.value)
@@ -205,7 +205,7 @@ def test_open_image_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert Image.MAX_IMAGE_PIXELS is not None
     assert MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(BrokenImageError, match="60000 x 60000 pixels"):
+    with pytest.raises(CorruptImageError, match="60000 x 60000 pixels"):
         open_image(BOMB, "RGB")
 
 
@@ -223,13 +223,13 @@ def test_open_image_takes_files_and_closes_them(tmp_path: Path) -> None:
         images = [open_image(source, "RGB") for source in (path, str(path), file, WHOLE["PNG"])]
         assert file.closed
     assert len({image.tobytes() for image in images}) == 1
-    with pytest.raises(BrokenImageError, match="No such file"):
+    with pytest.raises(CorruptImageError, match="No such file"):
         open_image(tmp_path / "absent.png", "RGB")
 
 
 @pytest.fixture
 def spoilt(tmp_path: Path) -> Path:
-    """A folder of 32 training and 10 validation images, of which one each is broken."""
+    """A folder of 32 training and 10 validation images, of which one each is corrupt."""
     folder = image_folder(tmp_path / "data")
     (folder / "train" / "cat" / "3.jpg").write_bytes(HTML)
     (folder / "validation" / "dog" / "2.png").write_bytes(WHOLE["PNG"][:9000])
@@ -279,28 +279,28 @@ def test_image_files_of_any_kind_have_the_right_pixels_and_label(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["zero bytes", "HTML", "bomb", "JPEG cut at 0.5", "missing"])
-def test_image_files_name_the_broken_file(images: Path, tmp_path: Path, kind: str) -> None:
+def test_image_files_name_the_corrupt_file(images: Path, tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "validation" / "cat"
     folder.mkdir(parents=True)
     path = folder / "a  b.jpg"
-    path.write_bytes(BROKEN.get(kind, (HTML, ""))[0])
+    path.write_bytes(CORRUPT.get(kind, (HTML, ""))[0])
     dataset = open_files(tmp_path, "validation")
     if kind == "missing":
         path.unlink()
-    with pytest.raises(BrokenImageError) as found:
+    with pytest.raises(CorruptImageError) as found:
         dataset[0]
-    assert str(found.value).startswith(f"broken image {path}: ")
+    assert str(found.value).startswith(f"corrupt image {path}: ")
     assert str(pickle.loads(pickle.dumps(found.value))) == str(found.value)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_does_not_replace_a_broken_image(spoilt: Path, workers: int) -> None:
+def test_evaluation_does_not_replace_a_corrupt_image(spoilt: Path, workers: int) -> None:
     config = TrainConfig(data_dir=str(spoilt), workers=workers)
     dataset = open_files(spoilt, "validation")
-    with pytest.raises(BrokenImageError) as found:
+    with pytest.raises(CorruptImageError) as found:
         list(evaluation_loader(config, dataset, data_config(), 4, CPU))
     path = spoilt / "validation" / "dog" / "2.png"
-    assert str(found.value).startswith(f"broken image {path}: ")
+    assert str(found.value).startswith(f"corrupt image {path}: ")
     assert len(str(found.value).splitlines()) == 1  # without a worker's traceback
 
 
@@ -309,7 +309,7 @@ def test_image_files_reads_a_tar(spoilt: Path) -> None:
         tar.add(spoilt / "validation", "validation")
     dataset = open_files(spoilt / "validation.tar", "validation")
     assert dataset[5][1] == 1
-    with pytest.raises(BrokenImageError, match=r"broken image validation/dog/2\.png: "):
+    with pytest.raises(CorruptImageError, match=r"corrupt image validation/dog/2\.png: "):
         dataset[7]
 
 
@@ -324,7 +324,7 @@ def test_image_files_reads_images_without_a_name() -> None:
     files = [(io.BytesIO(WHOLE["PNG"]), None), (io.BytesIO(HTML), 3)]
     dataset = ImageFiles(NamelessReader(files), "RGB")
     assert dataset[0][1] == -1
-    with pytest.raises(BrokenImageError, match="broken image sample 1: not an image"):
+    with pytest.raises(CorruptImageError, match="corrupt image sample 1: not an image"):
         dataset[1]
     with pytest.raises(IndexError):
         dataset[2]
@@ -339,7 +339,7 @@ def batches_and_counts(
     batches, counts = [], []
     for number, (images, labels) in enumerate(loader):
         batches += [images, labels]
-        counts.append(broken_images(loader, [number]))
+        counts.append(corrupt_images(loader, [number]))
     return batches, counts
 
 
@@ -348,7 +348,7 @@ def batches_and_counts(
     mostly_slow([{}, {"mixup": 0.5, "cutmix": 1.0, "aa": "rand-m9"}, {"no_prefetcher": True}], 1),
     ids=["plain", "mixup", "no prefetcher"],
 )
-def test_training_replaces_a_broken_image_whatever_the_workers(
+def test_training_replaces_a_corrupt_image_whatever_the_workers(
     spoilt: Path, capfd: pytest.CaptureFixture[str], options: dict[str, Any]
 ) -> None:
     found = [batches_and_counts(spoilt, workers, **options) for workers in (0, 1, 2)]
@@ -359,15 +359,15 @@ def test_training_replaces_a_broken_image_whatever_the_workers(
         assert their_counts == counts
         assert all(map(torch.equal, batches, others))
     path = spoilt / "train" / "cat" / "3.jpg"
-    line = f"skipped broken image {path}: not an image of a known format\n"
+    line = f"skipped corrupt image {path}: not an image of a known format\n"
     assert capfd.readouterr().err == 3 * line
 
 
 @pytest.mark.parametrize("method", mostly_slow(["fork", "forkserver", "spawn"], 0))
-def test_training_counts_broken_images_however_workers_start(spoilt: Path, method: str) -> None:
+def test_training_counts_corrupt_images_however_workers_start(spoilt: Path, method: str) -> None:
     dataset = KeyedDataset(open_files(spoilt, "train"), seed=0)
     keys = [Key(5, index) for index in range(32)]
-    assert dataset.count_broken(keys) == 0
+    assert dataset.count_corrupt(keys) == 0
     loader = DataLoader(
         dataset,
         batch_sampler=[keys[:16], keys[16:]],  # type: ignore[arg-type]
@@ -376,21 +376,21 @@ def test_training_counts_broken_images_however_workers_start(spoilt: Path, metho
         collate_fn=len,
     )
     assert list(loader) == [16, 16]
-    assert dataset.count_broken(keys) == 1
+    assert dataset.count_corrupt(keys) == 1
 
 
 class Some(torch.utils.data.Dataset):
     """Indices, of which some cannot be had."""
 
-    def __init__(self, length: int, broken: Callable[[int], bool]) -> None:
-        self.length, self.is_broken = length, broken
+    def __init__(self, length: int, corrupt: Callable[[int], bool]) -> None:
+        self.length, self.is_corrupt = length, corrupt
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> int:
-        if self.is_broken(index):
-            raise BrokenImageError(f"broken image {index}")
+        if self.is_corrupt(index):
+            raise CorruptImageError(f"corrupt image {index}")
         return index
 
 
@@ -400,18 +400,18 @@ def test_keyed_dataset_replaces_by_images_from_everywhere() -> None:
     assert set(found) == set(range(50, 100))
     assert found == [KeyedDataset(dataset.dataset, 1)[Key(epoch, 3)] for epoch in range(400)]
     # Of an earlier epoch, and images that only stood in: not of this batch.
-    assert dataset.count_broken([Key(399, 3), Key(399, 70)]) == 1
-    assert dataset.count_broken([Key(400, 3)]) == 0
+    assert dataset.count_corrupt([Key(399, 3), Key(399, 70)]) == 1
+    assert dataset.count_corrupt([Key(400, 3)]) == 0
 
 
-def test_keyed_dataset_names_a_broken_image_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_keyed_dataset_names_a_corrupt_image_once(capsys: pytest.CaptureFixture[str]) -> None:
     dataset = KeyedDataset(Some(9, lambda index: index == 4), seed=1)
     for epoch in range(5):
         dataset.__getitems__([Key(epoch, index) for index in range(9)])
-    assert capsys.readouterr().err == "skipped broken image 4\n"
+    assert capsys.readouterr().err == "skipped corrupt image 4\n"
 
 
 @pytest.mark.timeout(30)
 def test_keyed_dataset_gives_up_where_nothing_can_be_read() -> None:
-    with pytest.raises(BrokenImageError):
+    with pytest.raises(CorruptImageError):
         KeyedDataset(Some(9, lambda index: True), seed=1)[Key(0, 4)]

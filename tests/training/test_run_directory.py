@@ -35,13 +35,13 @@ from emax_timm.training.checkpoint import (
     save_best,
     save_checkpoint,
 )
+from emax_timm.training.commands import validate_with
 from emax_timm.training.config import from_mapping, read_yaml
-from emax_timm.training.distributed import World
+from emax_timm.training.distributed import DistributedContext
 from emax_timm.training.journal import RunLog, read_rows
-from emax_timm.training.programs import validate_with
 from emax_timm.training.trainer import Trainer
 
-CPU = World(torch.device("cpu"))
+CPU = DistributedContext(torch.device("cpu"))
 FILES = {
     *("config.yaml", "config.json", "log.csv", "log.jsonl", "layers.jsonl", "summary.json"),
     *("model.safetensors", "SHA256SUMS", "last.safetensors", "curves.png", ".lock"),
@@ -69,7 +69,7 @@ def run_of(images: Path, tmp_path: Path) -> RunOf:
     return run_of
 
 
-def test_run_folder_holds_its_files_and_nothing_else(run_of: RunOf) -> None:
+def test_run_directory_holds_its_files_and_nothing_else(run_of: RunOf) -> None:
     checkpoint = {"model.safetensors", "averaged.safetensors", "state.pt", "SHA256SUMS"}
     names = [f"epoch-000{epoch}-step-000000{4 * epoch}" for epoch in (3, 4)]
     expected = {f"checkpoints/{name}/{file}" for name in names for file in checkpoint}
@@ -77,7 +77,7 @@ def test_run_folder_holds_its_files_and_nothing_else(run_of: RunOf) -> None:
     assert files_in(folder) == FILES | expected
 
 
-def test_run_folder_has_the_resolved_config(run_of: RunOf, images: Path) -> None:
+def test_run_directory_has_the_resolved_config(run_of: RunOf, images: Path) -> None:
     trainer = run_of(lr=None, batch_size=16)
     path = trainer.folder / "config.yaml"
     config = from_mapping(TrainConfig, read_yaml(path), str(path))
@@ -89,7 +89,7 @@ def test_run_folder_has_the_resolved_config(run_of: RunOf, images: Path) -> None
     assert (config.crop_pct, config.interpolation) == (0.875, "bicubic")
 
 
-def test_run_folder_has_the_same_rows_in_both_logs(run_of: RunOf) -> None:
+def test_run_directory_has_the_same_rows_in_both_logs(run_of: RunOf) -> None:
     folder = run_of(epochs=3, val_interval=2).folder
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     with (folder / "log.csv").open(newline="") as file:
@@ -129,7 +129,7 @@ def test_log_of_a_resumed_run_has_the_rows_before_it(tmp_path: Path) -> None:
     assert whole == [(tmp_path / name).read_bytes() for name in names]
 
 
-def test_run_folder_has_a_summary(run_of: RunOf) -> None:
+def test_run_directory_has_a_summary(run_of: RunOf) -> None:
     trainer = run_of(epochs=2, test_split="validation")
     summary = json.loads((trainer.folder / "summary.json").read_text())
     assert summary["model"] == "resnet10t_emax"
@@ -152,7 +152,7 @@ def test_run_ends_with_its_summary_line(run_of: RunOf, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_run_folder_follows_the_umask(run_of: RunOf, umask: int) -> None:
+def test_run_directory_follows_the_umask(run_of: RunOf, umask: int) -> None:
     before = os.umask(umask)
     try:
         folder = run_of().folder
@@ -209,7 +209,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", mostly_slow(MODELS, 0, 5))
-def test_run_folder_is_a_timm_model(run_of: RunOf, name: str) -> None:
+def test_run_directory_is_a_timm_model(run_of: RunOf, name: str) -> None:
     trainer = run_of(**MODELS[name])
     trained: nn.Module = trainer.model if trainer.averaged is None else trainer.averaged.module
     config = trainer.config
@@ -231,7 +231,7 @@ def test_run_folder_is_a_timm_model(run_of: RunOf, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_run_folder_is_read_by_transformers(run_of: RunOf) -> None:
+def test_run_directory_is_read_by_transformers(run_of: RunOf) -> None:
     transformers = importlib.import_module("transformers")
     folder = str(run_of().folder)
     classifier = transformers.AutoModelForImageClassification.from_pretrained(folder)

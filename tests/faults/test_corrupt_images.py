@@ -1,4 +1,4 @@
-"""Runs on folders with broken images: rows 12 and 13 of the faults."""
+"""Runs on folders with corrupt images: rows 12 and 13 of the faults."""
 
 import re
 import shutil
@@ -36,12 +36,12 @@ def break_images(folder: Path, count: int, split: str = "train") -> list[Path]:
 
 
 def skipped(stderr: str) -> set[str]:
-    lines = [line for line in stderr.splitlines() if line.startswith("skipped broken image ")]
-    return {line.removeprefix("skipped broken image ").split(": ")[0] for line in lines}
+    lines = [line for line in stderr.splitlines() if line.startswith("skipped corrupt image ")]
+    return {line.removeprefix("skipped corrupt image ").split(": ")[0] for line in lines}
 
 
 @pytest.mark.slow
-def test_training_skips_and_counts_a_broken_image_whatever_the_workers(
+def test_training_skips_and_counts_a_corrupt_image_whatever_the_workers(
     programs: Interpreter, folder: Path, tmp_path: Path
 ) -> None:
     [path] = break_images(folder, 1)
@@ -54,14 +54,14 @@ def test_training_skips_and_counts_a_broken_image_whatever_the_workers(
         assert result.status == 0, result.stderr
         assert skipped(result.stderr) == {str(path)}
         assert result.stderr.count("skipped") == 1
-        assert result.stdout.count("broken images: 1") == 3
+        assert result.stdout.count("corrupt images: 1") == 3
         runs.append(cwd / "run")
         assert [row["broken"] for row in rows_without_seconds(runs[-1] / "log.jsonl")] == [1] * 3
     assert_same_run(*runs)
 
 
 @pytest.mark.parametrize("workers", mostly_slow([0, 2]))
-def test_too_many_broken_images_stop_the_run_and_mended_ones_let_it_go_on(
+def test_too_many_corrupt_images_stop_the_run_and_mended_ones_let_it_continue(
     programs: Interpreter, images: Path, folder: Path, tmp_path: Path, workers: int
 ) -> None:
     paths = break_images(folder, 5)
@@ -70,7 +70,7 @@ def test_too_many_broken_images_stop_the_run_and_mended_ones_let_it_go_on(
     assert result.status == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith("train.py: error: ")
-    assert "of 32 training images are broken" in last
+    assert "of 32 training images are corrupt" in last
     assert "more than --max-broken-fraction 0.1" in last
     assert "Traceback" not in result.stderr
     assert skipped(result.stderr) <= set(map(str, paths))
@@ -84,7 +84,7 @@ def test_too_many_broken_images_stop_the_run_and_mended_ones_let_it_go_on(
 
 
 @pytest.mark.slow
-def test_run_that_goes_on_has_counted_the_broken_images_before(
+def test_run_that_continues_has_counted_the_corrupt_images_before(
     programs: Interpreter, folder: Path, tmp_path: Path
 ) -> None:
     break_images(folder, 4)
@@ -103,27 +103,27 @@ def test_run_that_goes_on_has_counted_the_broken_images_before(
 
 
 @pytest.mark.slow
-def test_too_many_broken_images_stop_all_ranks(folder: Path, tmp_path: Path) -> None:
+def test_too_many_corrupt_images_stop_all_ranks(folder: Path, tmp_path: Path) -> None:
     break_images(folder, 5)
     argv = [ROOT / TRAIN, folder, *RUN, "--max-broken-fraction", "0.1"]
     result = run_on_two_ranks(*argv, cwd=tmp_path)
     assert result.status == 1
     # torchrun may end a rank before its line, so one will do; but they must agree.
     errors = re.findall(r"^train\.py.*: error: (.*)", result.stderr, re.MULTILINE)
-    assert "of 32 training images are broken by step" in errors[0]
+    assert "of 32 training images are corrupt by step" in errors[0]
     assert len(set(errors)) == 1
     assert state_of(tmp_path / "run")["epoch"] == 0
 
 
 @pytest.mark.slow
-def test_broken_validation_image_is_an_error_that_names_it(
+def test_corrupt_validation_image_is_an_error_that_names_it(
     programs: Interpreter, images: Path, folder: Path, tmp_path: Path
 ) -> None:
     [path] = break_images(folder, 1, "validation")
     argv = [folder, *SMALL, "--epochs", "1", "--output", ".", "--experiment", "run"]
     result = programs.run(TRAIN, *argv, "--resume", "auto", cwd=tmp_path)
     assert result.status == 1
-    error = f"error: broken image {path}: "
+    error = f"error: corrupt image {path}: "
     assert result.stderr.splitlines()[-1].startswith(f"train.py: {error}")
     assert "Traceback" not in result.stderr
     # The epoch before the validation is not lost.

@@ -23,7 +23,7 @@ __all__ = [
     "compiled",
     "computed",
     "differ_in_groups",
-    "split_system",
+    "split_method",
     "works",
 ]
 
@@ -42,43 +42,45 @@ class Tensors(NamedTuple):
     """The dtype of mixed precision: weights stay in `dtype`, a layer's input has this one."""
 
 
-def split_system(system: str) -> tuple[str, list[str]]:
-    """Split the name of a method into that of its layer and the ways in which it is computed."""
-    name, *ways = system.split(", ")
-    return name, ways
+def split_method(method: str) -> tuple[str, list[str]]:
+    """Split the name of a method into that of its layer and the modes in which it is computed."""
+    name, *modes = method.split(", ")
+    return name, modes
 
 
-def backend_serves(way: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether the backend of a way serves tensors of this device and dtype here."""
-    if way == TRITON and device.type != "cuda":
+def backend_serves(mode: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether the backend of a mode serves tensors of this device and dtype here."""
+    if mode == TRITON and device.type != "cuda":
         return False  # Triton's interpreter may serve on CPUs, but its speed says nothing
     x = torch.empty(8, 64, 8, 8, device=device, dtype=dtype)
     reasons = explain(x, EMAX(64, device=device).weights())
-    return reasons.get(BACKENDS[way], "there is no such backend") is None
+    return reasons.get(BACKENDS[mode], "there is no such backend") is None
 
 
-def available(systems: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[str]:
+def available(methods: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[str]:
     """Select the methods whose backends can serve here."""
-    served = {way: backend_serves(way, device, dtype) for way in BACKENDS}
-    return [name for name in systems if all(served.get(way, True) for way in split_system(name)[1])]
+    served = {mode: backend_serves(mode, device, dtype) for mode in BACKENDS}
+    return [
+        name for name in methods if all(served.get(mode, True) for mode in split_method(name)[1])
+    ]
 
 
-def works(system: str, call: Callable[[], Any]) -> bool:
+def works(method: str, call: Callable[[], Any]) -> bool:
     """Tell whether a call of a method succeeds; if not, say on stderr why it is left out."""
     try:
         call()
     except Exception as error:  # compilers of kernels may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"{system} is left out: {reason}", file=sys.stderr)
+        print(f"{method} is left out: {reason}", file=sys.stderr)
         return False
     return True
 
 
-def computed(system: str, call: Callable[[], Any]) -> Callable[[], Any]:
+def computed(method: str, call: Callable[[], Any]) -> Callable[[], Any]:
     """Wrap a call to run with the backend that belongs to the method, by default the portable."""
-    _, ways = split_system(system)
-    backend = next((BACKENDS[way] for way in ways if way in BACKENDS), "portable")
-    graph = GRAPH in ways
+    _, modes = split_method(method)
+    backend = next((BACKENDS[mode] for mode in modes if mode in BACKENDS), "portable")
+    graph = GRAPH in modes
 
     def run() -> Any:
         if graph:  # what the call before has returned may be overwritten
@@ -89,12 +91,12 @@ def computed(system: str, call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def compiled(module: nn.Module, system: str, **options: Any) -> Any:
+def compiled(module: nn.Module, method: str, **options: Any) -> Any:
     """Compile a module if the name of the method says so; further options are torch.compile's."""
-    _, ways = split_system(system)
-    if GRAPH in ways:
+    _, modes = split_method(method)
+    if GRAPH in modes:
         return torch.compile(module, dynamic=False, mode="reduce-overhead", **options)
-    if COMPILED in ways:
+    if COMPILED in modes:
         return torch.compile(module, dynamic=False, **options)
     return module
 

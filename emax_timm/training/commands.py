@@ -29,7 +29,7 @@ from .data import (
     open_split,
     same_classes,
 )
-from .distributed import World, open_world
+from .distributed import DistributedContext, open_distributed_context
 from .evaluate import Metrics, evaluate, half_precision
 from .loading import create_model
 from .progress import Progress
@@ -50,12 +50,12 @@ def train(argv: Sequence[str], prog: str) -> int:
         settings = _resumed(settings)
     config = from_mapping(TrainConfig, settings, "the configuration")
     try:
-        with open_world(config.device, config.dist_timeout) as world:
-            trainer = build_trainer(config, world)
+        with open_distributed_context(config.device, config.dist_timeout) as context:
+            trainer = build_trainer(config, context)
             with catch_signals() as trainer.stop:
                 trainer.run()
     except Stopped as stopped:  # a signal asked for it, which is no error
-        print(f"{prog}: {stopped}; go on with --resume", file=sys.stderr)
+        print(f"{prog}: {stopped}; continue with --resume", file=sys.stderr)
         return 128 + stopped.number
     return 0
 
@@ -65,40 +65,31 @@ def validate(argv: Sequence[str], prog: str) -> int:
     """Validate a model as the command line says; returns the exit status."""
     settings = parse_settings(ValidateConfig, argv, prog)
     given = from_mapping(ValidateConfig, settings, "the command line")
-    with open_world(given.device, given.dist_timeout) as world:
-        metrics = validate_with(settings, world)
-        if world.is_primary:
+    with open_distributed_context(given.device, given.dist_timeout) as context:
+        metrics = validate_with(settings, context)
+        if context.is_primary:
             print(metrics)
     return 0
 
 
-def validate_with(settings: dict[str, Any], world: World, tested: bool = True) -> Metrics:
+def validate_with(
+    settings: dict[str, Any], context: DistributedContext, tested: bool = True
+) -> Metrics:
     """Return the metrics of a model or of a run's checkpoint.
 
     Args:
         settings: Options of `ValidateConfig` that were given; a run's configuration beside the
             checkpoint fills in the others.
-        world: The distributed context, whose ranks share the images.
+        context: The distributed context, whose ranks share the images.
         tested: Use the run's test split if it has one; False uses its validation split.
 
     Raises:
         UsageError: If the settings, the data or the checkpoint are invalid.
     """
-    run = None
-    if checkpoint_file := settings.get("checkpoint"):
-        folder = Path(checkpoint_file).parent
-        if not Path(checkpoint_file).is_file():
-            raise UsageError(f"there is no checkpoint {checkpoint_file}")
-        if (folder / checkpoint.CONFIG).is_file():
-            run = read_run(folder)
-            if not tested:
-                run = replace(run, test_split="")
-            settings = layered(_settings_of(run), settings)
-        elif "model" not in settings:
-            raise UsageError(
-                f"there is no {checkpoint.CONFIG} beside {checkpoint_file}; "
-                "name the model with --model, and its classes with --num-classes"
-            )
+    run = _run_of(settings)
+    if run is not None:
+        run = run if tested else replace(run, test_split="")
+        settings = layered(_settings_of(run), settings)
     config = from_mapping(ValidateConfig, settings, "the command line")
     if config.model is None:
         raise UsageError(
@@ -122,11 +113,29 @@ def validate_with(settings: dict[str, Any], world: World, tested: bool = True) -
     if config.num_classes is None:
         _check_classes(config, dataset, model.num_classes)
     data_config = data_config_of(config, model)
-    model.to(world.device)
-    loader = evaluation_loader(config, dataset, data_config, config.batch_size or 256, world)
-    progress = Progress("validation", len(loader), interval=50, enabled=world.is_primary)
-    amp, amp_dtype = bool(config.amp), config.amp_dtype or half_precision(world.device)
-    return evaluate(model, progress.track(loader), world, amp, amp_dtype, config.channels_last)
+    model.to(context.device)
+    loader = evaluation_loader(config, dataset, data_config, config.batch_size or 256, context)
+    progress = Progress("validation", len(loader), interval=50, enabled=context.is_primary)
+    amp, amp_dtype = bool(config.amp), config.amp_dtype or half_precision(context.device)
+    return evaluate(model, progress.track(loader), context, amp, amp_dtype, config.channels_last)
+
+
+def _run_of(settings: dict[str, Any]) -> TrainConfig | None:
+    """Return the configuration beside the checkpoint to validate; None if there is none."""
+    checkpoint_file = settings.get("checkpoint")
+    if not checkpoint_file:
+        return None
+    if not Path(checkpoint_file).is_file():
+        raise UsageError(f"there is no checkpoint {checkpoint_file}")
+    folder = Path(checkpoint_file).parent
+    if (folder / checkpoint.CONFIG).is_file():
+        return read_run(folder)
+    if "model" not in settings:
+        raise UsageError(
+            f"there is no {checkpoint.CONFIG} beside {checkpoint_file}; "
+            "name the model with --model, and its classes with --num-classes"
+        )
+    return None
 
 
 def _resumed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +165,7 @@ def read_run(folder: Path) -> TrainConfig:
 def _run_settings(folder: Path) -> dict[str, Any]:
     path = folder / checkpoint.CONFIG
     if not path.is_file():
-        raise UsageError(f"{folder} is not the folder of a run: it has no {checkpoint.CONFIG}")
+        raise UsageError(f"{folder} is not a run directory: it has no {checkpoint.CONFIG}")
     return read_yaml(path)
 
 

@@ -1,4 +1,4 @@
-"""The programs as users start them: from a recipe to a validated checkpoint."""
+"""The commands as users start them: from a recipe to a validated checkpoint."""
 
 import contextlib
 import fcntl
@@ -204,7 +204,7 @@ def test_emax_help_explains_every_flag(capsys: pytest.CaptureFixture[str], comma
         assert f"--{name.replace('_', '-')}" in shown
 
 
-def test_emax_train_and_validate_are_the_programs(
+def test_emax_train_and_validate_are_the_commands(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [*SMALL, "--epochs", "1", "--output", str(tmp_path), "--experiment", "run"]
