@@ -68,9 +68,11 @@ def test_what_runs_in_the_background_can_fail_the_run() -> None:
 def test_every_test_runs_in_a_script() -> None:
     """The default suite, and by their markers all that it leaves out."""
     settings = (ROOT / "pyproject.toml").read_text()
-    assert "-m 'not slow and not cpp'" in settings
+    assert "-m 'not slow and not cpp and not triton'" in settings
     run, nightly = (CI / "run").read_text(), (CI / "nightly").read_text()
     assert "readme_command pytest" in run
     assert '-m "cpp and not slow"' in run
-    assert '-m "slow and not cpp"' in nightly
+    assert 'TRITON_INTERPRET=1 .venv/bin/python -m pytest -m "triton and not slow"' in run
+    assert '-m "slow and not cpp and not triton"' in nightly
+    assert 'TRITON_INTERPRET=1 .venv/bin/python -m pytest -m "triton and slow"' in nightly
     assert '-m "cpp and slow"' in nightly
