@@ -11,7 +11,7 @@ import emax_timm  # noqa: F401  (registers the models)
 from emax_timm.training import TrainConfig
 from emax_timm.training.config import from_mapping, read_yaml
 from emax_timm.training.plan import Plan, make_plan
-from emax_timm.training.speeds import CARD, SIZE, TRAINING
+from emax_timm.training.speeds import SIZE, TRAINING
 
 __all__ = ["ESTIMATE", "GPUS", "with_estimate"]
 
@@ -36,8 +36,8 @@ def _estimate(made: Plan) -> str:
     if made.hours is None or made.images_per_second is None:
         hours = f"unknown hours, as the speed of {made.model} was not measured"
     else:
-        hours = f"about {_rounded(made.hours)} hours on {GPUS} GPUs such as the {CARD}, of which "
-        hours += f"one was measured to train {TRAINING[made.model]:,} images/s of {SIZE} pixels at "
+        hours = f"about {_rounded(made.hours)} hours on {GPUS} GPUs such as the {made.card}, of which "
+        hours += f"one was measured to train {TRAINING[made.model].images:,} images/s of {SIZE} pixels at "
         hours += "batch 128"
         if tuple(made.input_size[1:]) != (SIZE, SIZE):
             hours += f", taken as {made.images_per_second / GPUS:,.0f} of {made.input_size[-1]}"

@@ -19,7 +19,7 @@ from .config import (
 )
 from .config.checks import check_config
 from .plan_costs import model_costs, optimizer_and_epochs
-from .speeds import CARD, SETTING, SIZE, measured_speed
+from .speeds import SETTING, SIZE, measured_speed
 
 __all__ = ["Plan", "make_plan", "plan", "report"]
 
@@ -47,7 +47,7 @@ class Plan:
         epochs: Number of epochs, with those that the schedule adds to --epochs.
         images_per_epoch: Training images read in an epoch, over all ranks.
         images_per_second: Training speed in total, over all GPUs; None if it is unknown.
-        speed_measured: Whether that speed is from `speeds`, not given.
+        card: The card that this speed was measured on; None if it was given or is unknown.
         hours: Hours of training, without validation; None if the speed is unknown.
     """
 
@@ -70,7 +70,7 @@ class Plan:
     steps_per_epoch: int
     images_per_epoch: int
     images_per_second: float | None
-    speed_measured: bool
+    card: str | None
     hours: float | None
 
     @property
@@ -136,10 +136,11 @@ def make_plan(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = FLOAT * (parameters + sum(buffer.numel() for buffer in model.buffers()))
     images = batches * ranks_batch
-    given, speed = images_per_second is not None, images_per_second
+    speed, card = images_per_second, None
     if speed is None and not config.model_kwargs:  # which may make another model of it
         one = measured_speed(config.model, *costs["input_size"][1:])
-        speed = None if one is None else gpus * one
+        if one is not None:
+            speed, card = gpus * one.images, one.card
     return Plan(
         **costs,
         model=config.model,
@@ -157,7 +158,7 @@ def make_plan(
         steps_per_epoch=steps,
         images_per_epoch=images,
         images_per_second=speed,
-        speed_measured=speed is not None and not given,
+        card=card,
         hours=None if speed is None else images * epochs / speed / 3600,
     )
 
@@ -183,7 +184,7 @@ def report(made: Plan) -> str:
     sends = " and the copy that is sent" if made.gpus > 1 else ""
     speed = hours = "unknown", "time an epoch, then give --images-per-second: see below"
     if made.hours is not None and made.images_per_second is not None:
-        where = f"measured on one {CARD}, times {made.gpus}" if made.speed_measured else "as given"
+        where = f"measured on one {made.card}, times {made.gpus}" if made.card else "as given"
         speed = f"{made.images_per_second:,.0f}", where
         hours = f"{made.hours:.1f}", "of training, without validation"
     rows = [
@@ -217,14 +218,14 @@ def report(made: Plan) -> str:
     lines = [
         f"{name:<{widths[0]}}  {value:>{widths[1]}}  {note}".rstrip() for name, value, note in rows
     ]
-    if made.speed_measured:
+    if made.card:
         lines += [
             "",
             f"That speed is of {SETTING},",
             f"images of {SIZE} x {SIZE} pixels (others by their pixels) that need no loading, and",
             "GPUs that do not wait for each other. Other cards and small batches take longer.",
         ]
-    if made.hours is None or made.speed_measured:
+    if made.hours is None or made.card:
         lines += [
             "",
             "To measure the speed, train on these GPUs with --epochs 2 --val-split '': it is the",

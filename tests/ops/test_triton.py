@@ -110,7 +110,7 @@ class TestTriton(BackendTester):
         module = self.layer(EMAX, 64, factor=8).train()
         force(module, 4, margin=20.0)
         x = self.features(4, 64, 9, 7, dtype=torch.bfloat16)
-        expected = self.compute(module, x)["out"]
+        expected = out = self.compute(module, x)["out"]
         compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
         with use_backend("triton"):
             for _ in range(4):
@@ -169,8 +169,8 @@ def test_launches() -> None:
 
 
 def test_what_does_not_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def reason(x: torch.Tensor, **knobs: int) -> str:
-        return explain(x, EMAX(x.shape[1], **knobs).weights())["triton"] or ""
+    def reason(x: torch.Tensor, factor: int = 32) -> str:
+        return explain(x, EMAX(x.shape[1], factor).weights())["triton"] or ""
 
     here = torch.ones(1, 4, 2, 2, device=DEVICE)
     assert "float32, bfloat16 and float16, not float64" in reason(here.double())

@@ -13,7 +13,7 @@ from emax_timm.benchmark import measure
 from emax_timm.training import TrainConfig, UsageError
 from emax_timm.training.config import learning_rate
 from emax_timm.training.plan import Plan, make_plan, plan, report
-from emax_timm.training.speeds import CARD, SETTING, TRAINING
+from emax_timm.training.speeds import SETTING, TRAINING
 
 # torchvision's and the paper's ResNet-18: its batch norms have 4,800 channels in 20 layers.
 PARAMETERS = 11_689_512
@@ -128,21 +128,22 @@ def test_plan_takes_the_speed_that_was_measured_and_names_the_card(config: Train
     one = dataclasses.replace(config, model="resnet50_emax", img_size=112)
     made = make_plan(one, gpus=2)
     # Four times the speed at 224 pixels, of each of two cards.
-    assert made.images_per_second == pytest.approx(2 * 4 * TRAINING["resnet50_emax"])
+    speed, card = TRAINING["resnet50_emax"]
+    assert made.images_per_second == pytest.approx(2 * 4 * speed)
     assert made.images_per_second is not None
     assert made.hours == pytest.approx(made.images / made.images_per_second / 3600)
     text = report(made)
-    assert f"measured on one {CARD}, times 2" in text
+    assert f"measured on one {card}, times 2" in text
     assert SETTING in text
     assert "To measure the speed" in text
-    assert not make_plan(one, 2, images_per_second=100.0).speed_measured
+    assert make_plan(one, 2, images_per_second=100.0).card is None
     other = dataclasses.replace(one, model_kwargs={"attn_kwargs": {"factor": 8}})
     assert make_plan(other, gpus=2).hours is None
 
 
 def test_speeds_are_of_models_that_there_are() -> None:
     assert set(TRAINING) <= set(timm.list_models())
-    assert all(speed > 0 for speed in TRAINING.values())
+    assert all(speed.images > 0 for speed in TRAINING.values())
 
 
 @pytest.mark.slow
