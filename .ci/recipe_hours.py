@@ -36,9 +36,9 @@ def _estimate(made: Plan) -> str:
     if made.hours is None or made.images_per_second is None:
         hours = f"unknown hours, as the speed of {made.model} was not measured"
     else:
-        hours = f"about {_rounded(made.hours)} hours on {GPUS} GPUs such as the {made.card}, of which "
-        hours += f"one was measured to train {TRAINING[made.model].images:,} images/s of {SIZE} pixels at "
-        hours += "batch 128"
+        hours = f"about {_rounded(made.hours)} hours on {GPUS} GPUs such as the {made.card}, "
+        hours += f"of which one was measured to train {TRAINING[made.model].images:,} images/s of "
+        hours += f"{SIZE} pixels at batch 128"
         if tuple(made.input_size[1:]) != (SIZE, SIZE):
             hours += f", taken as {made.images_per_second / GPUS:,.0f} of {made.input_size[-1]}"
     return (

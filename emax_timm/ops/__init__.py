@@ -1,8 +1,8 @@
 """The computing core: EMAX and EMA as functions of tensors, computed by one of several backends.
 
-`dispatch.emax` is the entry point. It chooses a backend (`triton`, `cpp` or `portable`), which computes the
-layer; `autograd` makes the layer one node of autograd's graph; `reference` holds the formulas that
-all backends are tested against. The core knows no modules.
+`dispatch.emax` is the entry point. It chooses a backend (`triton`, `cpp` or `portable`), which
+computes the layer; `autograd` makes the layer one node of autograd's graph; `reference` holds the
+formulas that all backends are tested against. The core knows no modules.
 
 These letters stand for dimensions in all files of the package:
 

@@ -85,6 +85,7 @@ def test_explain_tells_of_every_backend_why_not(toy: Toy) -> None:
     module, x = layer_and_input(40)
     assert explain(x, module.weights()) == {
         "toy": "it serves 24 channels",
+        "triton": "it serves tensors on GPUs, not on the CPU",
         "cpp": NOT_BUILT,
         "portable": None,
     }
@@ -99,10 +100,11 @@ def test_the_backends_command_prints_a_line_for_each(
 ) -> None:
     assert main(["backends", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["toy", "cpp", "portable"]
+    assert [line.split()[0] for line in lines] == ["toy", "triton", "cpp", "portable"]
     assert "does not serve: it serves 24 channels (cpu, float32)" in lines[0]
-    assert f"does not serve: {NOT_BUILT}" in lines[1]
-    assert "serves here" in lines[2]
+    assert "does not serve: it serves tensors on GPUs" in lines[1]
+    assert f"does not serve: {NOT_BUILT}" in lines[2]
+    assert "serves here" in lines[3]
     toy.channels = 64
     assert main(["backends", "--device", "cpu", "--dtype", "bfloat16"]) == 0
     assert "serves here (cpu, bfloat16)" in capsys.readouterr().out.splitlines()[0]
@@ -163,7 +165,7 @@ def test_another_thread_does_not_see_the_context(toy: Toy) -> None:
 
 def test_an_unknown_name_names_the_choices(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = layer_and_input()
-    message = "unknown backend nonsense: .* one of auto, toy, cpp, portable$"
+    message = "unknown backend nonsense: .* one of auto, toy, triton, cpp, portable$"
     with pytest.raises(BackendError, match=message), use_backend("nonsense"):
         pass
     monkeypatch.setenv("EMAX_BACKEND", "nonsense")
