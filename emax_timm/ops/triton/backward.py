@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..weights import EMAXWeights
-from . import backward_kernels, config, products
-from .config import power_of_two, share_out
+from . import config
+from .config import power_of_two
 from .forward import (
     Pooled,
     Saved,
@@ -19,6 +19,7 @@ from .forward import (
     pool_and_gate,
     pooled_sizes,
 )
+from .kernels import input_gradients, map_gradients, parameter_gradients, products, term_gradients
 from .plan import (
     Launch,
     Plan,
@@ -31,54 +32,9 @@ from .plan import (
     plan_for,
     split,
 )
+from .scratch import Scratch, conv1x1_parts, mixing_parts, scratch_sizes
 
 __all__ = ["backward", "named_gradients"]
-
-
-class _Scratch(NamedTuple):
-    """What is computed on the way, flat pieces of one tensor in float32.
-
-    Every name but the first four begins with `of_`: it is the gradient of what follows.
-    """
-
-    spatial: Tensor
-    """The spatial attention, [b, h * w, F]."""
-    shifts: Tensor
-    """The vectors of `Saved` without moments, [4, b, c]."""
-    terms: Tensor
-    """What is summed over the batch, [b, T]; `backward_kernels` says what its columns are."""
-    sums: Tensor
-    """The sums over the pixels of a program, [parts, b, 11, c]."""
-    of_map: Tensor
-    """The mixed map before its sigmoid, [b, h * w, F]."""
-    of_maps: Tensor
-    """The two fine maps, [2, b, h * w, F]."""
-    of_mixing: Tensor
-    """The two matrices that mix them, by part, [2, b, parts, F, F]."""
-    of_score: Tensor
-    """The scores, [b, F]."""
-    of_offset: Tensor
-    """The offset of the output, [b, c]."""
-    of_fused: Tensor
-    """The means of the fused features, [b, c]."""
-    of_mean: Tensor
-    """The mean of x, [b, c]."""
-    of_conv_means: Tensor
-    """The means of conv3x3(x), [b, F, d]."""
-    of_gated: Tensor
-    """The two slopes of the gated features, [2, b, c]; see `second_term_gradient`."""
-    of_borders: Tensor
-    """The border means, [b, F, d * 9]."""
-    of_corners: Tensor
-    """The four corners, [4, b, c]."""
-    of_before: Tensor
-    """The gates of the pooled rows and columns before their sigmoid, [b, h + w, c]."""
-    of_pooled: Tensor
-    """The pooled rows and columns, [b, h + w, c]."""
-    of_conv1x1: Tensor
-    """conv1x1 by part, [parts, d, d + 1]."""
-    of_conv3x3: Tensor
-    """conv3x3 through its means, [d, d * 9]."""
 
 
 class _Pass(NamedTuple):
@@ -91,7 +47,7 @@ class _Pass(NamedTuple):
     weights: EMAXWeights
     plan: Plan
     saved: Saved
-    scratch: _Scratch
+    scratch: Scratch
     pooled: Pooled
     grads: dict[str, Tensor]
     """The gradients of the parameters by name, flat pieces of one tensor."""
@@ -107,12 +63,12 @@ def backward(
         takes apart.
     """
     weights, plan = plan_for(x, weights, noise, grad)
-    parts = pieces(x, [*pooled_sizes(plan), *_scratch_sizes(plan)])
+    parts = pieces(x, [*pooled_sizes(plan), *scratch_sizes(plan)])
     sizes = plan.gradients()
     gradients = new_buffer(x, [*sizes.values()])
     step = _Pass(
         as_channels_last(x), as_channels_last(grad.to(x.dtype)), weights, plan,
-        Saved(*split(saved, plan.saved())), _Scratch(*parts[4:]), Pooled(*parts[:4]),
+        Saved(*split(saved, plan.saved())), Scratch(*parts[4:]), Pooled(*parts[:4]),
         dict(zip(sizes, split(gradients, [*sizes.values()]), strict=True)),
     )  # fmt: skip
     mix(plan, weights, step.saved, noise, step.scratch.spatial, choose=False)
@@ -153,41 +109,6 @@ def named_gradients(gradients: Tensor, x: Tensor, weights: EMAXWeights) -> dict[
     return grads
 
 
-def _scratch_sizes(plan: Plan) -> list[int]:
-    vector, d = plan.b * plan.c, plan.d
-    return [
-        plan.maps,
-        4 * vector,
-        plan.b * plan.terms,
-        plan.share_out(config.PIXEL_SUMS)[0][1] * 11 * vector,
-        plan.maps,
-        2 * plan.maps * plan.mixes,
-        2 * plan.b * _mixing_parts(plan)[1] * plan.groups**2 * plan.mixes,
-        plan.b * plan.groups * plan.mixes,
-        vector,
-        vector,
-        vector,
-        vector,
-        2 * vector,
-        9 * vector,
-        4 * vector,
-        plan.strips,
-        plan.strips,
-        _conv1x1_parts(plan) * d * (d + 1),
-        9 * d * d,
-    ]
-
-
-def _mixing_parts(plan: Plan) -> tuple[int, int]:
-    """Return the pixels of a tile of `unmix_groups`, and the programs for a sample."""
-    tile = min(max(16, power_of_two(plan.pixels)), config.UNMIX[0])
-    return tile, share_out(plan.pixels, tile, plan.b * 4)
-
-
-def _conv1x1_parts(plan: Plan) -> int:
-    return max(1, min(256, plan.strips // plan.d // 256))
-
-
 def _output_backward(step: _Pass) -> None:
     """Go back through the output and the gates, to the mixed map before its sigmoid."""
     x, grad, weights, plan, saved, scratch, pooled, _ = step
@@ -208,7 +129,7 @@ def _output_backward(step: _Pass) -> None:
             (scratch.of_offset, of_fused, saved.vectors, *factors, scratch.of_mean, scratch.terms,
              width),
             lambda: Launch(
-                backward_kernels.channel_gate_gradient, (plan.b, -(-c // block)),
+                products.channel_gate_gradient, (plan.b, -(-c // block)),
                 {"C": c, "BLOCK": block}, 4,
             ),
         )  # fmt: skip
@@ -216,7 +137,7 @@ def _output_backward(step: _Pass) -> None:
 
     def map_gradient() -> Launch:
         grid, constants = plan.share_out(config.MAP_GRADIENT)
-        return Launch(backward_kernels.map_gradient, grid, constants, config.MAP_GRADIENT[1])
+        return Launch(map_gradients.map_gradient, grid, constants, config.MAP_GRADIENT[1])
 
     plan.launch("map_gradient", (x, scratch.spatial, of_fused, scratch.of_map, h, w), map_gradient)
 
@@ -268,14 +189,14 @@ def _mixing_backward(step: _Pass) -> None:
     _, _, weights, plan, saved, scratch, _, _ = step
     b, c, F, K = plan.b, plan.c, plan.groups, plan.candidates
     padded = max(16, power_of_two(F))
-    tile, parts = _mixing_parts(plan)
+    tile, parts = mixing_parts(plan)
     counts = counts_of(weights, scratch.of_map.device)
     plan.launch(
         "unmix",
         (scratch.of_map, saved.maps, saved.score, saved.choice, counts, weights.warmup,
          scratch.of_maps, scratch.of_mixing, b, plan.pixels),
         lambda: Launch(
-            backward_kernels.unmix_groups, (b, parts),
+            map_gradients.unmix_groups, (b, parts),
             {"F": F, "K": K, "FP": padded, "P": tile, "PRECISION": config.PRECISION},
             config.UNMIX[1],
         ),
@@ -286,7 +207,7 @@ def _mixing_backward(step: _Pass) -> None:
          saved.softmax if plan.controlled else None, counts, weights.controller_weight,
          scratch.of_score, scratch.of_mean, scratch.terms, b, parts, plan.terms),
         lambda: Launch(
-            backward_kernels.choice_gradient, (b,),
+            map_gradients.choice_gradient, (b,),
             {"C": c, "F": F, "K": K, "KP": power_of_two(K), "FP": padded,
              "ADD": weights.gamma is not None}, 4,
         ),
@@ -305,7 +226,7 @@ def _fine_maps_backward(step: _Pass, like: Tensor) -> Tensor:
 
     def pixel_sums() -> Launch:
         grid, constants = plan.share_out(config.PIXEL_SUMS)
-        return Launch(backward_kernels.pixel_sums, grid, constants, config.PIXEL_SUMS[1])
+        return Launch(term_gradients.pixel_sums, grid, constants, config.PIXEL_SUMS[1])
 
     plan.launch(
         "pixel_sums",
@@ -318,7 +239,7 @@ def _fine_maps_backward(step: _Pass, like: Tensor) -> Tensor:
         (scratch.sums, saved.vectors, saved.conv_means, weights.gn_weight, weights.gn_bias,
          scratch.of_score if plan.mixes else None, scratch.of_conv_means, scratch.of_gated,
          scratch.terms, b, parts, plan.pixels, width),
-        lambda: Launch(backward_kernels.second_term_gradient, plan.grid, plan.constants, 2),
+        lambda: Launch(term_gradients.second_term_gradient, plan.grid, plan.constants, 2),
     )  # fmt: skip
     rows = b * plan.groups
     multiply(
@@ -333,7 +254,7 @@ def _fine_maps_backward(step: _Pass, like: Tensor) -> Tensor:
     def pooled_gradient() -> Launch:
         size = config.POOLED_GRADIENT[plan.large]
         constants = {**plan.walk(size, weights), "PRECISION": config.PRECISION}
-        return Launch(backward_kernels.pooled_gradient, plan.grid, constants, size[1])
+        return Launch(input_gradients.pooled_gradient, plan.grid, constants, size[1])
 
     has_mean = weights.gamma is not None or plan.controlled
     plan.launch(
@@ -350,7 +271,7 @@ def _fine_maps_backward(step: _Pass, like: Tensor) -> Tensor:
     def input_gradient() -> Launch:
         grid, constants = plan.share_out(config.INPUT_GRADIENT)
         constants["CONTIGUOUS"] = contiguous
-        kernel = backward_kernels.input_gradient
+        kernel = input_gradients.input_gradient
         return Launch(kernel, grid, constants, config.INPUT_GRADIENT[1])
 
     has_global_gate = weights.global_reduce_weight is not None
@@ -373,8 +294,8 @@ def _conv1x1_backward(step: _Pass) -> None:
         D = plan.tiles.D
         rows = config.CONV1X1[0] // (2 if D > 32 else 1)
         constants = {"d": plan.d, "DP": max(16, D), "N": rows, "PRECISION": config.PRECISION}
-        kernel = backward_kernels.conv1x1_gradient
-        return Launch(kernel, (_conv1x1_parts(plan),), constants, config.CONV1X1[1])
+        kernel = parameter_gradients.conv1x1_gradient
+        return Launch(kernel, (conv1x1_parts(plan),), constants, config.CONV1X1[1])
 
     plan.launch(
         "conv1x1",
@@ -396,21 +317,22 @@ def _add_up(step: _Pass) -> None:
         (scratch.terms, saved.vectors, grads["totals"],
          grads["controller_weight"] if plan.controlled else None, plan.b, plan.terms),
         lambda: Launch(
-            products.batch_sums, (programs,), {"C": c, "K": K, "B": 16, "BLOCK": block}, 4
+            parameter_gradients.batch_sums, (programs,),
+            {"C": c, "K": K, "B": 16, "BLOCK": block}, 4,
         ),
     )  # fmt: skip
 
-    def parameter_gradients() -> Launch:
+    def of_shared() -> Launch:
         constants = {
             "C": c, "F": plan.groups, "d": d, "D": plan.tiles.D,
             "FP": power_of_two(plan.groups), "CP": power_of_two(c), **conv3x3_matrix(weights)[1],
             "GAMMA": weights.gamma is not None,
         }  # fmt: skip
-        return Launch(backward_kernels.parameter_gradients, (d,), constants, 4)
+        return Launch(parameter_gradients.parameter_gradients, (d,), constants, 4)
 
     plan.launch(
         "parameter_gradients",
         (scratch.of_conv1x1, grads["totals"], scratch.of_conv3x3, weights.conv3x3_weight,
-         weights.conv3x3_bias, weights.gn_bias, grads["shared"], _conv1x1_parts(plan)),
-        parameter_gradients,
+         weights.conv3x3_bias, weights.gn_bias, grads["shared"], conv1x1_parts(plan)),
+        of_shared,
     )  # fmt: skip

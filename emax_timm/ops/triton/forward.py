@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..weights import EMAXWeights, present
-from . import config, forward_kernels, products
+from . import config
 from .config import power_of_two, share_out
+from .kernels import maps, output, pooling, products
 from .plan import Launch, Plan, conv3x3_matrix, counts_of, new_buffer, pieces, plan_for, split
 
 __all__ = [
@@ -87,7 +88,7 @@ def forward(
 
     def fine_maps() -> Launch:
         grid, constants = plan.share_out(config.FINE_MAPS)
-        return Launch(forward_kernels.fine_maps, grid, constants, config.FINE_MAPS[1])
+        return Launch(maps.fine_maps, grid, constants, config.FINE_MAPS[1])
 
     plan.launch(
         "fine_maps",
@@ -104,7 +105,7 @@ def forward(
             "pool_attended",
             (features, spatial, kept.vectors, factors[0], weights.gamma, kept.fused, h, w),
             lambda: Launch(
-                forward_kernels.pool_attended, plan.grid, plan.share_out(config.POOL_ATTENDED)[1],
+                output.pool_attended, plan.grid, plan.share_out(config.POOL_ATTENDED)[1],
                 config.POOL_ATTENDED[1],
             ),
         )  # fmt: skip
@@ -114,7 +115,7 @@ def forward(
     def apply_attention() -> Launch:
         grid, constants = plan.share_out(config.APPLY)
         constants["CONTIGUOUS"] = contiguous
-        return Launch(forward_kernels.apply_attention, grid, constants, config.APPLY[1])
+        return Launch(output.apply_attention, grid, constants, config.APPLY[1])
 
     plan.launch("apply", (features, spatial, *factors, out, h, w), apply_attention)
     return out, [saved] if keep else []
@@ -197,7 +198,7 @@ def pool_and_gate(
         size = config.ROWS[plan.large]
         constants = plan.walk(size, weights)
         constants |= {"BACKWARD": bool(backward), "PRECISION": config.PRECISION}
-        return Launch(forward_kernels.pool_and_gate, (plan.grid[0] + 1,), constants, size[1])
+        return Launch(pooling.pool_and_gate, (plan.grid[0] + 1,), constants, size[1])
 
     plan.launch(
         "pool again" if backward else "pool",
@@ -232,7 +233,7 @@ def mix(
                 (kept.vectors, *controller, noise, weights.temperature, counts, kept.choice,
                  softmax, b),
                 lambda: Launch(
-                    forward_kernels.vote, (1,), {"C": c, "K": K, "KP": power_of_two(K)}, 4
+                    maps.vote, (1,), {"C": c, "K": K, "KP": power_of_two(K)}, 4
                 ),
             )  # fmt: skip
             chooses = False
@@ -246,7 +247,7 @@ def mix(
             "PRECISION": config.PRECISION,
         }  # fmt: skip
         grid = (b, share_out(plan.pixels, tile, b))
-        return Launch(forward_kernels.mix_groups, grid, constants, warps)
+        return Launch(maps.mix_groups, grid, constants, warps)
 
     plan.launch(
         "mix" if choose else "mix again",

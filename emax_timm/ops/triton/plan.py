@@ -70,7 +70,7 @@ class Sizes:
         self.pixels = h * w
         self.maps = b * h * w * config.groups  # elements of a map
         self.strips = b * (h + w) * c  # elements of pooled rows and columns
-        # The columns of the terms; see backward_kernels.
+        # The columns of the terms; see kernels/parameter_gradients.py.
         self.terms = 17 * self.d * config.groups + self.candidates + sum(self.hidden.values())
 
     def saved(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""Matrix products of small matrices, with what comes before and after them in the same launch.
+"""Products of small matrices, and the gates that are made of them.
 
 They are in float32: the libraries' products for these shapes take two or three launches each.
 """
@@ -6,7 +6,9 @@ They are in float32: the libraries' products for these shapes take two or three 
 import triton
 import triton.language as tl
 
-__all__ = ["batch_sums", "gate_products", "product"]
+from .output import output_factors
+
+__all__ = ["channel_gate_gradient", "gate_products", "product"]
 
 
 @triton.jit
@@ -95,37 +97,27 @@ def gate_products(
         tl.store(to, result, mask=inside)
 
 
-@triton.jit(do_not_specialize=["samples"])
-def batch_sums(
-    terms, means, totals, grad_controller, samples, T,
-    C: tl.constexpr, K: tl.constexpr,
-    B: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def channel_gate_gradient(
+    grad_offset, grad_fused, vectors, channel_logits, global_logits, gamma, residual_gate,
+    grad_mean, terms, T, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum the columns of the terms [b, T] over the batch; and the products with the controller.
-
-    The gradient of the controller's weight [K, c] is a sum over the batch as well: of the gradients
-    of its logits times the means of x.
-    """
-    blocks = tl.cdiv(T, BLOCK)
-    program = tl.program_id(0)
-    inner = tl.arange(0, BLOCK)
-    sums = tl.zeros([B, BLOCK], tl.float32)
-    if program < blocks:
-        column = program * BLOCK + inner
-        for start in range(0, samples, B):
-            sample = start + tl.arange(0, B)
-            mask = (sample < samples)[:, None] & (column < T)[None, :]
-            place = terms + sample[:, None] * T + column[None, :]
-            sums += tl.load(place, mask=mask, other=0.0)
-        tl.store(totals + column, tl.sum(sums, 0), mask=column < T)
-    elif grad_controller is not None:
-        candidate = (program - blocks) % K
-        channel = ((program - blocks) // K) * BLOCK + inner
-        for start in range(0, samples, B):
-            sample = start + tl.arange(0, B)
-            exists = (sample < samples)[:, None]
-            mask = exists & (channel < C)[None, :]
-            value = tl.load(means + sample[:, None] * C + channel[None, :], mask=mask, other=0.0)
-            factor = terms + sample[:, None] * T + 17 * C + candidate
-            sums += value * tl.load(factor, mask=exists, other=0.0)
-        tl.store(grad_controller + candidate * C + channel, tl.sum(sums, 0), mask=channel < C)
+    """Compute the gradients of gamma, of the logits of the channel gate, and of the mean of x."""
+    sample = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = channel < C
+    place = sample * C + channel
+    scale, _, _, branch, attention = output_factors(
+        channel_logits, global_logits, gamma, residual_gate, sample, channel, mask, C
+    )
+    of_branch = tl.load(grad_offset + place, mask=mask, other=0.0) * scale
+    of_mean = 0.0 * branch
+    if grad_fused is not None:
+        of_fused = tl.load(grad_fused + place, mask=mask, other=0.0)
+        of_branch += of_fused * tl.load(vectors + place, mask=mask, other=0.0)
+        of_mean = of_fused * branch
+    to = terms + sample * T + channel
+    tl.store(to + C, of_branch * attention, mask=mask)
+    of_logits = of_branch * tl.load(gamma).to(tl.float32) * attention * (1.0 - attention)
+    tl.store(to + 3 * C, of_logits, mask=mask)
+    tl.store(grad_mean + place, of_mean, mask=mask)

@@ -13,13 +13,24 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "GATED_MEAN",
+    "MEAN",
+    "RSTD",
+    "SHIFT",
     "channels_of_program",
     "kernel_offset_mask",
     "load_channels",
     "load_map",
     "load_pixels",
     "softmax_of_means",
+    "store_pixels",
 ]
+
+# The order of the vectors in the stack [4, b, c] that `pool_and_gate` writes.
+MEAN = tl.constexpr(0)
+SHIFT = tl.constexpr(1)
+GATED_MEAN = tl.constexpr(2)
+RSTD = tl.constexpr(3)
 
 
 @triton.jit
@@ -63,6 +74,21 @@ def load_map(maps, sample, pixel, pixel_mask, group, group_mask, pixels, F: tl.c
     """Load a map at pixels [P] and groups [G]: [P, G]."""
     address = maps + sample.to(tl.int64) * pixels * F + pixel[:, None] * F + group[None, :]
     return tl.load(address, mask=pixel_mask[:, None] & group_mask[None, :], other=0.0)
+
+
+@triton.jit
+def store_pixels(
+    to, values, sample, pixel, pixel_mask, channel, mask, pixels, C: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+):  # fmt: skip
+    """Store values [P, G, D] to a tensor that is channels_last or contiguous."""
+    base = to + sample.to(tl.int64) * pixels * C
+    if CONTIGUOUS:
+        address = base + channel[None] * pixels + pixel[:, None, None]
+    else:
+        address = base + pixel[:, None, None] * C + channel[None]
+    tile_mask = pixel_mask[:, None, None] & mask[None]
+    tl.store(address, values.to(to.dtype.element_ty), mask=tile_mask)
 
 
 @triton.jit
