@@ -104,7 +104,8 @@ def _forward(
 def _backward(
     grad: Tensor, x: Tensor, weights: EMAXWeights, noise: Tensor | None, saved: list[Tensor]
 ) -> dict[str, Tensor]:
-    from .backward import backward, named_gradients
+    from .backward import backward
+    from .gradients import named_gradients
 
     if torch.compiler.is_compiling():
         config, *tensors = weights

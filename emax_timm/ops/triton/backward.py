@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..weights import EMAXWeights
@@ -19,22 +18,21 @@ from .forward import (
     pool_and_gate,
     pooled_sizes,
 )
+from .gradients import hidden_columns
 from .kernels import input_gradients, map_gradients, parameter_gradients, products, term_gradients
 from .plan import (
     Launch,
     Plan,
-    Sizes,
     conv3x3_matrix,
     counts_of,
     new_buffer,
-    padded,
     pieces,
     plan_for,
     split,
 )
 from .scratch import Scratch, conv1x1_parts, mixing_parts, scratch_sizes
 
-__all__ = ["backward", "named_gradients"]
+__all__ = ["backward"]
 
 
 class _Pass(NamedTuple):
@@ -78,35 +76,6 @@ def backward(
     grad_x = _fine_maps_backward(step, x)
     _add_up(step)
     return grad_x, gradients
-
-
-def named_gradients(gradients: Tensor, x: Tensor, weights: EMAXWeights) -> dict[str, Tensor]:
-    """Take apart the gradients of the parameters, by name."""
-    plan = Sizes(x.shape, weights)
-    sizes = plan.gradients()
-    lengths = [padded(size) for size in sizes.values()]
-    parts = dict(zip(sizes, gradients.split(lengths), strict=True))
-    grads = {name: parts[name][:size] for name, size in sizes.items() if size}
-    totals, shared = grads.pop("totals"), grads.pop("shared")
-    c, d, K = plan.d * plan.groups, plan.d, plan.candidates
-    names = ["conv1x1_weight", "conv1x1_bias", "conv3x3_weight", "conv3x3_bias", "gn_weight"]
-    parts = shared.split([d * d, d, 9 * d * d, d, d, d, 1])
-    grads |= zip([*names, "gn_bias", "gamma"], parts, strict=True)
-    if weights.gamma is None:
-        del grads["gamma"]
-    weight = weights.conv3x3_weight
-    if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
-        # In the order of the weight.
-        grads["conv3x3_weight"] = grads["conv3x3_weight"].view(d, 3, 3, d).permute(0, 3, 1, 2)
-    if plan.controlled:
-        grads["controller_bias"] = totals[17 * c : 17 * c + K]
-    if weights.residual_gate is not None:
-        grads["residual_gate"] = totals[:c]
-    for name, start in (("global", 2 * c), ("channel", 3 * c)):
-        if plan.hidden[name]:
-            grads[f"{name}_expand_bias"] = totals[start : start + c]
-            grads[f"{name}_reduce_bias"] = totals[_hidden_columns(plan, name)]
-    return grads
 
 
 def _output_backward(step: _Pass) -> None:
@@ -153,7 +122,7 @@ def _gate_backward(step: _Pass, name: str, means: Tensor, hidden: Tensor, of_mea
     reduce = getattr(weights, f"{name}_reduce_weight")
     expand = getattr(weights, f"{name}_expand_weight")
     of_logits = scratch.terms[2 * c if name == "global" else 3 * c :]
-    of_hidden = scratch.terms[_hidden_columns(plan, name).start :]
+    of_hidden = scratch.terms[hidden_columns(plan, name).start :]
     multiply(
         plan, f"{name} gradient", (of_logits, width, 1), (expand, r, 1), (of_hidden, width),
         (b, r, c), mask=hidden,
@@ -175,13 +144,6 @@ def _gate_backward(step: _Pass, name: str, means: Tensor, hidden: Tensor, of_mea
          grads[f"{name}_reduce_weight"], of_means, b, width),
         gate_products,
     )  # fmt: skip
-
-
-def _hidden_columns(plan: Sizes, name: str) -> slice:
-    """Return the columns of the terms that hold the hidden units of a gate."""
-    start = 17 * plan.d * plan.groups + plan.candidates
-    middle = start + plan.hidden["channel"]
-    return slice(start, middle) if name == "channel" else slice(middle, plan.terms)
 
 
 def _mixing_backward(step: _Pass) -> None:
