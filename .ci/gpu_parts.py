@@ -43,39 +43,36 @@ NETWORKS = f"{EMAX} models {ON_GPU} --channels-last -b 128 --rounds 5"
 COMPILED = f"{EMAX} models {ON_GPU} --channels-last -b 128 --rounds 3 --no-inference"
 TRAIN = "-m emax_cli train -c quickstart --device cuda --amp --epochs 4 -j 4"
 TRAIN += " --output {cache}/runs"
+LAYERS = "SE CBAM 'EMAX, Triton'"
 LIBRARY = ["gpu", "package"]
 
 PARTS = [
     Part(
-        "tester",
-        "the Triton backend against the formulas in float64, on the GPU, at full sizes",
-        [Command(TEST)],
-        100,
-        ["file tests/ops/test_triton.py", "module pytest", *LIBRARY],
-    ),
-    Part(
         "modules",
         "layers: wall time, GPU time, launches and memory, batch 128, bfloat16",
         [
-            Command(f"{EMAX} modules {ON_GPU} --rounds 11 --channels-last"),
-            Command(f"{EMAX} modules {ON_GPU} --rounds 11"),
+            Command(f"{EMAX} modules {ON_GPU} --rounds 5 --methods {LAYERS} --channels-last"),
+            Command(f"{EMAX} modules {ON_GPU} --rounds 5 --methods {LAYERS}"),
         ],
-        65,
+        85,
         LIBRARY,
     ),
     Part(
         "models",
         "networks: images per second in inference and training, peak memory",
-        [Command(f"{NETWORKS} --models {base}") for base in ("resnet50", "convnext_tiny")],
+        [
+            Command(f"{NETWORKS} --models {base} --methods baseline {LAYERS}")
+            for base in ("resnet50", "convnext_tiny")
+        ],
         75,
         LIBRARY,
     ),
     Part(
-        "loop",
-        "the training loop against timm's parts in a plain loop",
-        [Command(f"{EMAX} train --device cuda --amp -j 4 --rounds 3 --json {{json}}")],
-        40,
-        LIBRARY,
+        "tester",
+        "the Triton backend against the formulas in float64, on the GPU, at full sizes",
+        [Command(TEST)],
+        105,
+        ["file tests/ops/test_triton.py", "module pytest", *LIBRARY],
     ),
     Part(
         "train",
@@ -87,6 +84,13 @@ PARTS = [
             )
             for dtype in ("bfloat16", "float16")
         ],
+        65,
+        LIBRARY,
+    ),
+    Part(
+        "loop",
+        "the training loop against timm's parts in a plain loop",
+        [Command(f"{EMAX} train --device cuda --amp -j 4 --rounds 3 --json {{json}}")],
         40,
         LIBRARY,
     ),
@@ -99,12 +103,12 @@ PARTS = [
     ),
     Part(
         "compile",
-        "seconds to compile a training step of resnet50 with SE, and with EMAX",
+        "seconds to compile a training step of resnet18 with SE, and with EMAX",
         [
-            Command(f"{COMPILED} --models resnet50 --methods '{method}, compiled'")
+            Command(f"{COMPILED} --models resnet18 --methods '{method}, compiled'")
             for method in ("SE", "EMAX, Triton")
         ],
-        115,
+        65,
         LIBRARY,
     ),
 ]
