@@ -7,7 +7,8 @@ import logging
 import os
 import subprocess
 import sys
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -185,6 +186,22 @@ def test_what_does_not_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     triton._triton_problem.cache_clear()
 
 
+def test_a_gpu_without_it_is_told_why_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(triton, "_device_problem", lambda device: None)
+    triton._report.cache_clear()
+    on_a_gpu: Any = SimpleNamespace(
+        is_cuda=True, device=torch.device("cuda"), dtype=torch.float64, shape=(1, 4, 2, 2)
+    )
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            assert "not float64" in str(triton.TRITON.unsupported(on_a_gpu, EMAX(4).weights()))
+    assert [record.getMessage() for record in caplog.records] == [
+        "EMAX runs without its Triton backend: it serves float32, bfloat16 and float16, not float64"
+    ]
+
+
 @pytest.mark.parametrize("failing", ["forward", "backward"])
 def test_a_kernel_that_fails_gives_way(
     failing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -202,6 +219,7 @@ def test_a_kernel_that_fails_gives_way(
 
     monkeypatch.setattr({"forward": forward, "backward": backward}[failing], failing, fail)
     monkeypatch.setattr(triton, "_failure", None)
+    triton._report.cache_clear()
     module = EMAX(8, factor=2).to(DEVICE)
     images = torch.randn(2, 8, 3, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     results = []

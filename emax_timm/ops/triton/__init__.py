@@ -29,6 +29,19 @@ MIN_CAPABILITY = (8, 0)
 
 
 def _unsupported(x: Tensor, weights: EMAXWeights) -> str | None:
+    """Return why this backend does not serve; on a GPU, where one expects it to, say so once."""
+    reason = _reason(x, weights)
+    if reason is not None and x.is_cuda and not torch.compiler.is_compiling():
+        _report(reason)
+    return reason
+
+
+@lru_cache
+def _report(reason: str) -> None:
+    _logger.warning("EMAX runs without its Triton backend: %s", reason)
+
+
+def _reason(x: Tensor, weights: EMAXWeights) -> str | None:
     reason = _device_problem(x.device) or _failure
     if reason is not None:
         return reason
@@ -147,8 +160,7 @@ def _give_way(error: Exception) -> None:
     reason = f"a kernel cannot be compiled here ({type(error).__name__}: {' '.join(lines[-1:])})"
     if requested() == TRITON.name:
         raise BackendError(f"the backend {TRITON.name} was asked for, but {reason}") from error
-    if _failure is None:
-        _logger.warning("EMAX runs without its Triton backend: %s", reason)
+    _report(reason)
     _failure = reason
 
 
