@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiers import mostly_slow
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from training_testing import MakeTrainer, left_by, same_tensors, state_of
@@ -64,7 +65,7 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
         assert same_tensors(value, second[part]), part
 
 
-@pytest.mark.parametrize("opt", KINDS)
+@pytest.mark.parametrize("opt", mostly_slow(KINDS, 0, 1))
 def test_bad_steps_are_left_out_by_the_device_as_by_the_host(
     trainer_for: MakeTrainer, opt: str
 ) -> None:
@@ -83,16 +84,20 @@ def test_bad_steps_of_every_optimizer_are_left_out_alike(
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"opt": "sgd", "opt_kwargs": {"fused": True}},
-        {"opt": "adamw", "opt_kwargs": {"fused": True}},
-        {"opt": "adamw", "clip_mode": "agc", "clip_grad": 0.01},
-        {"opt": "lamb", "amp": True, "amp_dtype": "bfloat16"},
-        {"opt": "lamb", "amp": True, "amp_dtype": "float16"},
-        {"opt": "adamw", "amp": True, "amp_dtype": "float16", "opt_kwargs": {"fused": True}},
-        {"opt": "lamb", "grad_accum_steps": 3, "epochs": 8},
-        {"opt": "lamb", "clip_grad": None, "model_ema": False, "grouping_warmup": [0.3, 0.3]},
-    ],
+    mostly_slow(
+        [
+            {"opt": "sgd", "opt_kwargs": {"fused": True}},
+            {"opt": "adamw", "opt_kwargs": {"fused": True}},
+            {"opt": "adamw", "clip_mode": "agc", "clip_grad": 0.01},
+            {"opt": "lamb", "amp": True, "amp_dtype": "bfloat16"},
+            {"opt": "lamb", "amp": True, "amp_dtype": "float16"},
+            {"opt": "adamw", "amp": True, "amp_dtype": "float16", "opt_kwargs": {"fused": True}},
+            {"opt": "lamb", "grad_accum_steps": 3, "epochs": 8},
+            {"opt": "lamb", "clip_grad": None, "model_ema": False, "grouping_warmup": [0.3, 0.3]},
+        ],
+        1,
+        4,
+    ),
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_bad_steps_are_left_out_alike_with(
@@ -101,7 +106,7 @@ def test_bad_steps_are_left_out_alike_with(
     _compare(trainer_for, options)
 
 
-@pytest.mark.parametrize("opt", ["kron", "lamb"])
+@pytest.mark.parametrize("opt", mostly_slow(["kron", "lamb"], 1))
 def test_generators_of_an_optimizer_are_brought_back(
     opt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,9 +170,9 @@ def _compare(
     assert found["state"]["step"] == 8
 
 
-@pytest.mark.parametrize("bad", [1, 2, 7])
+@pytest.mark.parametrize("bad", mostly_slow([1, 2, 7], 1))
 @pytest.mark.parametrize(
-    "options", [{"opt": "lamb"}, {"opt": "sgd", "opt_kwargs": {"fused": True}}]
+    "options", mostly_slow([{"opt": "lamb"}, {"opt": "sgd", "opt_kwargs": {"fused": True}}], 0)
 )
 def test_run_that_stops_at_a_bad_step_is_where_the_step_before_left_it(
     trainer_for: MakeTrainer, capsys: pytest.CaptureFixture[str], options: dict[str, Any], bad: int
@@ -185,7 +190,7 @@ def test_run_that_stops_at_a_bad_step_is_where_the_step_before_left_it(
     assert first.startswith(f"samples at step {bad + 1} of epoch 1 on rank 0: ")
 
 
-@pytest.mark.parametrize("policy", ["warn", "skip"])
+@pytest.mark.parametrize("policy", mostly_slow(["warn", "skip"], 1))
 def test_spikes_are_met_alike(
     trainer_for: MakeTrainer, capsys: pytest.CaptureFixture[str], policy: str
 ) -> None:
@@ -226,7 +231,7 @@ def test_late_run_is_to_the_bit_as_one_that_waits(trainer_for: MakeTrainer) -> N
     assert same_tensors(left_by(waits.folder), left_by(other.folder))
 
 
-@pytest.mark.parametrize("step", [1, 3, 6])
+@pytest.mark.parametrize("step", mostly_slow([1, 3, 6], 1))
 def test_late_run_stops_after_the_next_step_and_resumes_to_the_bit(
     trainer_for: MakeTrainer, step: int
 ) -> None:

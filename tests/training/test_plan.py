@@ -13,7 +13,7 @@ from emax_timm.benchmark import measure
 from emax_timm.training import TrainConfig, UsageError
 from emax_timm.training.config import learning_rate
 from emax_timm.training.plan import Plan, make_plan, plan, report
-from emax_timm.training.speeds import SETTING, TRAINING
+from emax_timm.training.speeds import SETTING, TRAINING, measured_speed
 
 # torchvision's and the paper's ResNet-18: its batch norms have 4,800 channels in 20 layers.
 PARAMETERS = 11_689_512
@@ -124,6 +124,7 @@ def test_plan_prints_the_figures(made: Plan) -> None:
     assert "To measure the speed" in report(dataclasses.replace(made, hours=None))
 
 
+@pytest.mark.slow
 def test_plan_takes_the_speed_that_was_measured_and_names_the_card(config: TrainConfig) -> None:
     one = dataclasses.replace(config, model="resnet50_emax", img_size=112)
     made = make_plan(one, gpus=2)
@@ -144,6 +145,9 @@ def test_plan_takes_the_speed_that_was_measured_and_names_the_card(config: Train
 def test_speeds_are_of_models_that_there_are() -> None:
     assert set(TRAINING) <= set(timm.list_models())
     assert all(speed.images > 0 for speed in TRAINING.values())
+    images, card = TRAINING["resnet50_emax"]
+    assert measured_speed("resnet50_emax", 112, 112) == (4 * images, card)
+    assert measured_speed("resnet18", 224, 224) is None
 
 
 @pytest.mark.slow

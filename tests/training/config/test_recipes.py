@@ -61,6 +61,7 @@ def test_recipe_names_its_source_and_marks_its_estimates(path: Path) -> None:
     assert "Estimates, not measurements" in text
 
 
+@pytest.mark.slow
 @imagenet
 def test_recipe_has_the_estimate_that_follows_from_the_measured_speeds(path: Path) -> None:
     """If not, `python .ci/recipe_hours.py` writes it anew."""
