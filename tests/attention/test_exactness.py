@@ -183,6 +183,7 @@ def test_float32_is_as_precise_as_the_formulas(
     assert_as_precise(draws)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [make_emax, make_ema])
 @pytest.mark.parametrize("fault", ["none", "eps", "kernel"])
 def test_the_precision_check_fails_a_slightly_wrong_layer(fault: str, make: Any) -> None:

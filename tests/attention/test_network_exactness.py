@@ -80,6 +80,7 @@ def test_a_network_in_float32_is_as_precise_as_with_the_naive_formulas(name: str
     assert_as_precise([errors(*draw(name, seed)) for seed in range(25)])
 
 
+@pytest.mark.slow
 def test_the_check_of_networks_fails_a_slightly_wrong_layer() -> None:
     draws = []
     for seed in range(2):

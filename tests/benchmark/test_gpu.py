@@ -81,6 +81,7 @@ def test_report_on_layers(amp: torch.dtype | None) -> None:
     assert ("autocast to bfloat16" in report) == (amp is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_invented")
 @pytest.mark.parametrize("training", [True, False])
 def test_report_on_networks(training: bool) -> None:

@@ -36,6 +36,7 @@ def test_networks_are_measured_in_both_runtimes(
     assert row.endswith(f"| {emax / eager:.2f} |")
 
 
+@pytest.mark.slow
 def test_the_session_computes_what_the_network_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,6 +190,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", mostly_slow(["cut", "wrong bytes"], 1))
 def test_damaged_download_is_made_anew(action: str, tmp_path: Path) -> None:
     content, bias = weights(0)

@@ -124,6 +124,7 @@ def test_new_weights_are_a_new_version(release: Path, tmp_path: Path) -> None:
         assert repo.tags == {"v1": repo.commits[1].name, "v2": repo.commits[2].name}
 
 
+@pytest.mark.slow
 def test_repository_with_a_pickle_is_refused(release: Path, tmp_path: Path) -> None:
     with serve(Hub({f"{REPO}/pytorch_model.bin": b"x"})) as hub:
         done = in_new_process(UPLOAD, tmp_path, release, REPO, **hub.environment(tmp_path))

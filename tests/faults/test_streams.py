@@ -46,6 +46,7 @@ Trainer.{name} = signalled
 """
 
 
+@pytest.mark.slow
 def test_stream_continues_in_mid_epoch_with_a_warning_and_as_many_steps(
     programs: Interpreter, shards: Path, tmp_path: Path
 ) -> None:

@@ -156,6 +156,7 @@ def test_report_names_the_layers_and_the_predictions(report: Path, clothes: Path
         assert [prediction.name, f"{prediction.probability:.3f}"] in rows
 
 
+@pytest.mark.slow
 def test_run_has_its_training_and_svg_figures(
     trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -191,6 +191,7 @@ print(len(features(torch.load(x))))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "stages", "where"),
     mostly_slow(
@@ -219,6 +220,7 @@ def test_result_is_rebuilt_from_its_config(
     assert result.stdout.split() == ["True", str(len(model.feature_info))], result.stderr
 
 
+@pytest.mark.slow
 def test_model_by_name_is_the_model_by_function(tmp_path: Path) -> None:
     weights = {k: v.contiguous() for k, v in plain("regnety_002").state_dict().items()}
     file = tmp_path / "plain.safetensors"

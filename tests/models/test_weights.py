@@ -188,6 +188,7 @@ def overlay(file: Path) -> dict[str, Any]:
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_warm_start_adapts_stem_and_head(baseline: str, baselines: dict[str, Path]) -> None:
     options = {"num_classes": 5, "in_chans": 1, **overlay(baselines[baseline])}

@@ -235,6 +235,7 @@ def test_one_graph_can_have_layers_of_different_backends(toy: Toy) -> None:
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_compile_traces_one_graph_with_another_backend(
     toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -204,6 +204,7 @@ def test_emax_help_explains_every_flag(capsys: pytest.CaptureFixture[str], comma
         assert f"--{name.replace('_', '-')}" in shown
 
 
+@pytest.mark.slow
 def test_emax_train_and_validate_are_the_commands(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

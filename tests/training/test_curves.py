@@ -101,6 +101,7 @@ def test_many_layers_fit(tmp_path: Path) -> None:
     assert pixels(tmp_path).std() > 5
 
 
+@pytest.mark.slow
 def test_command_draws_the_curves_of_a_run(
     trainer_for: MakeTrainer, capsys: pytest.CaptureFixture[str]
 ) -> None:

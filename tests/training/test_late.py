@@ -141,6 +141,7 @@ def test_what_an_optimizer_keeps_on_the_host_is_brought_back(trainer_for: MakeTr
     _compare(trainer_for, {"opt": "adamw"}, device=torch.device("meta"))
 
 
+@pytest.mark.slow
 def test_steps_that_the_scaler_leaves_out_are_so_alike(trainer_for: MakeTrainer) -> None:
     options = {**OPTIONS, "opt": "adamw", "amp": True, "amp_dtype": "float16"}
     trainers = [trainer_for("waits", **options), late(trainer_for("late", **options))]
@@ -224,6 +225,7 @@ WHOLE: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_late_run_is_to_the_bit_as_one_that_waits(trainer_for: MakeTrainer) -> None:
     waits, other = trainer_for("waits", **WHOLE), late(trainer_for("late", **WHOLE))
     waits.run()
@@ -255,6 +257,7 @@ def test_late_run_stops_after_the_next_step_and_resumes_to_the_bit(
     assert same_tensors(left_by(whole.folder), left_by(stopped.folder))
 
 
+@pytest.mark.slow
 def test_late_run_that_meets_a_bad_step_saves_the_one_before(trainer_for: MakeTrainer) -> None:
     whole = trainer_for("whole", **WHOLE)
     whole.run()

@@ -103,6 +103,7 @@ def test_plan_scales_the_learning_rate(options: dict[str, Any], rate: float) -> 
     assert learning_rate(TrainConfig(batch_size=128, **options), 8) == pytest.approx(rate)
 
 
+@pytest.mark.slow
 def test_plan_leaves_no_model_and_reads_no_weights(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ RANDOM: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_run_is_reproducible(trainer_for: MakeTrainer) -> None:
     states = []
     for name, seed in (("first", 3), ("second", 3), ("third", 4)):

@@ -142,6 +142,7 @@ def test_run_directory_has_a_summary(run_of: RunOf) -> None:
     assert summary["test"].keys() == {"loss", "top1", "top5"}
 
 
+@pytest.mark.slow
 def test_run_ends_with_its_summary_line(run_of: RunOf, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = run_of(epochs=2, test_split="validation")
     *epochs, line = capsys.readouterr().out.splitlines()
@@ -250,6 +251,7 @@ def test_validation_of_a_run_gives_its_metrics(run_of: RunOf, name: str) -> None
     assert metrics._asdict() == expected
 
 
+@pytest.mark.slow
 def test_run_of_a_config_that_was_saved_is_the_same_run(
     run_of: RunOf, programs: Interpreter, tmp_path: Path
 ) -> None:

@@ -145,6 +145,7 @@ def test_wandb_holds_the_rows_and_one_id(
     assert (config["lr"], config["model"]) == (0.05, "resnet10t_emax")
 
 
+@pytest.mark.slow
 def test_wandb_key_is_written_nowhere(
     trainer_for: MakeTrainer, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,7 @@ def test_grouping_schedule_may_be_a_step() -> None:
     assert grouping_schedule(1.0, [1.0, 1.0], [1, 0.5]) == (1, 0.5)
 
 
+@pytest.mark.slow
 def test_grouping_is_set_on_the_model_and_the_averaged_one(trainer_for: MakeTrainer) -> None:
     trainer = trainer_for(
         model_ema=True,
@@ -306,6 +307,7 @@ def test_best_is_by_the_chosen_metric_and_never_nan(
     assert summary["validation"][eval_metric] == values[best - 1]
 
 
+@pytest.mark.slow
 def test_run_whose_metrics_are_all_nan_has_no_best(trainer_for: MakeTrainer) -> None:
     trainer = trainer_for(test_split="validation")
     run_with_metrics(trainer, [Metrics(NAN, NAN, NAN)] * 2)
@@ -341,6 +343,7 @@ def test_validate_is_of_what_is_published(trainer_for: MakeTrainer, model_ema: b
     assert (row["val_loss"], row["val_top1"], row["val_top5"]) == tuple(expected)
 
 
+@pytest.mark.slow
 def test_run_without_validation_publishes_its_last_weights(trainer_for: MakeTrainer) -> None:
     trainer = trainer_for(val_split="")
     trainer.run()
@@ -353,6 +356,7 @@ def test_run_without_validation_publishes_its_last_weights(trainer_for: MakeTrai
     assert [row["val_top1"] for row in rows] == [None, None]
 
 
+@pytest.mark.slow
 def test_run_validates_every_few_epochs_and_after_the_last(trainer_for: MakeTrainer) -> None:
     trainer = trainer_for(epochs=5, val_interval=2)
     trainer.run()
@@ -360,6 +364,7 @@ def test_run_validates_every_few_epochs_and_after_the_last(trainer_for: MakeTrai
     assert [row["val_loss"] is not None for row in rows] == [False, True, False, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("no_prefetcher", [False, True])
 def test_mixup_ends_at_its_epoch(trainer_for: MakeTrainer, no_prefetcher: bool) -> None:
     trainer = trainer_for(
@@ -381,6 +386,7 @@ def test_mixup_ends_at_its_epoch(trainer_for: MakeTrainer, no_prefetcher: bool) 
         assert min(mixed[epoch]) < 0.8
 
 
+@pytest.mark.slow
 def test_learning_rate_follows_the_schedule(trainer_for: MakeTrainer) -> None:
     trainer = trainer_for(epochs=3, lr=0.1, warmup_epochs=1, warmup_lr=0.01)
     trainer.run()

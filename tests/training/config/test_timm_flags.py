@@ -114,6 +114,7 @@ TYPICAL = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", mostly_slow(["test_resnet_emax", "resnet18_emax", "resnet18"], 0))
 def test_typical_timm_command_line_runs(
     programs: Interpreter, images: Path, tmp_path: Path, model: str
