@@ -147,6 +147,7 @@ def test_help_says_what_macs_leave_out(capsys: pytest.CaptureFixture[str]) -> No
     assert "pooling, sigmoid, norms and other elementwise work count nothing" in help_
 
 
+@pytest.mark.slow
 def test_text_is_aligned_and_shows_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert list_models(["resnet10t_emax"]) == 0
     out, err = capsys.readouterr()

@@ -239,6 +239,7 @@ weights_index.INDEX.append(entry)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("right", mostly_slow([True, False], 1))
 def test_listed_weights_are_those_of_the_index(right: bool, tmp_path: Path) -> None:
     """The hub's own sums may be right, and yet the file another than the one that was listed."""

@@ -132,6 +132,7 @@ def test_repository_with_a_pickle_is_refused(release: Path, tmp_path: Path) -> N
         assert len(hub.repos[REPO].commits) == 1
 
 
+@pytest.mark.slow
 def test_upload_without_a_token(release: Path, tmp_path: Path) -> None:
     with serve(Hub(token="hf_right")) as hub:
         environment = {**hub.environment(tmp_path), "HF_TOKEN": "hf_wrongwrong"}

@@ -331,6 +331,7 @@ def test_command_exports_the_folder_of_a_run_and_says_nothing_else(
     assert_near(run_onnx(tmp_path / "model.onnx", inputs)[0], small(inputs))
 
 
+@pytest.mark.slow
 def test_command_says_that_weights_are_initial_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

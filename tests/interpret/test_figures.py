@@ -225,6 +225,7 @@ def test_stage_is_known_by_the_layer_name() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file_format", "head"), mostly_slow([("png", b"\x89PNG"), ("svg", b"<?xml")], 0)
 )

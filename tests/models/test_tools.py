@@ -37,6 +37,7 @@ def attention_layers(model: nn.Module) -> list[Any]:
     return [layer for layer in model.modules() if isinstance(layer, EMAX | EMA)]
 
 
+@pytest.mark.slow
 @ONE
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

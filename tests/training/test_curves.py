@@ -92,6 +92,7 @@ def test_curves_do_without_what_is_not_there(tmp_path: Path, columns: dict[str, 
     assert files_in(tmp_path) == {"log.jsonl", "curves.png"}
 
 
+@pytest.mark.slow
 def test_many_layers_fit(tmp_path: Path) -> None:
     write_log(tmp_path)
     rows = [

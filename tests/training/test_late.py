@@ -96,7 +96,6 @@ def test_bad_steps_of_every_optimizer_are_left_out_alike(
             {"opt": "lamb", "clip_grad": None, "model_ema": False, "grouping_warmup": [0.3, 0.3]},
         ],
         1,
-        4,
     ),
     ids=lambda options: " ".join(map(str, options.values())),
 )
@@ -136,6 +135,7 @@ def test_generators_of_an_optimizer_are_brought_back(
     assert_same(train(device_decides=True), train(device_decides=False))
 
 
+@pytest.mark.slow
 def test_what_an_optimizer_keeps_on_the_host_is_brought_back(trainer_for: MakeTrainer) -> None:
     # As if the parameters alone were on the device.
     _compare(trainer_for, {"opt": "adamw"}, device=torch.device("meta"))
@@ -191,6 +191,7 @@ def test_run_that_stops_at_a_bad_step_is_where_the_step_before_left_it(
     assert first.startswith(f"samples at step {bad + 1} of epoch 1 on rank 0: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", mostly_slow(["warn", "skip"], 1))
 def test_spikes_are_met_alike(
     trainer_for: MakeTrainer, capsys: pytest.CaptureFixture[str], policy: str

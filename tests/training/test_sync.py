@@ -133,7 +133,6 @@ def test_train_step_waits_once(trainer_for: MakeTrainer, amp: bool, clip_mode: s
             {"opt": "sgd", "loss_spike": 20.0, "on_spike": "skip", "grad_accum_steps": 2},
         ],
         1,
-        3,
     ),
     ids=lambda options: " ".join(map(str, options.values())),
 )
