@@ -37,7 +37,7 @@ class Kernels(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What the GPU did: a kernel, a copy or a fill."""
+    """Something that the GPU did: a kernel, a copy or a fill."""
 
     name: str
     start: float

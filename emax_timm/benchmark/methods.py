@@ -33,7 +33,7 @@ BACKENDS = {CPP: "cpp", TRITON: "triton"}
 
 
 class Tensors(NamedTuple):
-    """What inputs are made of, and on which device."""
+    """The device, dtype and layout of the inputs."""
 
     device: torch.device
     dtype: torch.dtype

@@ -23,7 +23,7 @@ from .kernels import input_gradients, map_gradients, parameter_gradients, produc
 from .plan import (
     Launch,
     Plan,
-    conv3x3_matrix,
+    conv3x3_strides,
     counts_of,
     new_buffer,
     pieces,
@@ -36,7 +36,7 @@ __all__ = ["backward"]
 
 
 class _Pass(NamedTuple):
-    """What all steps of a backward pass share."""
+    """This is what all steps of a backward pass share."""
 
     x: Tensor
     """The input, channels_last."""
@@ -180,7 +180,6 @@ def _fine_maps_backward(step: _Pass, like: Tensor) -> Tensor:
     """Go back through the fine maps: the gradient of x, laid out like `like`."""
     x, grad, weights, plan, saved, scratch, pooled, _ = step
     b, h, w, d, width = plan.b, plan.h, plan.w, plan.d, plan.terms
-    matrix = weights.conv3x3_weight
     of_first = of_second = scratch.of_map
     if plan.mixes:
         of_first, of_second = scratch.of_maps, scratch.of_maps[plan.maps :]
@@ -205,8 +204,8 @@ def _fine_maps_backward(step: _Pass, like: Tensor) -> Tensor:
     )  # fmt: skip
     rows = b * plan.groups
     multiply(
-        plan, "borders", (scratch.of_conv_means, d, 1), (matrix, 9 * d, 1),
-        (scratch.of_borders, 9 * d), (rows, 9 * d, d),
+        plan, "borders", (scratch.of_conv_means, d, 1),
+        (weights.conv3x3_weight, 9 * d, 1), (scratch.of_borders, 9 * d), (rows, 9 * d, d),
     )  # fmt: skip
     multiply(
         plan, "conv3x3", (scratch.of_conv_means, 1, d), (pooled.borders, 9 * d, 1),
@@ -287,7 +286,7 @@ def _add_up(step: _Pass) -> None:
     def of_shared() -> Launch:
         constants = {
             "C": c, "F": plan.groups, "d": d, "D": plan.tiles.D,
-            "FP": power_of_two(plan.groups), "CP": power_of_two(c), **conv3x3_matrix(weights)[1],
+            "FP": power_of_two(plan.groups), "CP": power_of_two(c), **conv3x3_strides(weights),
             "GAMMA": weights.gamma is not None,
         }  # fmt: skip
         return Launch(parameter_gradients.parameter_gradients, (d,), constants, 4)

@@ -9,7 +9,7 @@ from ..weights import EMAXWeights, present
 from . import config
 from .config import power_of_two, share_out
 from .kernels import maps, output, pooling, products
-from .plan import Launch, Plan, conv3x3_matrix, counts_of, new_buffer, pieces, plan_for, split
+from .plan import Launch, Plan, counts_of, new_buffer, pieces, plan_for, split
 
 __all__ = [
     "Pooled",
@@ -80,10 +80,10 @@ def forward(
     *strips, spatial = pieces(x, [*pooled_sizes(plan), plan.maps])
     pooled = Pooled(*strips)
     pool_and_gate(features, weights, plan, kept.vectors, pooled)
-    matrix, _ = conv3x3_matrix(weights)
     multiply(
-        plan, "conv_means", (pooled.borders, 9 * plan.d, 1), (matrix, 1, 9 * plan.d),
-        (kept.conv_means, plan.d), (b * plan.groups, plan.d, 9 * plan.d), weights.conv3x3_bias,
+        plan, "conv_means", (pooled.borders, 9 * plan.d, 1),
+        (weights.conv3x3_weight, 1, 9 * plan.d), (kept.conv_means, plan.d),
+        (b * plan.groups, plan.d, 9 * plan.d), weights.conv3x3_bias,
     )  # fmt: skip
 
     def fine_maps() -> Launch:

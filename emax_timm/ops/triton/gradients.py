@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..weights import EMAXWeights
-from .plan import Sizes, padded
+from .plan import Sizes, split
 
 __all__ = ["hidden_columns", "named_gradients"]
 
@@ -13,8 +13,7 @@ def named_gradients(gradients: Tensor, x: Tensor, weights: EMAXWeights) -> dict[
     """Take apart the gradients of the parameters, by name."""
     plan = Sizes(x.shape, weights)
     sizes = plan.gradients()
-    lengths = [padded(size) for size in sizes.values()]
-    parts = dict(zip(sizes, gradients.split(lengths), strict=True))
+    parts = dict(zip(sizes, split(gradients, [*sizes.values()]), strict=True))
     grads = {name: parts[name][:size] for name, size in sizes.items() if size}
     totals, shared = grads.pop("totals"), grads.pop("shared")
     c, d, K = plan.d * plan.groups, plan.d, plan.candidates

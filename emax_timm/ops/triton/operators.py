@@ -12,7 +12,7 @@ from ..weights import EMAXConfig, EMAXWeights
 from . import backward as backward_pass
 from . import forward as forward_pass
 from .forward import output_like
-from .plan import Sizes, padded
+from .plan import Sizes, new_buffer
 
 __all__ = ["backward", "forward"]
 
@@ -43,8 +43,7 @@ def forward(
 @forward.register_fake
 def _(x, tensors, noise, groups, candidates, batch_vote, eps, keep):
     sizes = Sizes(x.shape, _weights(tensors, groups, candidates, batch_vote, eps)).saved()
-    saved = x.new_empty(sum(padded(size) for size in sizes), dtype=torch.float32)
-    return [output_like(x)[0], *[saved] * keep]
+    return [output_like(x)[0], *[new_buffer(x, sizes)] * keep]
 
 
 @torch.library.custom_op(
@@ -72,8 +71,7 @@ def backward(
 @backward.register_fake
 def _(grad, x, tensors, noise, saved, groups, candidates, batch_vote, eps):
     sizes = Sizes(x.shape, _weights(tensors, groups, candidates, batch_vote, eps)).gradients()
-    gradients = x.new_empty(sum(padded(size) for size in sizes.values()), dtype=torch.float32)
-    return [output_like(x)[0], gradients]
+    return [output_like(x)[0], new_buffer(x, [*sizes.values()])]
 
 
 def _weights(

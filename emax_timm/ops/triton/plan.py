@@ -22,7 +22,7 @@ __all__ = [
     "Launch",
     "Plan",
     "Sizes",
-    "conv3x3_matrix",
+    "conv3x3_strides",
     "counts_of",
     "new_buffer",
     "padded",
@@ -62,11 +62,8 @@ class Sizes:
         self.candidates = len(config.candidates)
         self.mixes = weights.warmup is not None and config.candidates != [config.groups]
         self.controlled = self.mixes and weights.controller_weight is not None
-        self.hidden = {"channel": 0, "global": 0}
-        if weights.channel_reduce_weight is not None:
-            self.hidden["channel"] = weights.channel_reduce_weight.shape[0]
-        if weights.global_reduce_weight is not None:
-            self.hidden["global"] = weights.global_reduce_weight.shape[0]
+        channel, global_ = _hidden(weights)
+        self.hidden: dict[str, int] = {"channel": channel, "global": global_}
         self.pixels = h * w
         self.maps = b * h * w * config.groups  # elements of a map
         self.strips = b * (h + w) * c  # elements of pooled rows and columns
@@ -124,8 +121,8 @@ class Plan(Sizes):
 
     def walk(self, size: tuple[int, int, int], weights: EMAXWeights) -> dict[str, int]:
         """Return what a kernel that walks along rows is compiled for."""
-        _, strides = conv3x3_matrix(weights)
-        return {**self.constants, **self.tiles.rows(size, self.h, self.w), **strides}
+        rows = self.tiles.rows(size, self.h, self.w)
+        return {**self.constants, **rows, **conv3x3_strides(weights)}
 
     def launch(self, site: str, arguments: tuple[Any, ...], how: Callable[[], Launch]) -> None:
         """Launch a kernel.
@@ -193,6 +190,7 @@ _MOST_PLANS = 4096
 
 
 def _hidden(weights: EMAXWeights) -> tuple[int, int]:
+    """Return the hidden units of the channel gate and of the global gate, 0 without the gate."""
     reduce = (weights.channel_reduce_weight, weights.global_reduce_weight)
     return tuple([0 if weight is None else weight.shape[0] for weight in reduce])  # type: ignore[return-value]
 
@@ -209,13 +207,15 @@ def _float_and_contiguous(weights: EMAXWeights) -> EMAXWeights:
             break
     if fits and conv3x3.dtype == torch.float32:
         return weights
-    weights = in_dtype(weights, torch.float32)
-    conv3x3 = weights.conv3x3_weight
-    if not conv3x3.is_contiguous(memory_format=torch.channels_last):
-        conv3x3 = conv3x3.contiguous()
-    tensors = [None if tensor is None else tensor.contiguous() for tensor in weights[1:]]
-    weights = EMAXWeights(weights.config, *tensors)  # type: ignore[arg-type]
-    return weights._replace(conv3x3_weight=conv3x3)
+    config, *tensors = in_dtype(weights, torch.float32)
+    return EMAXWeights(config, *[None if t is None else _contiguous(t) for t in tensors])  # type: ignore[arg-type]
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    # With kernels of 1 x 1 both layouts have the same order in memory.
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    return tensor.contiguous()
 
 
 @contextlib.contextmanager
@@ -229,16 +229,15 @@ def recorded_launches() -> Iterator[list[Launch]]:
         _recorded = None
 
 
-def conv3x3_matrix(weights: EMAXWeights) -> tuple[Tensor, dict[str, int]]:
-    """Return the weight of conv3x3, [d, d, 3, 3] in memory or, channels_last, [d, 3, 3, d].
+def conv3x3_strides(weights: EMAXWeights) -> dict[str, int]:
+    """Return the strides of an input channel and of a kernel offset in the weight of conv3x3.
 
-    Returns:
-        The weight, and the strides of an input channel and of a kernel offset in it.
+    In memory it is [d, d, 3, 3] or, channels_last, [d, 3, 3, d].
     """
     weight = weights.conv3x3_weight
     if weight.is_contiguous():
-        return weight, {"INPUT": 9, "TAP": 1}
-    return weight, {"INPUT": 1, "TAP": weight.shape[1]}
+        return {"INPUT": 9, "TAP": 1}
+    return {"INPUT": 1, "TAP": weight.shape[1]}
 
 
 def counts_of(weights: EMAXWeights, device: torch.device) -> Tensor:

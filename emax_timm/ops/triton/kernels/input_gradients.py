@@ -11,6 +11,8 @@ from .tiles import (
     SHIFT,
     channels_of_program,
     load_channels,
+    load_gate,
+    load_kernel,
     load_map,
     load_pixels,
     store_pixels,
@@ -144,7 +146,6 @@ def input_gradient(
     )
     pixels = H * W
     one = 1.0 / pixels
-    exists = inner < d
     scale, offset, _, _, _ = output_factors(
         channel_logits, global_logits, gamma, residual_gate, sample, channel, mask, C
     )
@@ -153,15 +154,7 @@ def input_gradient(
     curve = load_channels(slopes, 0, sample, samples, channel, mask, C)
     second_scale = load_channels(slopes, 1, sample, samples, channel, mask, C)
     mean = tl.load(terms + sample * T + 7 * C + group * d, mask=group_mask, other=0.0) * one
-    k0 = tl.load(kernel + inner, mask=exists, other=0.0)[None]
-    k1 = tl.load(kernel + d + inner, mask=exists, other=0.0)[None]
-    k2 = tl.load(kernel + 2 * d + inner, mask=exists, other=0.0)[None]
-    k3 = tl.load(kernel + 3 * d + inner, mask=exists, other=0.0)[None]
-    k4 = tl.load(kernel + 4 * d + inner, mask=exists, other=0.0)[None]
-    k5 = tl.load(kernel + 5 * d + inner, mask=exists, other=0.0)[None]
-    k6 = tl.load(kernel + 6 * d + inner, mask=exists, other=0.0)[None]
-    k7 = tl.load(kernel + 7 * d + inner, mask=exists, other=0.0)[None]
-    k8 = tl.load(kernel + 8 * d + inner, mask=exists, other=0.0)[None]
+    k0, k1, k2, k3, k4, k5, k6, k7, k8 = load_kernel(kernel, inner, d)
     if grad_fused is not None:
         pooled = tl.load(grad_fused + sample * C + channel, mask=mask, other=0.0) * one
     strip = gates + sample * (H + W) * C
@@ -175,8 +168,7 @@ def input_gradient(
         tile_mask = inside[:, None, None] & mask[None]
         to_row = row[:, None, None] * C + channel[None]
         to_column = (H + column)[:, None, None] * C + channel[None]
-        gate = tl.load(strip + to_row, mask=tile_mask, other=0.0)
-        gate *= tl.load(strip + to_column, mask=tile_mask, other=0.0)
+        gate = load_gate(strip, row, column, channel, tile_mask, H, C)
         second = load_map(grad_second, sample, pixel, inside, group, group_mask, pixels, F)
         second = (second - mean[None])[:, :, None]
         tile = load_pixels(x, sample, pixel, inside, channel, mask, pixels, C)
@@ -189,31 +181,31 @@ def input_gradient(
             result += pooled[None] * attention
         result += tl.load(of_strip + to_row, mask=tile_mask, other=0.0)
         result += tl.load(of_strip + to_column, mask=tile_mask, other=0.0)
-        result += k0 * moved_map(
+        result += k0[None] * moved_map(
             grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, 1, H, W, F
         )
-        result += k1 * moved_map(
+        result += k1[None] * moved_map(
             grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, 0, H, W, F
         )
-        result += k2 * moved_map(
+        result += k2[None] * moved_map(
             grad_maps, sample, pixel, inside, group, group_mask, row, column, 1, -1, H, W, F
         )
-        result += k3 * moved_map(
+        result += k3[None] * moved_map(
             grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, 1, H, W, F
         )
-        result += k4 * moved_map(
+        result += k4[None] * moved_map(
             grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, 0, H, W, F
         )
-        result += k5 * moved_map(
+        result += k5[None] * moved_map(
             grad_maps, sample, pixel, inside, group, group_mask, row, column, 0, -1, H, W, F
         )
-        result += k6 * moved_map(
+        result += k6[None] * moved_map(
             grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, 1, H, W, F
         )
-        result += k7 * moved_map(
+        result += k7[None] * moved_map(
             grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, 0, H, W, F
         )
-        result += k8 * moved_map(
+        result += k8[None] * moved_map(
             grad_maps, sample, pixel, inside, group, group_mask, row, column, -1, -1, H, W, F
         )
         # The corners that two borders share were subtracted twice.

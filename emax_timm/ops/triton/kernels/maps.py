@@ -10,6 +10,8 @@ from .tiles import (
     channels_of_program,
     kernel_offset_mask,
     load_channels,
+    load_gate,
+    load_kernel,
     load_pixels,
     softmax_of_means,
 )
@@ -50,15 +52,7 @@ def fine_maps(
     shift += load_channels(vectors, GATED_MEAN, sample, samples, channel, mask, C)
     level = tl.sum(softmax * bias, 1)
     offset = tl.load(kernel + 9 * d)
-    k0 = tl.load(kernel + inner, mask=exists, other=0.0)
-    k1 = tl.load(kernel + d + inner, mask=exists, other=0.0)
-    k2 = tl.load(kernel + 2 * d + inner, mask=exists, other=0.0)
-    k3 = tl.load(kernel + 3 * d + inner, mask=exists, other=0.0)
-    k4 = tl.load(kernel + 4 * d + inner, mask=exists, other=0.0)
-    k5 = tl.load(kernel + 5 * d + inner, mask=exists, other=0.0)
-    k6 = tl.load(kernel + 6 * d + inner, mask=exists, other=0.0)
-    k7 = tl.load(kernel + 7 * d + inner, mask=exists, other=0.0)
-    k8 = tl.load(kernel + 8 * d + inner, mask=exists, other=0.0)
+    k0, k1, k2, k3, k4, k5, k6, k7, k8 = load_kernel(kernel, inner, d)
     strip = gates + sample * (H + W) * C
     step = tl.num_programs(1) * P
     for start in tl.range(tl.program_id(1) * P, pixels, step, num_stages=STAGES):
@@ -67,9 +61,7 @@ def fine_maps(
         row = pixel // W
         column = pixel % W
         tile_mask = inside[:, None, None] & mask[None]
-        gate = tl.load(strip + row[:, None, None] * C + channel[None], mask=tile_mask, other=0.0)
-        address = strip + (H + column)[:, None, None] * C + channel[None]
-        gate *= tl.load(address, mask=tile_mask, other=0.0)
+        gate = load_gate(strip, row, column, channel, tile_mask, H, C)
         tile = load_pixels(x, sample, pixel, inside, channel, mask, pixels, C)
         deviation = tl.where(tile_mask, tile * gate - shift[None], 0.0)
         to = maps + sample.to(tl.int64) * pixels * F + pixel[:, None] * F + group[None, :]

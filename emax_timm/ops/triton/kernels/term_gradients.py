@@ -10,6 +10,7 @@ from .tiles import (
     channels_of_program,
     kernel_offset_mask,
     load_channels,
+    load_gate,
     load_map,
     load_pixels,
     softmax_of_means,
@@ -57,11 +58,9 @@ def pixel_sums(
         column = pixel % W
         tile_mask = inside[:, None, None] & mask[None]
         tile = load_pixels(x, sample, pixel, inside, channel, mask, pixels, C)
-        gate_h = tl.load(strip + row[:, None, None] * C + channel[None], mask=tile_mask, other=0.0)
-        address = strip + (H + column)[:, None, None] * C + channel[None]
-        gate_w = tl.load(address, mask=tile_mask, other=0.0)
+        gate = load_gate(strip, row, column, channel, tile_mask, H, C)
         second = load_map(grad_second, sample, pixel, inside, group, group_mask, pixels, F)
-        deviation = tl.where(tile_mask, tile * (gate_h * gate_w) - shift[None], 0.0)
+        deviation = tl.where(tile_mask, tile * gate - shift[None], 0.0)
         with_second += deviation * second[:, :, None]
         second_sum += second
         # What an output pixel takes from the offset (dy, dx) comes back from (-dy, -dx).

@@ -20,6 +20,8 @@ __all__ = [
     "channels_of_program",
     "kernel_offset_mask",
     "load_channels",
+    "load_gate",
+    "load_kernel",
     "load_map",
     "load_pixels",
     "softmax_of_means",
@@ -67,6 +69,32 @@ def load_pixels(x, sample, pixel, pixel_mask, channel, mask, pixels, C: tl.const
     address = base + pixel[:, None, None] * C + channel[None]
     tile_mask = pixel_mask[:, None, None] & mask[None]
     return tl.load(address, mask=tile_mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_gate(strip, row, column, channel, tile_mask, H, C: tl.constexpr):
+    """Load the products [P, G, D] of the gates of the rows and columns, [h + w, c], of pixels."""
+    of_row = strip + row[:, None, None] * C + channel[None]
+    of_column = strip + (H + column)[:, None, None] * C + channel[None]
+    gate = tl.load(of_row, mask=tile_mask, other=0.0)
+    return gate * tl.load(of_column, mask=tile_mask, other=0.0)
+
+
+@triton.jit
+def load_kernel(kernel, inner, d: tl.constexpr):
+    """Load the kernel of the first term [9, d]: nine times [1, D], to be held in registers."""
+    exists = inner < d
+    return (
+        tl.load(kernel + inner, mask=exists, other=0.0),
+        tl.load(kernel + d + inner, mask=exists, other=0.0),
+        tl.load(kernel + 2 * d + inner, mask=exists, other=0.0),
+        tl.load(kernel + 3 * d + inner, mask=exists, other=0.0),
+        tl.load(kernel + 4 * d + inner, mask=exists, other=0.0),
+        tl.load(kernel + 5 * d + inner, mask=exists, other=0.0),
+        tl.load(kernel + 6 * d + inner, mask=exists, other=0.0),
+        tl.load(kernel + 7 * d + inner, mask=exists, other=0.0),
+        tl.load(kernel + 8 * d + inner, mask=exists, other=0.0),
+    )
 
 
 @triton.jit
