@@ -174,6 +174,7 @@ def commands() -> list[str]:
 
 
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+DEPLOYMENT = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
 
 
 # `emax plan` builds a whole model; test_plan.py has smaller ones.
@@ -181,11 +182,12 @@ TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     "line",
     [
         pytest.param(line, marks=pytest.mark.slow if line.startswith("emax plan") else ())
-        for block in blocks("bash", TRAINING)
+        for block in blocks("bash", TRAINING) + blocks("bash", DEPLOYMENT)
         for line in block.splitlines()
+        if "train.py" in line or line.startswith("emax plan")
     ],
 )
-def test_command_of_the_page_on_training_is_understood(
+def test_command_of_the_pages_on_training_and_deployment_is_understood(
     line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)

@@ -224,6 +224,25 @@ def test_linear_probe_without_checkpoint_is_repeatable(
     assert printed[0] == printed[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_resnet_emax", "test_convnext_emax"])
+def test_compressed_models_classify_as_the_page_on_deployment_says(name: str) -> None:
+    needs("onnxruntime")
+    done = run_example("compress", "--model", name)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\w.*?)  +(\d\.\d{3})(?: +(\d+\.\d))?$", done.stdout, re.MULTILINE)
+    found = {row: float(value) for row, value, _ in rows}
+    sizes = {row: float(size) for row, _, size in rows if size}
+    assert found["float32, ONNX"] == found["float32"]
+    assert sizes["int8, ONNX"] < sizes["float32, ONNX"] / 2
+    page = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    quantised, pruned = re.findall(rf"^\| `{name}` \|(.*)\|$", page, re.MULTILINE)
+    said = [float(cell) for cell in (*quantised.split("|")[:2], *pruned.split("|"))]
+    names = ("float32", "int8, ONNX", "float32", "pruned 30%", "pruned 50%", "pruned 70%")
+    # Rounding differs between processors, and an image is a thousandth.
+    assert [found[row] for row in names] == pytest.approx(said, abs=0.01)
+
+
 def test_linear_probe_refuses_what_is_no_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
