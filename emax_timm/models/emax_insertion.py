@@ -1,13 +1,11 @@
 """Attention in any CNN of timm: a function that inserts it, and a model that has it by name."""
 
-import copy
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import timm
-import torch
 from timm.models import (
     PretrainedCfg,
     generate_default_cfgs,
@@ -15,11 +13,11 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookNet
-from torch import Tensor, nn
+from torch import nn
 
 from ..attention import create_attention
 from .download import locate
-from .placement import chosen_stages, place_after_stages, place_in_blocks, stage_names
+from .placement import place_after_stages, place_in_blocks
 from .registry import build_model, register, without_weights
 
 __all__ = ["insert_attention"]
@@ -65,8 +63,7 @@ def insert_attention(
     if where == "block":
         place_in_blocks(model, build, stages)
     else:
-        chosen = chosen_stages(model, stages)
-        place_after_stages(model, build, chosen, _stage_channels(model, chosen))
+        place_after_stages(model, build, stages)
     _describe(
         model,
         attention=attention,
@@ -102,55 +99,6 @@ def _check_has_none(model: Any) -> None:
         )
     if any(name.endswith("residual_gate") for name, _ in model.named_parameters()):
         raise ValueError(f"{type(model).__name__} has attention already")
-
-
-def _stage_channels(model: Any, stages: Sequence[int]) -> list[int]:
-    """Return the output channels of each stage, after a check that `stages` map one tensor to one.
-
-    It runs a copy of the model on the meta device, which computes nothing: some models keep tensors
-    from one call to the next.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in tensors}
-    shadow = copy.deepcopy(model, memo).eval()
-    names = stage_names(shadow)
-    seen: dict[str, list[Any]] = {name: [] for name in names}
-    for name in names:
-        shadow.get_submodule(name).register_forward_hook(
-            lambda _, args, output, name=name: seen[name].append((args, output))
-        )
-    size = model.pretrained_cfg["input_size"]
-    channels = getattr(model, "in_chans", size[0])
-    image = torch.empty(1, channels, *size[1:], device="meta", dtype=tensors[0].dtype)
-    with torch.no_grad():
-        shadow.forward_features(image)
-    widths = [entry["num_chs"] for entry in model.feature_info][-len(names) :]
-    for stage in stages:
-        name = names[stage]
-        if len(seen[name]) != 1:
-            raise ValueError(f"{name} of {type(model).__name__} is not a stage that is run once")
-        args, output = seen[name][0]
-        shapes = [tuple(t.shape) for t in (*args, output) if isinstance(t, Tensor)]
-        if len(shapes) < 2 or not isinstance(output, Tensor):
-            raise ValueError(f"{name} of {type(model).__name__} does not map one tensor to one")
-        if output.ndim != 4 or output.shape[1] != widths[stage]:
-            raise ValueError(
-                f"{name} of {type(model).__name__} gives {list(output.shape)}, not a feature map "
-                f"[b, {widths[stage]}, h, w]: a model of tokens has no place for attention"
-            )
-    # A stage with a loop of its own over its modules may not run a module that is added at its end.
-    runs: list[nn.Module] = []
-    place_after_stages(shadow, lambda _: nn.Identity(), stages, widths)
-    for stage in stages:
-        probe = shadow.get_submodule(f"{names[stage]}.attention")
-        probe.register_forward_hook(lambda module, *_: runs.append(module))
-    with torch.no_grad():
-        shadow.forward_features(image)
-    if len(runs) != len(stages) or len(set(runs)) != len(stages):
-        raise ValueError(
-            f"the stages of {type(model).__name__} run their modules by code of their own"
-        )
-    return widths
 
 
 def _describe(model: Any, **arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""Insertion of attention into a CNN of timm: into the slots of its blocks, or after its stages.
+"""Insertion of attention into a timm model: into the slots of its blocks, or after its stages.
 
 The existing parameters keep their names, so the weights of the baseline fit.
 
@@ -10,8 +10,7 @@ it into its blocks.
 """
 
 import functools
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from timm.models import _efficientnet_blocks as efficientnet_blocks
@@ -19,8 +18,11 @@ from timm.models import convnext, regnet, res2net, resnet, sknet
 from torch import Tensor, nn
 
 from ..attention import create_attention
+from .append import append, with_grid
+from .stages import chosen_stages, probe_stages, stage_names
+from .tokens import TokenAttention
 
-__all__ = ["BlockAttention", "place_after_stages", "place_in_blocks", "stage_names"]
+__all__ = ["BlockAttention", "place_after_stages", "place_in_blocks"]
 
 Build = Callable[[int], nn.Module]
 """A function that creates the attention for a number of channels."""
@@ -39,8 +41,6 @@ SLOTS: dict[type[nn.Module], str] = {
     efficientnet_blocks.EdgeResidual: "bn1",
     efficientnet_blocks.UniversalInvertedResidual: "pw_exp.bn",
 }
-
-STEM = re.compile(r"$|(conv_)?stem|act1$|bn1$")
 
 
 class ConvNeXtAttentionBlock(convnext.ConvNeXtBlock):
@@ -114,38 +114,6 @@ class BlockAttention:
         place_in_blocks(cast(nn.Module, self), build, attn_stages)
 
 
-def stage_names(model: nn.Module) -> list[str]:
-    """Return the names of the modules that end the stages of a model, without the stem.
-
-    Raises:
-        ValueError: If timm's `feature_info` of the model does not name them.
-    """
-    info: Any = getattr(model, "feature_info", None)
-    modules = dict(model.named_modules())
-    names = [str(entry["module"]) for entry in info or ()]
-    if names and STEM.match(names[0]):
-        names = names[1:]
-    if not names or any(name not in modules for name in names):
-        raise ValueError(
-            f"{type(model).__name__} does not say which modules are its stages (feature_info)"
-        )
-    return names
-
-
-def chosen_stages(model: nn.Module, stages: Sequence[int] | None) -> list[int]:
-    """Return the sorted indices of the stages that get attention, from 0; None is all of them.
-
-    Raises:
-        ValueError: If a stage does not exist.
-    """
-    count = len(stage_names(model))
-    if stages is None:
-        return list(range(count))
-    if unknown := sorted(set(stages) - set(range(count))):
-        raise ValueError(f"stages of this model are 0 to {count - 1}, not {unknown}")
-    return sorted(set(stages))
-
-
 def place_in_blocks(model: nn.Module, build: Build, stages: Sequence[int] | None = None) -> int:
     """Insert attention into the residual branch of every block of the stages, in place.
 
@@ -189,25 +157,28 @@ def place_in_blocks(model: nn.Module, build: Build, stages: Sequence[int] | None
             if slot is None or isinstance(slot, nn.Identity):
                 block.se = attention
             else:
-                _append(slot, attention)
+                append(slot, attention)
     return len(blocks)
 
 
-def place_after_stages(
-    model: nn.Module, build: Build, stages: Iterable[int], channels: Sequence[int]
-) -> None:
+def place_after_stages(model: nn.Module, build: Build, stages: Sequence[int] | None = None) -> None:
     """Insert attention after each of the stages, in place.
 
     Args:
         model: A timm model.
         build: Creates the attention for a number of channels.
-        stages: Indices of stages, from 0.
-        channels: The number of output channels of every stage of the model.
+        stages: Indices of stages, from 0; None is all of them.
+
+    Raises:
+        ValueError: If a stage does not exist, or its output is not one tensor of features on a
+            grid.
     """
-    names = stage_names(model)
-    for stage in stages:
-        module = model.get_submodule(names[stage])
-        _append(module, build(channels[stage]).train(module.training))
+    for stage in probe_stages(model, chosen_stages(model, stages)):
+        module = model.get_submodule(stage.name)
+        attention = stage.adapt(build(stage.channels)).train(module.training)
+        append(module, attention)
+    if any(isinstance(module, TokenAttention) for module in model.modules()):
+        model.__class__ = with_grid(type(model))
 
 
 def _stage_of_each_module(model: nn.Module) -> dict[str, int]:
@@ -231,46 +202,3 @@ def _stage_of_each_module(model: nn.Module) -> dict[str, int]:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def _append(module: nn.Module, attention: nn.Module) -> None:
-    """Make `module` end with `attention`; its own parameters keep their names."""
-    # Modules of these classes run all their children in turn.
-    if not isinstance(module, nn.Sequential | regnet.RegStage):
-        module.__class__ = _with_attention(type(module))
-    module.add_module("attention", attention)
-
-
-@functools.cache
-def _with_attention(cls: type[nn.Module]) -> type[nn.Module]:
-    """Make a subclass of `cls` whose output goes through `self.attention`.
-
-    The attention is a child of the module itself, so that the parameters of both have plain names.
-    A forward hook would be lost in TorchScript and in torch.export.
-    """
-
-    def forward(self, *args, **kwargs):
-        return self.attention(cls.forward(self, *args, **kwargs))
-
-    def reduce_ex(self, protocol):
-        # Pickle cannot import this class, and makes it anew.
-        _, _, *state = cls.__reduce_ex__(self, protocol)
-        return _empty_with_attention, (cls,), *state
-
-    namespace: dict[str, Any] = {
-        "forward": forward,
-        "__reduce_ex__": reduce_ex,
-        "__module__": __name__,
-    }
-    if issubclass(cls, nn.ModuleDict):
-        # The blocks of DenseNet run all of their items.
-        namespace["items"] = lambda self: [
-            (name, layer) for name, layer in self._modules.items() if name != "attention"
-        ]
-    return type(f"{cls.__name__}WithAttention", (cls,), namespace)  # pyright: ignore[reportReturnType]
-
-
-def _empty_with_attention(cls: type[nn.Module]) -> nn.Module:
-    """Create an object of the class above, for pickle to fill."""
-    kind = _with_attention(cls)
-    return kind.__new__(kind)

@@ -1,0 +1,192 @@
+"""The stages of a timm model: which modules end them, and in which layout their features come."""
+
+import copy
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import PatchDropout, PatchDropoutWithIndices
+from timm.models import hiera, naflexvit
+from torch import Tensor, nn
+
+from .append import append
+from .tokens import (
+    ChannelsLastAttention,
+    TokenAttention,
+    UnrolledAttention,
+    has_grid,
+    patches_of,
+    run_on_grid,
+)
+
+__all__ = ["Stage", "chosen_stages", "probe_stages", "stage_names"]
+
+STEM = re.compile(r"$|(conv_)?stem|act1$|bn1$")
+BLOCK = re.compile(r"(.*\.)?blocks\.(\d+)")
+
+DROPOUTS = (PatchDropout, PatchDropoutWithIndices)
+
+EVERY = 3
+"""Blocks per stage of a model that has blocks of one width and no stages."""
+
+Adapt = Callable[[nn.Module], nn.Module]
+"""A function that makes attention for feature maps into attention for the layout of a stage."""
+
+
+class Stage(NamedTuple):
+    """The end of a stage."""
+
+    name: str
+    """The name of the module that ends it."""
+    channels: int
+    """The number of its output channels."""
+    adapt: Adapt
+    """Makes attention for feature maps into attention for the output of the module."""
+
+
+def stage_names(model: nn.Module) -> list[str]:
+    """Return the names of the modules that end the stages of a model, without the stem.
+
+    In models of equal blocks, such as vision transformers, a stage is three blocks.
+
+    Raises:
+        ValueError: If timm's `feature_info` of the model does not name them.
+    """
+    info: Any = getattr(model, "feature_info", None)
+    modules = dict(model.named_modules())
+    names = [str(entry["module"]) for entry in info or ()]
+    if names and STEM.match(names[0]):
+        names = names[1:]
+    if not names or any(name not in modules for name in names):
+        raise ValueError(
+            f"{type(model).__name__} does not say which modules are its stages (feature_info)"
+        )
+    widths = {(entry["num_chs"], str(entry["reduction"])) for entry in info}
+    if len(widths) == 1 and all(map(BLOCK.fullmatch, names)):
+        return names[EVERY - 1 :: EVERY] or names[-1:]
+    return names
+
+
+def chosen_stages(model: nn.Module, stages: Sequence[int] | None) -> list[int]:
+    """Return the sorted indices of the stages that get attention, from 0; None is all of them.
+
+    Raises:
+        ValueError: If a stage does not exist.
+    """
+    count = len(stage_names(model))
+    if stages is None:
+        return list(range(count))
+    if unknown := sorted(set(stages) - set(range(count))):
+        raise ValueError(f"stages of this model are 0 to {count - 1}, not {unknown}")
+    return sorted(set(stages))
+
+
+def probe_stages(model: Any, chosen: Sequence[int]) -> list[Stage]:
+    """Find out the layouts of stages, by a run of a copy of the model on the meta device.
+
+    Such a run computes nothing, and some models keep tensors from one call to the next.
+
+    Args:
+        model: A timm model.
+        chosen: Indices of stages, from 0.
+
+    Raises:
+        ValueError: If the output of a stage is not one tensor of features on a grid.
+    """
+    _check_keeps_tokens(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in tensors}
+    shadow = copy.deepcopy(model, memo).eval()
+    names = stage_names(shadow)
+    seen: dict[str, list[Any]] = {name: [] for name in names}
+    for name in names:
+        shadow.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: seen[name].append((args, output))
+        )
+    channels = getattr(model, "in_chans", model.pretrained_cfg["input_size"][0])
+    image = torch.empty(1, channels, *_image_size(model), device="meta", dtype=tensors[0].dtype)
+    with torch.no_grad():
+        shadow.forward_features(image)
+    info = {entry["module"]: entry for entry in model.feature_info}
+    stages = []
+    for name in (names[stage] for stage in chosen):
+        if len(seen[name]) != 1:
+            raise ValueError(f"{name} of {type(model).__name__} is not a stage that is run once")
+        args, output = seen[name][0]
+        if not isinstance(output, Tensor) or not any(isinstance(t, Tensor) for t in args):
+            raise ValueError(f"{name} of {type(model).__name__} does not map one tensor to one")
+        width = info[name]["num_chs"]
+        adapt = _layout(model, name, width, output.shape, image, info[name]["reduction"])
+        stages.append(Stage(name, width, adapt))
+    _check_run(shadow, stages, image)
+    return stages
+
+
+def _check_keeps_tokens(model: Any) -> None:
+    """Check that a model keeps all of its tokens on the grid of the image."""
+    name = type(model).__name__
+    if isinstance(model, naflexvit.NaFlexVit):
+        raise ValueError(f"{name} also takes packed patches, which are on no grid")
+    drops = [m.prob for m in model.modules() if isinstance(m, DROPOUTS)]
+    if any(drops) or getattr(model, "patch_drop_rate", 0) > 0:
+        raise ValueError(
+            f"{name} drops patches in training (patch_drop_rate), and the rest is on no grid"
+        )
+
+
+def _image_size(model: Any) -> tuple[int, int]:
+    """Return height and width of the images that a model takes by default."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return tuple(size or model.pretrained_cfg["input_size"][1:])
+
+
+def _layout(
+    model: Any, name: str, width: int, shape: Sequence[int], image: Tensor, reduction: Any
+) -> Adapt:
+    """Return what adapts attention to the output of a stage, by its shape for one image."""
+    channels_last = getattr(model, "output_fmt", "") == "NHWC"
+    if len(shape) == 4 and shape[1] == width and not channels_last:
+        return lambda attention: attention
+    if len(shape) == 4 and shape[3] == width:
+        return ChannelsLastAttention
+    if isinstance(model, hiera.Hiera) and len(shape) == 3:
+        return _unrolled(model, int(name.rpartition(".")[2]))
+    prefix = stride = 0
+    if len(shape) == 3 and shape[2] == width:
+        grid = patches_of(model, image)
+        stride = 1 if has_grid(model) else int(reduction)
+        prefix = shape[1] - math.prod(-(-size // stride) for size in grid)
+        if prefix in (0, getattr(model, "num_prefix_tokens", 0)):
+            return lambda attention: TokenAttention(attention, prefix, stride)
+    raise ValueError(
+        f"{name} of {type(model).__name__} gives {list(shape)} for an image of "
+        f"{list(image.shape[2:])}, which are neither feature maps nor tokens on a grid"
+    )
+
+
+def _unrolled(model: hiera.Hiera, block: int) -> Adapt:
+    schedule, size = model.reroll.schedule[block]
+    if len(size) != 2:
+        raise ValueError(f"{type(model).__name__} has a grid of {len(size)} dimensions, not 2")
+    unroll = hiera.Unroll(size, (1, 1), schedule)  # pyright: ignore[reportArgumentType]
+    return lambda attention: UnrolledAttention(attention, model.reroll, unroll, block)
+
+
+def _check_run(shadow: Any, stages: Sequence[Stage], image: Tensor) -> None:
+    """Check that every attention would be run.
+
+    A stage with a loop of its own over its modules may not run a module that is added at its end.
+    """
+    runs: list[nn.Module] = []
+    for stage in stages:
+        probe = nn.Identity()
+        probe.register_forward_hook(lambda module, *_: runs.append(module))
+        append(shadow.get_submodule(stage.name), stage.adapt(probe))
+    with torch.no_grad():
+        run_on_grid(type(shadow).forward_features, shadow, image)
+    if len(runs) != len(stages) or len(set(runs)) != len(stages):
+        raise ValueError(
+            f"the stages of {type(shadow).__name__} run their modules by code of their own"
+        )
