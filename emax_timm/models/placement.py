@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..attention import create_attention
 from .append import append, with_grid
-from .stages import chosen_stages, probe_stages, stage_names
+from .stages import check_keeps_tokens, chosen_stages, probe_stages, stage_names
 from .tokens import TokenAttention
 
 __all__ = ["BlockAttention", "place_after_stages", "place_in_blocks"]
@@ -173,6 +173,7 @@ def place_after_stages(model: nn.Module, build: Build, stages: Sequence[int] | N
         ValueError: If a stage does not exist, or its output is not one tensor of features on a
             grid.
     """
+    check_keeps_tokens(model)
     for stage in probe_stages(model, chosen_stages(model, stages)):
         module = model.get_submodule(stage.name)
         attention = stage.adapt(build(stage.channels)).train(module.training)

@@ -3,12 +3,12 @@
 import copy
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from timm.layers import PatchDropout, PatchDropoutWithIndices
-from timm.models import hiera, naflexvit
+from timm.models import gemma4_vit, get_model_input_config, hiera, naflexvit
 from torch import Tensor, nn
 
 from .append import append
@@ -21,10 +21,12 @@ from .tokens import (
     run_on_grid,
 )
 
-__all__ = ["Stage", "chosen_stages", "probe_stages", "stage_names"]
+__all__ = ["Stage", "check_keeps_tokens", "chosen_stages", "probe_stages", "stage_names"]
 
 STEM = re.compile(r"$|(conv_)?stem|act1$|bn1$")
 BLOCK = re.compile(r"(.*\.)?blocks\.(\d+)")
+
+PACKED = (naflexvit.NaFlexVit, gemma4_vit.Gemma4VitEncoder, gemma4_vit.Gemma4VitClassifier)
 
 DROPOUTS = (PatchDropout, PatchDropoutWithIndices)
 
@@ -59,6 +61,10 @@ def stage_names(model: nn.Module) -> list[str]:
     names = [str(entry["module"]) for entry in info or ()]
     if names and STEM.match(names[0]):
         names = names[1:]
+    # Twins has a wrong name for its lists of blocks; a list ends with its last block.
+    names = [name if name in modules else re.sub("^block", "blocks", name) for name in names]
+    lists = {k: len(v) for k, v in modules.items() if isinstance(v, nn.ModuleList)}
+    names = [f"{name}.{lists[name] - 1}" if name in lists else name for name in names]
     if not names or any(name not in modules for name in names):
         raise ValueError(
             f"{type(model).__name__} does not say which modules are its stages (feature_info)"
@@ -95,39 +101,41 @@ def probe_stages(model: Any, chosen: Sequence[int]) -> list[Stage]:
     Raises:
         ValueError: If the output of a stage is not one tensor of features on a grid.
     """
-    _check_keeps_tokens(model)
+    names = stage_names(model)
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(tensor): tensor.to("meta") for tensor in tensors}
     shadow = copy.deepcopy(model, memo).eval()
-    names = stage_names(shadow)
     seen: dict[str, list[Any]] = {name: [] for name in names}
     for name in names:
         shadow.get_submodule(name).register_forward_hook(
             lambda _, args, output, name=name: seen[name].append((args, output))
         )
-    channels = getattr(model, "in_chans", model.pretrained_cfg["input_size"][0])
-    image = torch.empty(1, channels, *_image_size(model), device="meta", dtype=tensors[0].dtype)
+    size = get_model_input_config(model)["input_size"]
+    image = torch.empty(1, *size, device="meta", dtype=tensors[0].dtype)
     with torch.no_grad():
         shadow.forward_features(image)
-    info = {entry["module"]: entry for entry in model.feature_info}
+    infos = model.feature_info[-len(names) :]  # equal ones if a stage is three blocks
     stages = []
-    for name in (names[stage] for stage in chosen):
+    for name, info in ((names[stage], infos[stage]) for stage in chosen):
         if len(seen[name]) != 1:
             raise ValueError(f"{name} of {type(model).__name__} is not a stage that is run once")
         args, output = seen[name][0]
         if not isinstance(output, Tensor) or not any(isinstance(t, Tensor) for t in args):
             raise ValueError(f"{name} of {type(model).__name__} does not map one tensor to one")
-        width = info[name]["num_chs"]
-        adapt = _layout(model, name, width, output.shape, image, info[name]["reduction"])
-        stages.append(Stage(name, width, adapt))
+        adapt = _layout(model, name, info, output.shape, image)
+        stages.append(Stage(name, info["num_chs"], adapt))
     _check_run(shadow, stages, image)
     return stages
 
 
-def _check_keeps_tokens(model: Any) -> None:
-    """Check that a model keeps all of its tokens on the grid of the image."""
+def check_keeps_tokens(model: Any) -> None:
+    """Check that a model never drops nor packs its tokens.
+
+    Raises:
+        ValueError: If it can.
+    """
     name = type(model).__name__
-    if isinstance(model, naflexvit.NaFlexVit):
+    if isinstance(model, PACKED):
         raise ValueError(f"{name} also takes packed patches, which are on no grid")
     drops = [m.prob for m in model.modules() if isinstance(m, DROPOUTS)]
     if any(drops) or getattr(model, "patch_drop_rate", 0) > 0:
@@ -136,16 +144,11 @@ def _check_keeps_tokens(model: Any) -> None:
         )
 
 
-def _image_size(model: Any) -> tuple[int, int]:
-    """Return height and width of the images that a model takes by default."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return tuple(size or model.pretrained_cfg["input_size"][1:])
-
-
 def _layout(
-    model: Any, name: str, width: int, shape: Sequence[int], image: Tensor, reduction: Any
+    model: Any, name: str, info: Mapping[str, Any], shape: Sequence[int], image: Tensor
 ) -> Adapt:
     """Return what adapts attention to the output of a stage, by its shape for one image."""
+    width = info["num_chs"]
     channels_last = getattr(model, "output_fmt", "") == "NHWC"
     if len(shape) == 4 and shape[1] == width and not channels_last:
         return lambda attention: attention
@@ -156,7 +159,7 @@ def _layout(
     prefix = stride = 0
     if len(shape) == 3 and shape[2] == width:
         grid = patches_of(model, image)
-        stride = 1 if has_grid(model) else int(reduction)
+        stride = 1 if has_grid(model) else int(info["reduction"])
         prefix = shape[1] - math.prod(-(-size // stride) for size in grid)
         if prefix in (0, getattr(model, "num_prefix_tokens", 0)):
             return lambda attention: TokenAttention(attention, prefix, stride)

@@ -59,8 +59,8 @@ class TokenAttention(nn.Module):
         torch._assert(count == self.prefix + height * width, NO_GRID)
         tokens = x[:, self.prefix :]  # [b, h * w, c]
         features = tokens.transpose(1, 2).reshape(batch, channels, height, width)
-        # Contiguous, as the tokens were: the next layer then computes the same bits.
-        tokens = self.attention(features).flatten(2).transpose(1, 2).contiguous()
+        # The attention keeps the memory format, so that later layers compute the same bits.
+        tokens = self.attention(features).flatten(2).transpose(1, 2)
         return torch.cat([x[:, : self.prefix], tokens], 1) if self.prefix else tokens
 
     def extra_repr(self) -> str:
@@ -80,7 +80,7 @@ class ChannelsLastAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the attention to x [b, h, w, c]; the result has the shape of x."""
-        return self.attention(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+        return self.attention(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class UnrolledAttention(nn.Module):
