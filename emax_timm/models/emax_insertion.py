@@ -1,4 +1,4 @@
-"""Attention in any CNN of timm: a function that inserts it, and a model that has it by name."""
+"""Attention in a CNN or token model of timm: a function that inserts it, and a model that has it by name."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ def insert_attention(
     where: str = "stage",
     attn_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Insert attention into a convolutional timm model, in place, without changing its outputs.
+    """Insert attention into a timm model, in place, without changing its outputs.
 
     Every attention sits behind a residual gate that starts closed, so the outputs of a pretrained
     model stay the same to the bit until it is trained. The names of its parameters stay as well.
@@ -38,11 +38,14 @@ def insert_attention(
     rebuilds the result; `timm.create_model("with_attention", base_model=...)` creates it by name.
 
     Args:
-        model: A timm model whose stages map one tensor [b, c, h, w] to one, created without
-            `features_only`.
+        model: A timm model whose stages give one tensor of feature maps [b, c, h, w] or
+            [b, h, w, c], or of tokens [b, n, c] on a grid, with or without prefix tokens; created
+            without `features_only`.
         attention: Name of the attention, as in `create_attention`.
         stages: Indices of the stages that get attention, counted from 0 for the first after the
             stem, in the order of the feature maps that `features_only` gives; None is all of them.
+            In models of equal blocks, such as vision transformers, three blocks are a stage, and
+            the last block ends none: stage 0 of ViT-B ends after blocks.2, stage 2 after blocks.8.
         where: "stage" inserts it after each stage; "block" into the residual branch of every block
             of the stages, in families whose blocks have a slot for it: ResNet, SKNet, Res2Net,
             RegNet, EfficientNet, MobileNet, ConvNeXt.

@@ -8,6 +8,8 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
+from .tokens import feature_layer
+
 __all__ = ["GRAD_CAM_NEEDED", "grad_cam"]
 
 GRAD_CAM_NEEDED = "Grad-CAM needs the package grad-cam: pip install 'emax-timm[viz]'"
@@ -23,7 +25,8 @@ def grad_cam(
     Args:
         model: A classifier; of a wrapped one the model inside.
         images: [b, c, h, w].
-        layer: Name of a module that gives a feature map, such as "layer4".
+        layer: Name of a module that gives a feature map, such as "layer4", or of tokens on a grid
+            that go through inserted attention, such as "blocks.8".
         classes: Of each image; None for the likeliest.
 
     Returns:
@@ -44,7 +47,7 @@ def grad_cam(
     with torch.inference_mode(False), torch.enable_grad():
         copied = copy.deepcopy(unwrap_model(model)).requires_grad_()
         try:
-            target = copied.get_submodule(layer)
+            target = feature_layer(copied.get_submodule(layer))
         except AttributeError:
             raise ValueError(f"{type(copied).__name__} has no layer {layer}") from None
         with GradCAM(copied, [target]) as cam:

@@ -51,7 +51,8 @@ class Stage(NamedTuple):
 def stage_names(model: nn.Module) -> list[str]:
     """Return the names of the modules that end the stages of a model, without the stem.
 
-    In models of equal blocks, such as vision transformers, a stage is three blocks.
+    In models of equal blocks, such as vision transformers, a stage is three blocks, and the last
+    block ends none.
 
     Raises:
         ValueError: If timm's `feature_info` of the model does not name them.
@@ -71,7 +72,8 @@ def stage_names(model: nn.Module) -> list[str]:
         )
     widths = {(entry["num_chs"], str(entry["reduction"])) for entry in info}
     if len(widths) == 1 and all(map(BLOCK.fullmatch, names)):
-        return names[EVERY - 1 :: EVERY] or names[-1:]
+        # Not after the last block: of what changes there, a class token would see nothing.
+        return names[EVERY - 1 : -1 : EVERY] or names[:1]
     return names
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "ChannelsLastAttention",
     "TokenAttention",
     "UnrolledAttention",
+    "feature_layer",
     "grid_of",
     "has_grid",
     "patches_of",
@@ -107,6 +108,24 @@ class UnrolledAttention(nn.Module):
         """Apply the attention to x [b, n, c]; the result has the shape of x."""
         torch._assert(x.shape[1] == self.count, NO_GRID)
         return self.unroll(self.attention(self.reroll(x, self.block)).flatten(1, 2))
+
+
+LAYOUTS = (TokenAttention, ChannelsLastAttention, UnrolledAttention)
+
+
+def feature_layer(stage: nn.Module) -> nn.Module:
+    """Return the layer whose output is the output of a stage as feature maps [b, c, h, w].
+
+    It is the stage itself if it has no attention in another layout.
+    """
+    if isinstance(stage, nn.ModuleList):
+        return feature_layer(stage[-1])
+    layer = getattr(stage, "attention", None)
+    if not isinstance(layer, LAYOUTS):
+        return stage
+    while isinstance(layer, LAYOUTS):
+        layer = layer.attention
+    return layer
 
 
 class _Pass(threading.local):
