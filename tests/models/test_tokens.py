@@ -16,8 +16,10 @@ import torch
 from tiers import mostly_slow
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from emax_timm import EMAX, capture_attention, insert_attention
+from emax_timm.models.gradcam import grad_cam
 from emax_timm.models.tokens import TokenAttention
 
 SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 7, "num_heads": 3, "img_size": 64}
@@ -107,12 +109,15 @@ KEPT = (0, 1)
 
 
 def plain(name: str, **kwargs: Any) -> Any:
-    """A model in which no layer scale hides the attention."""
+    """A model in which no layer scale and no empty head hides the attention."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5, **{**FAMILIES[name][0], **kwargs})
-    for key, tensor in model.state_dict().items():
-        if key.endswith("running_var") or (tensor.ndim == 1 and key.endswith(("weight", "gamma"))):
-            tensor.uniform_(0.5, 1.5)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim == 1 and not key.endswith("bias"):
+                parameter.uniform_(0.5, 1.5)
+            elif parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(std=0.02)
     return model.eval()
 
 
@@ -258,46 +263,61 @@ def test_checkpointing_computes_each_pass_on_its_own_grid() -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_grad_cam_is_that_of_the_features_on_the_grid() -> None:
+    model, x = insert_attention(plain("test_vit")), images(32, 96)
+    open_gates(model)
+    layer, seen = model.blocks[2].attention.attention, []
+    hook = layer.register_forward_hook(lambda _, args, output: seen.append(output))
+    logits = model(x)
+    hook.remove()
+    (gradient,) = torch.autograd.grad(logits[[0, 1], [4, 2]].sum(), seen[0])
+    cam = (gradient.mean((2, 3), keepdim=True) * seen[0]).sum(1).relu().detach()
+    expected = F.interpolate(cam.unsqueeze(1), (32, 96), mode="bilinear").squeeze(1)
+    expected = expected - expected.amin((1, 2), keepdim=True)
+    expected = expected / expected.amax((1, 2), keepdim=True).clamp_min(1e-12)
+    found = grad_cam(model, x, "blocks.2", [4, 2])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_block_outside_of_a_pass_says_what_is_missing() -> None:
     model = insert_attention(plain("test_vit"))
     with pytest.raises(RuntimeError, match="size of the images"):
         model.blocks[2](torch.randn(1, 17, 48))
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    mostly_slow(
-        [
-            ("test_vit", [(64, 64), (32, 96), (96, 32)]),
-            ("swin_tiny_patch4_window7_224", [(64, 64), (96, 64)]),
-            ("eva02_tiny_patch14_224", [(56, 56), (28, 70)]),
-            ("hiera_tiny_224", [(64, 64)]),
-        ]
-    ),
-)
-def test_model_is_compiled_and_exported_as_its_baseline(
-    name: str, sizes: list[tuple[int, int]]
-) -> None:
+COMPILED = {
+    "test_vit": (96, 32),
+    "swin_tiny_patch4_window7_224": (96, 64),
+    "eva02_tiny_patch14_224": (70, 28),
+    "hiera_tiny_224": (64, 64),
+}
+
+
+@pytest.mark.parametrize("name", mostly_slow(COMPILED))
+@torch.no_grad()
+def test_model_compiles_without_graph_breaks(name: str) -> None:
     model = insert_attention(plain(name))
     open_gates(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        for size in sizes:
-            x = images(*size)
-            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-    for size in sizes:
-        x = images(*size)
-        program = torch.export.export(
-            model, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
-        ).module()
-        with torch.no_grad():
-            expected = model(torch.cat([x, x, x]))
-            torch.testing.assert_close(
-                program(torch.cat([x, x, x])), expected, rtol=1e-4, atol=1e-5
-            )
-        with torch.no_grad():
-            traced = torch.jit.trace(model, x)
-            torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    size = FAMILIES[name][0]["img_size"]
+    for x in (
+        images(*(size if isinstance(size, tuple) else (size, size))),
+        images(*COMPILED[name]),
+    ):
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", mostly_slow(COMPILED))
+@torch.no_grad()
+def test_model_is_exported_with_any_batch_at_another_size(name: str) -> None:
+    model = insert_attention(plain(name))
+    open_gates(model)
+    x = images(*COMPILED[name])
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(model, (x,), dynamic_shapes=dynamic).module()
+    for batch in (x, images(*COMPILED[name], batch=3)):
+        torch.testing.assert_close(program(batch), model(batch), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -367,7 +387,7 @@ def test_models_without_a_grid_are_refused_with_the_reason() -> None:
     mostly_slow(
         [
             ("naflexvit_base_patch16_gap", "packed patches"),
-            ("gemma4_vit_167m", "which modules are its stages"),
+            ("gemma4_vit_167m", "packed patches"),
             ("gemma4_vit_167m_enc", "packed patches"),
             ("mvitv2_tiny", "which modules are its stages"),
             ("tnt_s_patch16_224", "does not map one tensor to one"),
