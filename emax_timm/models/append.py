@@ -90,7 +90,7 @@ def derived(make: Make, cls: type[nn.Module], namespace: dict[str, Any]) -> type
         _, _, *state = cls.__reduce_ex__(self, protocol)
         return _empty, (make, cls), *state
 
-    own: dict[str, Any] = {**namespace, "__reduce_ex__": reduce_ex, "__module__": cls.__module__}
+    own: dict[str, Any] = {**namespace, "__reduce_ex__": reduce_ex, "__module__": __name__}
     return type(f"{cls.__name__}WithAttention", (cls,), own)  # pyright: ignore[reportReturnType]
 
 

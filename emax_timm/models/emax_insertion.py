@@ -1,4 +1,4 @@
-"""Attention in a CNN or token model of timm: a function that inserts it, and a model that has it by name."""
+"""Attention in a model of timm: a function that inserts it, and a model that has it by name."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence

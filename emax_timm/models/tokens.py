@@ -156,16 +156,14 @@ def grid_of(x: Tensor) -> Grid:
     Raises:
         RuntimeError: If no forward pass of the model runs, and x was in none.
     """
-    if torch.compiler.is_compiling():
-        assert _PASS.grid is not None
-        return _PASS.grid
-    grid = getattr(x, "_grid", None) or _PASS.grid
+    eager = isinstance(x, Tensor) and not torch.compiler.is_compiling()
+    grid = (getattr(x, "_grid", None) if eager else None) or _PASS.grid
     if grid is None:
         raise RuntimeError(
             "a block with token attention runs inside of its model's forward pass, from which it "
             "has the size of the images (gradient checkpointing needs use_reentrant=False)"
         )
-    if isinstance(x, Tensor) and x.requires_grad:
+    if eager and x.requires_grad:
         x._grid = grid  # pyright: ignore[reportAttributeAccessIssue]
     return grid
 

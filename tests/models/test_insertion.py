@@ -199,6 +199,7 @@ print(len(features(torch.load(x))))
             ("regnety_002", [1, 2], "block"),
             ("convnext_atto", None, "stage"),
             ("densenet121", [0], "stage"),
+            ("test_vit", None, "stage"),
         ],
         0,
     ),
