@@ -17,6 +17,7 @@ from ..config.options import DataOptions
 from .decoding import ConvertedImages, ImageFiles
 from .readers import LAYOUT, ImageReader, read_class_map
 from .scan import image_extensions
+from .streams import check_stream
 from .subset import Subset
 
 __all__ = ["SAMPLES", "hold_out", "open_folder", "open_split"]
@@ -53,14 +54,15 @@ def open_split(
     kind, name, root = _source(options, split, must_exist or training)
     mode = options.input_img_mode or input_img_mode
     if not name:
-        reader = open_folder(Path(root), split, options)
+        path = Path(_search_split(str(root), split)) if Path(root).is_dir() else Path(root)
+        reader = open_folder(path, options.class_map, options.input_key)
         return ImageFiles(reader, mode, options.exif_orientation)
     dataset = _create(
         name,
         root=str(root),
         split=split,
         is_training=training,
-        class_map=_class_map(options, Path(root)),
+        class_map=_class_map(options.class_map, Path(root)),
         download=options.dataset_download,
         batch_size=batch_size,
         num_samples=num_samples,
@@ -74,26 +76,32 @@ def open_split(
         return ImageFiles(dataset.reader, mode, options.exif_orientation)
     if kind == "torch":  # torchvision decodes images itself
         return ConvertedImages(dataset, mode)
+    if kind == "wds":
+        check_stream(dataset, split)
     return dataset  # a stream, which also decodes images itself
 
 
-def open_folder(root: Path, split: str, options: DataOptions) -> ImageReader:
-    """Return the reader of a split in a folder of splits, or of the root if it has none such.
+def open_folder(path: Path, class_map: str = "", input_key: str | None = None) -> ImageReader:
+    """Return the reader of a split in a folder or tar.
+
+    Args:
+        path: The folder or the tar.
+        class_map: The file of class names; "" for the names of the folders in natural order.
+        input_key: Extensions of images with ";" between them, as in timm; None for all.
 
     Raises:
-        UsageError: If the split cannot be read, or is no data set.
+        UsageError: If the split or the class map cannot be read, or is none.
     """
-    path = Path(_search_split(str(root), split)) if root.is_dir() else root
-    # As in timm, the key of the images is a list of extensions here.
-    extensions = frozenset(options.input_key.lower().split(";")) if options.input_key else None
-    return ImageReader(path, _class_map(options, root, path), options.class_map, extensions)
+    labels = _class_map(class_map, path, path.parent)
+    extensions = frozenset(input_key.lower().split(";")) if input_key else None
+    return ImageReader(path, labels, class_map, extensions)
 
 
-def _class_map(options: DataOptions, *folders: Path) -> dict[str, int] | None:
-    """Read the class map, which may be in one of the folders; None if there is none."""
-    if not options.class_map:
+def _class_map(name: str, *folders: Path) -> dict[str, int] | None:
+    """Read the class map of that name, which may be in one of the folders; None for no name."""
+    if not name:
         return None
-    paths = [Path(options.class_map), *(folder / options.class_map for folder in folders)]
+    paths = [Path(name), *(folder / name for folder in folders)]
     return read_class_map(next((path for path in paths if path.is_file()), paths[0]))
 
 
