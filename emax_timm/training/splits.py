@@ -106,9 +106,10 @@ def _num_classes(config: TrainConfig, train: Any) -> int:
         return config.num_classes
     if known is not None:
         return known
-    labels = [label for label in targets_of(train) or () if isinstance(label, int)]
-    if not labels:
+    targets = targets_of(train)
+    if targets is None:
         raise UsageError(
             "the number of classes is not known before the images are read; give --num-classes"
         )
-    return max(labels) + 1
+    # If none is a number, the check of the labels says so.
+    return max((label for label in targets if isinstance(label, int)), default=1) + 1

@@ -197,7 +197,7 @@ def _scan_folder(found: Scan, folder: str, relative: str) -> None:
                 found.leave_out(HIDDEN, f"{relative}/{name}".lstrip("/"))
             elif _is_folder(entry):
                 subfolders.append(entry)
-            elif entry.is_file() or entry.is_symlink():  # a link that leads nowhere is read later
+            elif entry.is_symlink() or entry.is_file():  # a link that leads nowhere is read later
                 found.add(relative, name)
             else:
                 found.leave_out(NO_FILE, f"{relative}/{name}".lstrip("/"))
@@ -235,10 +235,15 @@ def _scan_tar(found: Scan, tar: tarfile.TarFile, prefix: str, start: int) -> Non
             continue
         folder, name = posixpath.split(path)
         place = (start + member.offset_data, member.size)
-        if any(is_hidden(part) for part in path.split("/") if part != ".."):
+        parts = path.split("/")
+        hidden = [depth for depth, part in enumerate(parts) if part != ".." and is_hidden(part)]
+        visible = parts[: hidden[0]] if hidden else parts if member.isdir() else parts[:-1]
+        if visible:
+            found.folders.setdefault("/".join(visible), 0)
+        if hidden:
             found.leave_out(HIDDEN, path)
         elif member.isdir():
-            found.folders.setdefault(path, 0)
+            continue
         elif not member.isreg() or member.issparse():
             found.leave_out(NO_FILE, path)
         elif name.lower().endswith(".tar"):
@@ -247,5 +252,4 @@ def _scan_tar(found: Scan, tar: tarfile.TarFile, prefix: str, start: int) -> Non
             with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as child:
                 _scan_tar(found, child, inner, place[0])
         else:
-            found.folders.setdefault(folder, 0)
             found.add(folder, name, place)
