@@ -125,7 +125,7 @@ def check_labels(dataset: Any, num_classes: int, split: str) -> None:
         unwrapped(dataset).target_transform = check
         return
     try:
-        for label in set(targets):
+        for label in dict.fromkeys(targets):
             check(label)
     except LabelError as error:
         raise UsageError(str(error)) from None
