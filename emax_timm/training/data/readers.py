@@ -11,7 +11,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from timm.data.readers.reader import Reader
 
 from ...errors import UsageError
 from .scan import LOOSE, ImageFile, LeftOut, Scan, natural_key, scan
@@ -28,7 +27,7 @@ SPLIT_NAMES = {
 }
 
 
-class ImageReader(Reader):
+class ImageReader:
     """The images of one split, in a folder or a tar, with their labels.
 
     Args:
@@ -57,7 +56,6 @@ class ImageReader(Reader):
         map_name: str = "",
         extensions: frozenset[str] | None = None,
     ) -> None:
-        super().__init__()
         self.root, self._map_name = root, map_name
         found = _scan(root, extensions)
         labels: Counter[str] = Counter()
@@ -90,11 +88,16 @@ class ImageReader(Reader):
             tar.seek(offset)
             return BytesIO(tar.read(size)), target
 
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+    def filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        """Return the file of an image, relative to the root unless `absolute`."""
         path = self.files[index].path
         if basename:
             return os.path.basename(path)
         return os.path.join(self.root, path) if absolute else path
+
+    def filenames(self, basename: bool = False, absolute: bool = False) -> list[str]:
+        """Return the files of all images."""
+        return [self.filename(index, basename, absolute) for index in range(len(self))]
 
     def _check(self, found: Scan, labels: Counter[str]) -> None:
         """Refuse what is no data set."""
@@ -135,7 +138,7 @@ def _scan(root: Path, extensions: frozenset[str] | None) -> Scan:
 def _without_images(found: Scan) -> str:
     if loose := found.left_out.get(LOOSE):
         return (
-            f"{found.root} has {loose.count} images, such as {loose.example}, but no class "
+            f"{found.root} has {loose.number} images, such as {loose.example}, but no class "
             f"folders; {LAYOUT}"
         )
     if any(".cls" in reason for reason in found.left_out):
@@ -145,7 +148,7 @@ def _without_images(found: Scan) -> str:
 
 def _left_out_there(found: Scan) -> str:
     """Say what else is there, in which the missing images may be."""
-    texts = [f"{left.count} {reason}" for reason, left in found.left_out.items()]
+    texts = [f"{left.number} {reason}" for reason, left in found.left_out.items()]
     return f" (it has files that are not read: {', '.join(texts)})" if texts else ""
 
 

@@ -42,7 +42,7 @@ def left_out(dataset: Any) -> list[str]:
     if reader is None:
         return []
     lines = [
-        f"left out {left.count} {reason}, such as {left.example}"
+        f"left out {left.number} {reason}, such as {left.example}"
         for reason, left in sorted(reader.left_out.items())
     ]
     if reader.unmapped:

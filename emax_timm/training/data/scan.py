@@ -79,7 +79,7 @@ class ImageFile(NamedTuple):
 class LeftOut(NamedTuple):
     """How many files or folders were left out for a reason, and one of them."""
 
-    count: int
+    number: int
     example: str
 
 
@@ -104,7 +104,7 @@ class Scan:
     def leave_out(self, reason: str, path: str) -> None:
         """Count a file or folder as left out."""
         before = self.left_out.get(reason, LeftOut(0, path))
-        self.left_out[reason] = before._replace(count=before.count + 1)
+        self.left_out[reason] = before._replace(number=before.number + 1)
 
     def add(self, folder: str, name: str, place: tuple[int, int] | None = None) -> None:
         """Add a file that is no hidden one, or leave it out."""
