@@ -11,7 +11,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-
 from ...errors import UsageError
 from .scan import LOOSE, ImageFile, LeftOut, Scan, natural_key, scan
 
