@@ -17,6 +17,10 @@ __all__ = ["COMMANDS", "main", "run"]
 COMMANDS = {
     "train": ("emax_timm.training:train", "train an image classifier"),
     "validate": ("emax_timm.training:validate", "validate an image classifier"),
+    "data": (
+        "emax_timm.training.data.command:data",
+        "open every image of a data set, and say what is in it",
+    ),
     "curves": ("emax_timm.training.curves:curves", "draw the curves of a training run"),
     "plan": ("emax_timm.training.plan:plan", "work out what a training run will need"),
     "list": ("emax_timm.benchmark:list_models", "list the models, with their size and cost"),

@@ -26,6 +26,7 @@ from emax_timm.tables import text_around
 from emax_timm.training import TrainConfig, train
 from emax_timm.training.config import from_mapping, parse_settings
 from emax_timm.training.data import SAMPLES
+from emax_timm.training.data.command import DataReportOptions
 from emax_timm.training.plan import plan
 
 ROOT = Path(__file__).parents[1]
@@ -194,6 +195,9 @@ def test_command_of_the_pages_on_training_and_deployment_is_understood(
     words = shlex.split(line)
     if words[:2] == ["emax", "plan"]:
         assert plan(words[2:]) == 0
+    elif words[:2] == ["emax", "data"]:
+        settings = parse_settings(DataReportOptions, words[2:], "emax data")
+        from_mapping(DataReportOptions, settings, "the page")
     else:
         flags = words[words.index("train.py") + 1 :]
         from_mapping(TrainConfig, parse_settings(TrainConfig, flags, "train.py"), "the page")

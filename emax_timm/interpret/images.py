@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from ..training.config import UsageError
+from ..training.data.scan import image_extensions, is_hidden
 
 __all__ = ["Source", "find_images", "spread"]
 
@@ -41,11 +40,13 @@ def find_images(paths: Sequence[str]) -> list[Source]:
 
 
 def _in_folder(folder: Path) -> list[Source]:
-    suffixes = Image.registered_extensions()
+    suffixes = image_extensions()
     files = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in suffixes and path.is_file()
+        if path.suffix.lower() in suffixes
+        and path.is_file()
+        and not any(map(is_hidden, path.relative_to(folder).parts))
     ]
     if not files:
         raise UsageError(f"{folder} holds no images")

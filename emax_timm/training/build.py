@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
@@ -23,21 +22,13 @@ from . import checkpoint
 from .averaging import WeightAverage
 from .config import TrainConfig, UsageError, learning_rate, mixup_options, model_arguments
 from .config.checks import check_config
-from .data import (
-    class_names,
-    data_config_of,
-    evaluation_loader,
-    hold_out,
-    image_mode,
-    open_split,
-    same_classes,
-    training_loader,
-)
+from .data import class_names, data_config_of, evaluation_loader, training_loader
 from .distributed import DistributedContext
 from .evaluate import half_precision
 from .loading import create_model
 from .loss import training_loss
 from .resume import restore
+from .splits import open_splits, print_splits
 from .trainer import Trainer
 
 __all__ = ["build_trainer"]
@@ -53,9 +44,8 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
     saved = None
     if config.resume not in ("", "auto"):
         saved = checkpoint.load_checkpoint(Path(config.resume), context)
-    splits = _open_splits(config)
+    splits, num_classes = open_splits(config)
     classes = class_names(splits["train"])
-    num_classes = _num_classes(config, classes)
 
     random_seed(config.seed)  # the same on all ranks, so that they start from the same model
     model = _create_model(config, num_classes)
@@ -89,6 +79,8 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
     )
     if saved is not None:
         restore(trainer, saved)
+    if context.is_primary:
+        print_splits(splits)
     return trainer
 
 
@@ -178,43 +170,6 @@ def _open_loaders(
             f"on {context.size} ranks; lower --batch-size"
         )
     return loaders
-
-
-def _open_splits(config: TrainConfig) -> dict[str, Any]:
-    """Open the data sets by name: train, and validation and test if there are any."""
-
-    def split(name: str, training: bool, samples: int | None) -> Any:
-        return open_split(
-            config,
-            name,
-            input_img_mode=image_mode(config),
-            training=training,
-            must_exist=True,
-            batch_size=config.batch_size,
-            num_samples=samples,
-            seed=config.seed,
-            repeats=config.epoch_repeats if training else 0.0,
-        )
-
-    splits = {"train": split(config.train_split, True, config.train_num_samples)}
-    if config.val_fraction:
-        splits["train"], splits["validation"] = hold_out(splits["train"], config.val_fraction)
-    elif config.val_split:
-        splits["validation"] = split(config.val_split, False, config.val_num_samples)
-    if config.test_split:
-        splits["test"] = split(config.test_split, False, None)
-    for name, dataset in splits.items():
-        same_classes(class_names(splits["train"]), class_names(dataset), name)
-    return splits
-
-
-def _num_classes(config: TrainConfig, classes: list[str] | None) -> int:
-    known = len(classes) if classes is not None else None
-    if config.num_classes is None:
-        return known or timm.get_pretrained_cfg_value(config.model, "num_classes") or 1000
-    if known is not None and known > config.num_classes:
-        raise UsageError(f"the data has {known} classes, more than --num-classes allows")
-    return config.num_classes
 
 
 def _resolve(

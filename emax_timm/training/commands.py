@@ -21,13 +21,16 @@ from .config import (
 )
 from .config.checks import check_model
 from .data import (
+    check_labels,
     class_names,
     data_config_of,
     evaluation_loader,
     hold_out,
     image_mode,
+    left_out,
     open_split,
     same_classes,
+    several_classes,
 )
 from .distributed import DistributedContext, open_distributed_context
 from .evaluate import Metrics, evaluate, half_precision
@@ -112,6 +115,10 @@ def validate_with(
         checkpoint.load_weights(model, Path(config.checkpoint))
     if config.num_classes is None:
         _check_classes(config, dataset, model.num_classes)
+    check_labels(dataset, model.num_classes, config.split or "validation")
+    if context.is_primary:
+        for line in left_out(dataset):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
     data_config = data_config_of(config, model)
     model.to(context.device)
     loader = evaluation_loader(config, dataset, data_config, config.batch_size or 256, context)
@@ -214,6 +221,7 @@ def _check_classes(config: ValidateConfig, dataset: Any, num_classes: int) -> No
         except (AttributeError, ValueError) as error:
             raise UsageError(f"{described} does not describe a model: {error}") from None
         same_classes(names, found, config.split or "validation")
+    several_classes(found, f"split {config.split or 'validation'!r}")
     if found is not None and len(found) > num_classes:
         raise UsageError(
             f"the data has {len(found)} classes, the model {num_classes}; "

@@ -89,7 +89,8 @@ def test_quickstart_trains_and_validates_on_two_ranks(tmp_path: Path) -> None:
     trained = run_on_two_ranks(ROOT / TRAIN, *options, cwd=tmp_path)
     assert trained.status == 0, trained.stderr
     # One rank speaks and writes.
-    assert len(trained.stdout.splitlines()) == 2
+    splits = [line.split(": ")[0] for line in trained.stdout.splitlines()[:-2]]
+    assert splits == ["train", "validation", "test"]
     folder = tmp_path / "quickstart"
     assert not [name for name in files_in(tmp_path) if "partial" in name]
     row = json.loads((folder / "log.jsonl").read_text())
@@ -136,7 +137,10 @@ def test_progress_is_plain_lines_without_a_terminal(
     assert all("loss: " in line and "lr: 0.05" in line for line in steps[:2])
     assert "\r" not in result.stderr
     assert "\x1b" not in result.stderr
-    assert [line.split()[1] for line in result.stdout.splitlines()[:2]] == ["1/2", "2/2"]
+    train, validation, *epochs = result.stdout.splitlines()
+    assert train == "train: 32 images of 2 classes: cat 16, dog 16"
+    assert validation == "validation: 10 images of 2 classes: cat 5, dog 5"
+    assert [line.split()[1] for line in epochs[:2]] == ["1/2", "2/2"]
 
 
 @pytest.mark.slow
@@ -167,7 +171,7 @@ def test_progress_is_a_bar_on_a_terminal(images: Path, tmp_path: Path) -> None:
     assert "loss=" in bars[-1]
     # The bar is taken away, and what stays went to stdout.
     assert "step 4/4" not in text
-    assert stdout.splitlines()[0].startswith("epoch 1/1  loss: ")
+    assert stdout.splitlines()[2].startswith("epoch 1/1  loss: ")
 
 
 def test_emax_without_a_command_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:

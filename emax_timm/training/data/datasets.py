@@ -3,46 +3,27 @@
 import gzip
 import os
 import shutil
-from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import AugMixDataset, ImageDataset, create_dataset
+from timm.data import ImageDataset, create_dataset
 from timm.data.dataset_factory import _search_split
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from ...errors import UsageError, nearest
 from ..config.options import DataOptions
 from .decoding import ConvertedImages, ImageFiles
+from .readers import LAYOUT, ImageReader, read_class_map
+from .scan import image_extensions
+from .streams import check_stream
+from .subset import Subset
 
-__all__ = ["SAMPLES", "Subset", "class_names", "hold_out", "open_split", "same_classes"]
+__all__ = ["SAMPLES", "hold_out", "open_folder", "open_split"]
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-
-
-class Subset(Dataset):
-    """A subset of a map-style data set; timm's loader sets its data set's transform through it."""
-
-    def __init__(self, dataset: Any, indices: Sequence[int]) -> None:
-        self.dataset = dataset
-        self.indices = indices
-
-    @property
-    def transform(self) -> Any:
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[self.indices[index]]
 
 
 def open_split(
@@ -72,26 +53,62 @@ def open_split(
     """
     kind, name, root = _source(options, split, must_exist or training)
     mode = options.input_img_mode or input_img_mode
+    if not name:
+        path = Path(_search_split(str(root), split)) if Path(root).is_dir() else Path(root)
+        reader = open_folder(path, options.class_map, options.input_key)
+        return ImageFiles(reader, mode, options.exif_orientation)
     dataset = _create(
         name,
         root=str(root),
         split=split,
         is_training=training,
-        class_map=options.class_map or None,
+        class_map=_class_map(options.class_map, Path(root)),
         download=options.dataset_download,
         batch_size=batch_size,
         num_samples=num_samples,
         seed=seed,
         repeats=repeats,
         input_img_mode=mode,
-        input_key=options.input_key,
+        input_key=options.input_key or (_wds_keys() if kind == "wds" else None),
         target_key=options.target_key,
     )
     if isinstance(dataset, ImageDataset):
         return ImageFiles(dataset.reader, mode, options.exif_orientation)
     if kind == "torch":  # torchvision decodes images itself
         return ConvertedImages(dataset, mode)
+    if kind == "wds":
+        check_stream(dataset, split)
     return dataset  # a stream, which also decodes images itself
+
+
+def open_folder(path: Path, class_map: str = "", input_key: str | None = None) -> ImageReader:
+    """Return the reader of a split in a folder or tar.
+
+    Args:
+        path: The folder or the tar.
+        class_map: The file of class names; "" for the names of the folders in natural order.
+        input_key: Extensions of images with ";" between them, as in timm; None for all.
+
+    Raises:
+        UsageError: If the split or the class map cannot be read, or is none.
+    """
+    labels = _class_map(class_map, path, path.parent)
+    extensions = frozenset(input_key.lower().split(";")) if input_key else None
+    return ImageReader(path, labels, class_map, extensions)
+
+
+def _class_map(name: str, *folders: Path) -> dict[str, int] | None:
+    """Read the class map of that name, which may be in one of the folders; None for no name."""
+    if not name:
+        return None
+    paths = [Path(name), *(folder / name for folder in folders)]
+    return read_class_map(next((path for path in paths if path.is_file()), paths[0]))
+
+
+def _wds_keys() -> str:
+    """Return the extensions of images in shards, as timm takes them; the usual ones are first."""
+    first = ["jpg", "png", "webp"]
+    return ";".join([*first, *sorted({name[1:] for name in image_extensions()} - {*first})])
 
 
 def _create(name: str, **arguments: Any) -> Any:
@@ -111,7 +128,8 @@ def _source(options: DataOptions, split: str, must_exist: bool) -> tuple[str, st
     """Return the type, the name and the root of the data set as timm takes them, after checks."""
     name, root = options.dataset, options.data_dir or options.data
     kind, _, rest = name.partition("/")
-    if kind.lower() not in (kinds := ["", "torch", "hfds", "hfids", "tfds", "wds", "sample"]):
+    kind = kind.lower()
+    if kind not in (kinds := ["", "torch", "hfds", "hfids", "tfds", "wds", "sample"]):
         raise UsageError(
             f"unknown type of data set {kind}; the nearest of {', '.join(kinds[1:])} "
             f"is {nearest(kind, kinds)}"
@@ -127,9 +145,18 @@ def _source(options: DataOptions, split: str, must_exist: bool) -> tuple[str, st
         raise UsageError("no data: give --data-dir DIR, or --dataset sample/fashion_mnist")
     if not name:
         _check_folder(Path(root), split, must_exist)
-    if options.class_map.endswith(".pkl"):
-        raise UsageError(f"{options.class_map}: a class map is a text file, one class per line")
+    _check_keys(options, kind)
     return kind, name, root
+
+
+def _check_keys(options: DataOptions, kind: str) -> None:
+    """Refuse options that the type of the data set has no use for."""
+    if options.target_key and kind in ("", "sample", "torch"):
+        raise UsageError("--target-key is for hfds, hfids, wds and tfds data")
+    if options.input_key and kind == "torch":
+        raise UsageError("--input-key is not for torch data")
+    if options.class_map and kind in ("torch", "wds"):
+        raise UsageError(f"--class-map names class folders; the labels of {kind} data are numbers")
 
 
 def _sample(name: str) -> Path:
@@ -145,12 +172,15 @@ def _check_folder(root: Path, split: str, must_exist: bool) -> None:
     if not root.is_dir():
         return  # a tar file
     if not any(root.iterdir()):
-        raise UsageError(f"the data folder {root} is empty; it needs a folder {split}/ of classes")
+        raise UsageError(f"the data folder {root} is empty; {LAYOUT}")
     # If the split has no folder, timm reads the root as the split. This is right for validate.py
     # on a folder of classes, but in training the folders of splits would be taken for classes.
     if must_exist and _search_split(str(root), split) == str(root):
-        found = ", ".join(sorted(entry.name for entry in root.iterdir())[:5])
-        raise UsageError(f"{root} has no folder {split}/ (it has {found}); name it with the flags")
+        names = sorted(entry.name for entry in root.iterdir())
+        found = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise UsageError(
+            f"{root} has no folder {split}/ (it has {found}); {LAYOUT}; the flags name other splits"
+        )
 
 
 def _unpack_debian_fashion_mnist(root: Path) -> None:
@@ -166,44 +196,6 @@ def _unpack_debian_fashion_mnist(root: Path) -> None:
         with gzip.open(archive) as source, partial.open("wb") as sink:
             shutil.copyfileobj(source, sink)
         partial.replace(target)
-
-
-def class_names(dataset: Any) -> list[str] | None:
-    """Return the names of the classes in label order; None if the data set does not have them."""
-    while isinstance(dataset, (Subset, AugMixDataset, ConvertedImages)):
-        dataset = dataset.dataset
-    reader = getattr(dataset, "reader", dataset)
-    for attribute in ("class_to_idx", "class_name_to_idx"):
-        mapping = getattr(reader, attribute, None)
-        if isinstance(mapping, dict):
-            return sorted(mapping, key=mapping.__getitem__)
-    return None
-
-
-def same_classes(expected: list[str] | None, found: list[str] | None, split: str) -> None:
-    """Check that a split's labels mean the same classes as in training.
-
-    Args:
-        expected: Class names in training, in label order; None if unknown.
-        found: Those of the split.
-        split: The name of the split, for the message.
-
-    Raises:
-        UsageError: If both are known and differ.
-    """
-    if expected is None or found is None or expected == found:
-        return
-    missing = sorted(set(expected) - set(found))
-    added = sorted(set(found) - set(expected))
-    parts = [
-        f"{label} {', '.join(names[:5])}"
-        for label, names in (("missing", missing), ("only there", added))
-        if names
-    ]
-    raise UsageError(
-        f"the classes of split {split!r} differ from those in training "
-        f"({'; '.join(parts) or 'in their order'}); give both the same folders, or --class-map FILE"
-    )
 
 
 def hold_out(dataset: Any, fraction: float) -> tuple[Subset, Subset]:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-__all__ = ["ConvertedImages", "CorruptImageError", "ImageFiles", "open_image"]
+__all__ = ["ConvertedImages", "CorruptImageError", "ImageFiles", "OneLineError", "open_image"]
 
 # Twice the size at which Pillow warns; beyond it Pillow raises an error too, by default.
 MAX_PIXELS = 2 * (1024**3 // 4 // 3)
@@ -32,15 +32,20 @@ _UPRIGHT = {
 }
 
 
-class CorruptImageError(Exception):
-    """An image is corrupt, or too many images are; the message is one line."""
-
-    exit_code = 1
+class OneLineError(Exception):
+    """An error that may arise in a loader's worker; the message is one line."""
 
     def __init__(self, text: str) -> None:
         # A loader re-raises a worker's error with its traceback as text; the message is at its end.
         last = text.rstrip().rpartition("\n")[2]
-        super().__init__(last.removeprefix(f"{__name__}.{type(self).__name__}: "))
+        kind = type(self)
+        super().__init__(last.removeprefix(f"{kind.__module__}.{kind.__name__}: "))
+
+
+class CorruptImageError(OneLineError):
+    """An image is corrupt, or too many images are; the message is one line."""
+
+    exit_code = 1
 
 
 def open_image(source: bytes | str | Path | BinaryIO, mode: str, exif: bool = False) -> Image.Image:

@@ -11,9 +11,9 @@ from ...errors import UsageError
 from ..config import DataOptions, TrainConfig, mixup_options
 from ..distributed import DistributedContext
 from ..signals import ignore_signals
-from .datasets import Subset
 from .decoding import ConvertedImages
 from .sampling import KeyedBatches, KeyedDataset, KeyedErasing
+from .subset import Subset
 
 __all__ = [
     "corrupt_images",

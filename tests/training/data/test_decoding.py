@@ -309,7 +309,7 @@ def test_image_files_reads_a_tar(spoilt: Path) -> None:
         tar.add(spoilt / "validation", "validation")
     dataset = open_files(spoilt / "validation.tar", "validation")
     assert dataset[5][1] == 1
-    with pytest.raises(CorruptImageError, match=r"corrupt image validation/dog/2\.png: "):
+    with pytest.raises(CorruptImageError, match=r"\.tar/validation/dog/2\.png: "):
         dataset[7]
 
 
