@@ -26,6 +26,7 @@ __all__ = [
     "build_model",
     "entry_point",
     "family_cfgs",
+    "of_architecture",
     "pool_size_at",
     "register",
     "register_family",
@@ -93,17 +94,32 @@ def family_cfgs(backbones: Sequence[str], compared: Sequence[str]) -> dict[str, 
 def _own_cfg(entry: WeightsEntry, backbone: str) -> PretrainedCfg:
     """Make the pretrained config of weights that were trained with this package."""
     baseline = get_pretrained_cfg(backbone) or PretrainedCfg()
+    kept = of_architecture(baseline.to_dict())
     shipped = entry.repo is None
     own = {k: tuple(v) if isinstance(v, list) else v for k, v in (entry.cfg or {}).items()}
-    own["pool_size"] = pool_size_at(baseline.to_dict(), own.get("input_size", baseline.input_size))
-    return dataclasses.replace(
-        without_weights(baseline, architecture=entry.model),
+    size = own.get("input_size", baseline.input_size)
+    kept |= {"architecture": entry.model, "pool_size": pool_size_at(baseline.to_dict(), size)}
+    return PretrainedCfg(
+        **kept,
         file=str(entry.path) if shipped else None,
         hf_hub_id=entry.repo,
         hf_hub_filename=None if shipped else entry.file,
         license=entry.license,
         **own,
     )
+
+
+# What a pretrained config says of the architecture. All else is about its weights: where they are,
+# how they were trained, for which input and which classes, and what is recommended with them.
+_ARCHITECTURE = (
+    *("architecture", "fixed_input_size", "min_input_size", "pool_size", "first_conv"),
+    "classifier",
+)
+
+
+def of_architecture(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Select what is true of an architecture with any weights from a pretrained config."""
+    return {name: cfg[name] for name in _ARCHITECTURE if name in cfg}
 
 
 def pool_size_at(cfg: Mapping[str, Any], input_size: Sequence[int]) -> tuple[int, ...] | None:

@@ -38,6 +38,7 @@ from .evaluate import half_precision
 from .loading import create_model
 from .loss import training_loss
 from .resume import restore
+from .sources import weights_file
 from .trainer import Trainer
 
 __all__ = ["build_trainer"]
@@ -95,13 +96,13 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
 def _create_model(config: TrainConfig, num_classes: int) -> Any:
     arguments, overlay = model_arguments(config, num_classes), {}
     if config.pretrained_path:
-        weights = checkpoint.read_weights(Path(config.pretrained_path))
+        weights = checkpoint.read_weights(weights_file(config.pretrained_path))
         # num_classes of -1 makes timm adapt the head.
         overlay = {"state_dict": weights, "num_classes": -1}
     pretrained = config.pretrained or bool(overlay)
     model = create_model(config.model, pretrained, overlay, **arguments)
     if config.initial_checkpoint:
-        checkpoint.load_weights(model, Path(config.initial_checkpoint))
+        checkpoint.load_weights(model, weights_file(config.initial_checkpoint))
     head = model.get_classifier()
     with torch.no_grad():
         if config.head_init_scale is not None:

@@ -1,7 +1,8 @@
-"""The time that an epoch spends on data and on computation, and its progress on the terminal."""
+"""The time that an epoch spends on data and on computation, and the progress of what takes long."""
 
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-__all__ = ["Progress", "Timing"]
+__all__ = ["Progress", "Timing", "working"]
 
 T = TypeVar("T")
 
@@ -66,47 +67,114 @@ class Timing:
         self.images += images
 
 
+# Seconds without a line after which one says that work goes on, where there is no terminal.
+SILENCE = 30.0
+
+
 class Progress:
-    """Progress through the steps of an epoch: a bar on a terminal, else lines.
+    """Progress through steps: a bar on a terminal, else lines, at least one every 30 seconds.
+
+    Lines come from a thread too, because a step may take minutes: the first one compiles a model.
 
     Args:
         title: Text in front of the progress.
-        steps: Number of steps in the epoch.
-        interval: Number of steps between lines.
+        steps: Number of steps; None if it is unknown.
+        interval: Number of steps between lines; 0 for lines every 30 seconds only.
         enabled: False prints nothing, as on all ranks but one.
         done: Number of steps that an earlier process of a resumed run has done.
+        unit: What a step is, in the singular.
+        delay: Seconds before a bar is shown.
     """
 
-    def __init__(self, title: str, steps: int, interval: int, enabled: bool, done: int = 0) -> None:
+    def __init__(
+        self,
+        title: str,
+        steps: int | None,
+        interval: int,
+        enabled: bool,
+        done: int = 0,
+        unit: str = "step",
+        delay: float = 0.0,
+    ) -> None:
         self.title, self.steps, self.interval, self.enabled = title, steps, interval, enabled
-        self.start = time.monotonic()
+        self.unit = unit
+        self.start = self.spoken = time.monotonic()
         self.first = self.done = done
         self.bar = None
-        if enabled and sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=done, desc=title, unit="step", leave=False)
+        if not enabled:
+            return
+        if sys.stderr.isatty():
+            form = None if steps else "{desc}  {elapsed}"
+            self.bar = tqdm(
+                total=steps,
+                initial=done,
+                desc=title,
+                unit=unit,
+                leave=False,
+                delay=delay,
+                bar_format=form,
+            )
+        self._ended = threading.Event()
+        threading.Thread(target=self._keep_talking, daemon=True).start()
 
-    def step(self, **values: float) -> None:
-        """Count one step as done and show `values`."""
-        self.done += 1
+    def step(self, count: int = 1, **values: float) -> None:
+        """Count `count` steps as done and show `values`."""
+        self.done += count
         if self.bar is not None:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
-            self.bar.update()
-        elif self.enabled and self.done % self.interval == 0:
-            rate = (self.done - self.first) / (time.monotonic() - self.start)
-            shown = [f"{name}: {value:.4g}" for name, value in values.items()]
-            shown = [f"step {self.done}/{self.steps}", *shown, f"{rate:.2f} steps/s"]
-            print(f"{self.title}  {'  '.join(shown)}", file=sys.stderr, flush=True)
+            self.bar.update(count)
+        elif self.enabled and self.interval and self.done % self.interval == 0:
+            self._say(*(f"{name}: {value:.4g}" for name, value in values.items()))
+
+    def stage(self, title: str) -> None:
+        """Begin another stage of the work: the text in front of the progress changes."""
+        self.title = title
+        if self.bar is not None:
+            self.bar.set_description_str(title)
 
     def track(self, items: Iterable[T]) -> Iterator[T]:
         """Yield the items and count each as a step; the progress is closed at the end."""
-        try:
+        with self:
             for item in items:
                 yield item
                 self.step()
-        finally:
-            self.close()
 
     def close(self) -> None:
         """Remove the bar from the terminal."""
+        if self.enabled:
+            self._ended.set()
         if self.bar is not None:
             self.bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _say(self, *values: str) -> None:
+        self.spoken = time.monotonic()
+        seconds = self.spoken - self.start
+        if self.steps is None and not self.done:
+            shown = [f"{seconds:.0f} s"]
+        else:
+            rate = (self.done - self.first) / max(seconds, 1e-9)
+            of = "" if self.steps is None else f"/{self.steps}"
+            shown = [f"{self.unit} {self.done}{of}", *values, f"{rate:.2f} {self.unit}s/s"]
+        print(f"{self.title}  {'  '.join(shown)}", file=sys.stderr, flush=True)
+
+    def _keep_talking(self) -> None:
+        """Say that the work goes on when nothing else has been said for long."""
+        while not self._ended.wait(SILENCE / 30):
+            if self.bar is not None:
+                self.bar.refresh()  # the time that has passed
+            elif time.monotonic() - self.spoken >= SILENCE:
+                self._say()
+
+
+def working(title: str, enabled: bool = True) -> Progress:
+    """Show that work without countable steps goes on; a context manager, and see `Progress.stage`.
+
+    On a terminal the line appears after two seconds, and goes when the work is done.
+    """
+    return Progress(title, None, 0, enabled, delay=2.0)

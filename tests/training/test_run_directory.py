@@ -183,11 +183,8 @@ def test_sha256sum_confirms_what_a_run_leaves(run_of: RunOf) -> None:
         done = subprocess.run(command, cwd=sums.parent, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         listed = {line.split(": ")[0] for line in done.stdout.splitlines()}
-        beside = {path.name for path in sums.parent.iterdir() if path.suffix in WHOLE}
-        assert listed == beside - {"last.safetensors"}
-
-
-WHOLE = {".safetensors", ".pt"}
+        decides = {"model.safetensors", "averaged.safetensors", "state.pt", "config.json"}
+        assert listed == decides & {path.name for path in sums.parent.iterdir()}
 
 
 MODELS: dict[str, dict[str, Any]] = {
