@@ -265,8 +265,10 @@ def check_sum(path: Path, content: bytes | None = None) -> bool:
     if not expected:
         return False
     if sha256_of(path if content is None else content) not in expected:
-        hint = "" if path.suffix != ".json" else (
-            f"; if you edited it on purpose, remove the line of {path.name} from {SUMS}"
+        hint = (
+            ""
+            if path.suffix != ".json"
+            else (f"; if you edited it on purpose, remove the line of {path.name} from {SUMS}")
         )
         raise ValueError(
             f"{path} is damaged: its sha256 is not the one in {path.parent / SUMS}{hint}"

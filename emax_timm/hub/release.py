@@ -21,6 +21,7 @@ from ..training.config import TrainConfig, UsageError, model_arguments
 from ..training.distributed import DistributedContext
 from ..training.evaluate import Metrics
 from ..training.loading import create_model
+from ..training.model_config import read_model_config
 from ..version import __version__
 from .card import CardFacts, model_card
 
@@ -103,8 +104,7 @@ def make_release(
     config = read_run(run)
     names = ("best_epoch", "epochs", "validation", "test")
     summary = _read_json(run / SUMMARY, names, "the run has not ended; continue it with --resume")
-    names = ("architecture", "num_classes", "pretrained_cfg")
-    described = _read_json(run / checkpoint.MODEL_CONFIG, names, "it is no complete run")
+    described = read_model_config(run, "num_classes", "pretrained_cfg")
     license = license or _license_of(config)
     model = _best_model(run, described)
     metrics = _validated(run, summary, context, data)

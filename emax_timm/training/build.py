@@ -19,6 +19,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..files import check_target
 from . import checkpoint
 from .averaging import WeightAverage
 from .config import TrainConfig, UsageError, learning_rate, mixup_options, model_arguments
@@ -51,6 +52,11 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
         UsageError: If the configuration, the data or the weights to start from are invalid.
     """
     check_config(config)
+    if context.is_primary:
+        if config.resume in ("", "auto"):
+            check_target(Path(config.output, config.experiment or ".run"), folder=True)
+        else:
+            check_target(Path(config.resume, checkpoint.CONFIG))
     saved = None
     if config.resume not in ("", "auto"):
         saved = checkpoint.load_checkpoint(Path(config.resume), context)

@@ -33,7 +33,7 @@ from .distributed import DistributedContext, open_distributed_context
 from .evaluate import Metrics, evaluate, half_precision
 from .loading import create_model
 from .model_config import read_model_config
-from .progress import Progress
+from .progress import Progress, working
 from .signals import Stopped, catch_signals
 from .sources import find_source, run_folder, weights_file
 
@@ -58,7 +58,8 @@ def train(argv: Sequence[str], prog: str) -> int:
     config = from_mapping(TrainConfig, settings, "the configuration")
     try:
         with open_distributed_context(config.device, config.dist_timeout) as context:
-            trainer = build_trainer(config, context)
+            with working("opening the data and the model", context.is_primary):
+                trainer = build_trainer(config, context)
             with catch_signals() as trainer.stop:
                 trainer.run()
     except Stopped as stopped:  # a signal asked for it, which is no error
@@ -96,9 +97,7 @@ def validate_with(
     settings, run, labels = _of_run(settings, tested)
     config = from_mapping(ValidateConfig, settings, "the command line")
     if config.model is None:
-        raise UsageError(
-            "nothing to validate: give --checkpoint RUN, or --model NAME --pretrained"
-        )
+        raise UsageError("nothing to validate: give --checkpoint RUN, or --model NAME --pretrained")
     arguments = {
         "num_classes": config.num_classes,
         "in_chans": config.input_size[0] if config.input_size else config.in_chans,

@@ -62,4 +62,7 @@ def read_model_config(folder: Path, *needed: str) -> dict[str, Any]:
     if not isinstance(config, dict) or not {"architecture", *needed} <= config.keys():
         names = ", ".join(["architecture", *needed])
         raise UsageError(f"{path} does not describe a model: it must hold an object with {names}")
+    for name in {"pretrained_cfg", "model_args"} & config.keys():
+        if not isinstance(config[name], dict):
+            raise UsageError(f"{path} does not describe a model: {name} must hold an object")
     return config

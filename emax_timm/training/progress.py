@@ -96,26 +96,19 @@ class Progress:
         unit: str = "step",
         delay: float = 0.0,
     ) -> None:
-        self.title, self.steps, self.interval, self.enabled = title, steps, interval, enabled
-        self.unit = unit
+        self.title, self.steps, self.enabled = title, steps, enabled
+        self.terminal = enabled and sys.stderr.isatty()
+        self.interval = interval if enabled and not self.terminal else 0
+        self.unit, self.delay = unit, delay
         self.start = self.spoken = time.monotonic()
         self.first = self.done = done
-        self.bar = None
-        if not enabled:
-            return
-        if sys.stderr.isatty():
-            form = None if steps else "{desc}  {elapsed}"
-            self.bar = tqdm(
-                total=steps,
-                initial=done,
-                desc=title,
-                unit=unit,
-                leave=False,
-                delay=delay,
-                bar_format=form,
-            )
+        self.bar: tqdm | None = None
         self._ended = threading.Event()
-        threading.Thread(target=self._keep_talking, daemon=True).start()
+        self._talking = threading.Thread(target=self._keep_talking, daemon=True)
+        if enabled:
+            if self.terminal and not delay:
+                self._open_bar()
+            self._talking.start()
 
     def step(self, count: int = 1, **values: float) -> None:
         """Count `count` steps as done and show `values`."""
@@ -123,7 +116,9 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
             self.bar.update(count)
-        elif self.enabled and self.interval and self.done % self.interval == 0:
+        elif (
+            self.enabled and not self.terminal and self.interval and self.done % self.interval == 0
+        ):
             self._say(*(f"{name}: {value:.4g}" for name, value in values.items()))
 
     def stage(self, title: str) -> None:
@@ -131,6 +126,12 @@ class Progress:
         self.title = title
         if self.bar is not None:
             self.bar.set_description_str(title)
+
+    def print(self, line: str) -> None:
+        """Print a line to stderr, above a bar."""
+        if self.bar is not None:
+            self.bar.clear()
+        print(line, file=sys.stderr, flush=True)
 
     def track(self, items: Iterable[T]) -> Iterator[T]:
         """Yield the items and count each as a step; the progress is closed at the end."""
@@ -141,8 +142,9 @@ class Progress:
 
     def close(self) -> None:
         """Remove the bar from the terminal."""
-        if self.enabled:
+        if self.enabled and not self._ended.is_set():
             self._ended.set()
+            self._talking.join()
         if self.bar is not None:
             self.bar.close()
 
@@ -163,13 +165,28 @@ class Progress:
             shown = [f"{self.unit} {self.done}{of}", *values, f"{rate:.2f} {self.unit}s/s"]
         print(f"{self.title}  {'  '.join(shown)}", file=sys.stderr, flush=True)
 
+    def _open_bar(self) -> None:
+        form = None if self.steps else "{desc}  {elapsed}"
+        self.bar = tqdm(
+            total=self.steps,
+            initial=self.done,
+            desc=self.title,
+            unit=self.unit,
+            leave=False,
+            bar_format=form,
+        )
+        self.bar.start_t -= time.monotonic() - self.start  # before the bar was opened
+
     def _keep_talking(self) -> None:
-        """Say that the work goes on when nothing else has been said for long."""
+        """Show the time that has passed, or say that the work goes on after a long silence."""
         while not self._ended.wait(SILENCE / 30):
-            if self.bar is not None:
-                self.bar.refresh()  # the time that has passed
-            elif time.monotonic() - self.spoken >= SILENCE:
-                self._say()
+            if not self.terminal:
+                if time.monotonic() - self.spoken >= SILENCE:
+                    self._say()
+            elif self.bar is not None:
+                self.bar.refresh()
+            elif time.monotonic() - self.start >= self.delay:
+                self._open_bar()
 
 
 def working(title: str, enabled: bool = True) -> Progress:

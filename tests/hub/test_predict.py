@@ -116,7 +116,7 @@ def test_corrupt_image_is_named_and_the_others_are_classified(
     [
         ([], "nothing to classify: give image files"),
         (["missing.png"], "missing.png does not exist"),
-        (["."], ". is a folder; give the files in it"),
+        (["missing"], "missing does not exist"),
         ([__file__, "--model", "resnet18_emx"], "the nearest is resnet18_emax"),
         ([__file__, "--top", "0"], "top must be at least 1, not 0"),
         ([__file__, "--model", "convnextv2_atto_emax"], "No pretrained weights exist"),
