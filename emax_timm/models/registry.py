@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -127,7 +128,15 @@ def pool_size_at(cfg: Mapping[str, Any], input_size: Sequence[int]) -> tuple[int
     if not cfg.get("pool_size"):
         return None
     sizes = zip(cfg["pool_size"], cfg["input_size"][1:], input_size[1:], strict=True)
-    return tuple(-(-size * pool // given) for pool, given, size in sizes)
+    return tuple(_pooled(size, pool, given) for pool, given, size in sizes)
+
+
+def _pooled(size: int, pool: int, given: int) -> int:
+    """Compute the side of the map of an image, where an image of side `given` has a map of `pool`."""
+    stride = 2 ** round(math.log2(given / pool))
+    if -(-given // stride) == pool:  # 176 pixels at stride 32 give 6, rounded up
+        return -(-size // stride)
+    return -(-size * pool // given)
 
 
 def without_weights(cfg: PretrainedCfg, architecture: str) -> PretrainedCfg:
