@@ -87,7 +87,6 @@ def _in_folder(folder: Path) -> Located:
     path = folder / WEIGHTS
     if not path.is_file():
         raise RuntimeError(f"{folder} has no {WEIGHTS}; weights of other formats are not read")
-    check_folder_config(folder)
     try:
         verified = check_sum(path)
     except ValueError as error:

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
@@ -19,7 +20,7 @@ from timm.models import (
 from torch import nn
 
 from ..attention import ATTENTIONS
-from .download import Located, locate
+from .download import Located, check_folder_config, locate
 from .warm_start import warm_start
 from .weights_index import INDEX, WeightsEntry
 
@@ -132,7 +133,7 @@ def pool_size_at(cfg: Mapping[str, Any], input_size: Sequence[int]) -> tuple[int
 
 
 def _pooled(size: int, pool: int, given: int) -> int:
-    """Compute the side of the map of an image, where an image of side `given` has a map of `pool`."""
+    """Compute the side of the map of an image, where one of side `given` has a map of `pool`."""
     stride = 2 ** round(math.log2(given / pool))
     if -(-given // stride) == pool:  # 176 pixels at stride 32 give 6, rounded up
         return -(-size // stride)
@@ -215,6 +216,8 @@ def build_model(
         RuntimeError: If the weights cannot be obtained, are not those of the index, or do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
+    if isinstance(pretrained_cfg, Mapping) and pretrained_cfg.get("source") == "local-dir":
+        check_folder_config(Path(pretrained_cfg["file"]))
     if overlay.keys() & {"hf_hub_id", "url"}:
         # timm prefers a config's file, so the weights in this package would hide those asked for.
         overlay.setdefault("file", None)

@@ -5,9 +5,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models._hub import save_config_for_hf
 
-from ..models.registry import of_architecture, pool_size_at
+from ..models.registry import of_architecture
 from .checkpoint import MODEL_CONFIG, read_checked, replace_summed
 from .config import UsageError
 
@@ -29,9 +30,8 @@ def save_model_config(
     """
     registered = dict(model.pretrained_cfg)
     own = {**of_architecture(registered), **data_config, "num_classes": model.num_classes}
-    # Another stride than the registered one gives maps of another size, which nothing records.
-    stride = "output_stride" in model_args
-    own["pool_size"] = None if stride else pool_size_at(registered, own["input_size"])
+    if own.get("pool_size"):
+        own["pool_size"] = _map_size(model, own["input_size"])
     model.pretrained_cfg.clear()
     model.pretrained_cfg.update(own)
     content = {"label_names": label_names} if label_names else None
@@ -42,6 +42,18 @@ def save_model_config(
     # The config has it outside model_args as well; transformers would pass it twice.
     config.get("model_args", {}).pop("num_classes", None)
     replace_summed(path, json.dumps(config, indent=2).encode())
+
+
+@torch.no_grad()
+def _map_size(model: Any, input_size: tuple[int, int, int]) -> tuple[int, int]:
+    """Return height and width of the last feature map, which depend on the model's arguments."""
+    training = model.training
+    weight = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=weight.device, dtype=weight.dtype)
+    maps = model.eval().forward_features(image)  # [1, c, h, w]
+    model.train(training)
+    height, width = maps.shape[-2:]
+    return height, width
 
 
 def read_model_config(folder: Path, *needed: str) -> dict[str, Any]:
