@@ -170,7 +170,7 @@ def _best(logits: Tensor, namer: Callable[[int], str], top: int) -> list[Predict
 def _outputs(
     model: Any, paths: Sequence[Path], options: PredictConfig
 ) -> Iterator[tuple[Path, Outputs | CorruptImageError]]:
-    """Yield what the model computes of each image, in order, or why the image cannot be read."""
+    """Return an iterator over the images' outputs, in order, or why an image cannot be read."""
     loader = DataLoader(
         _Images(model, paths, options.exif_orientation),
         options.batch_size,
@@ -178,9 +178,15 @@ def _outputs(
         collate_fn=_collate,
         worker_init_fn=ignore_signals,
     )
+    return _computed(model, loader, paths, bool(options.embed))
+
+
+def _computed(
+    model: Any, loader: DataLoader, paths: Sequence[Path], with_features: bool
+) -> Iterator[tuple[Path, Outputs | CorruptImageError]]:
     rest = iter(paths)
     for images, errors in loader:
-        computed = iter(() if images is None else _forward(model, images, bool(options.embed)))
+        computed = iter(() if images is None else _forward(model, images, with_features))
         for error in errors:
             yield next(rest), next(computed) if error is None else error
 
@@ -205,13 +211,20 @@ def _forward(model: Any, images: Tensor, with_features: bool) -> list[Outputs]:
     return [Outputs(*pair) for pair in zip(logits, features, strict=True)]
 
 
+# The PIL mode of images for a number of channels.
+_MODES = {1: "L", 3: "RGB"}
+
+
 class _Images(Dataset):
     """Images as a model takes them, [c, h, w]; for a corrupt one the error, which is not raised."""
 
     def __init__(self, model: Any, paths: Sequence[Path], exif: bool) -> None:
         data_config = resolve_data_config(model=model)
+        channels = data_config["input_size"][0]
+        if channels not in _MODES:
+            raise UsageError(f"the model takes images of {channels} channels; 1 or 3 can be read")
         self.transform: Any = create_transform(**data_config)
-        self.mode = "RGB" if data_config["input_size"][0] == 3 else "L"
+        self.mode = _MODES[channels]
         self.paths, self.exif = paths, exif
 
     def __len__(self) -> int:

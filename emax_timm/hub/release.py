@@ -112,7 +112,7 @@ def make_release(
     files = {
         WEIGHTS: checkpoint.serialized(model.state_dict()),
         checkpoint.MODEL_CONFIG: (json.dumps(described, indent=2) + "\n").encode(),
-        checkpoint.CONFIG: _public(config).encode(),
+        checkpoint.CONFIG: _public(config, described).encode(),
         LOG: _read(run / LOG),
         CARD: model_card(_facts(config, model, described, summary, repo)).encode(),
     }
@@ -120,7 +120,7 @@ def make_release(
     sums = "".join(f"{sha256_of(content)}  {name}\n" for name, content in files.items())
     return Release(
         files={**files, SUMS: sums.encode()},
-        model=config.model,
+        model=_model_name(config, described),
         tag=tag,
         license=license,
         metrics=metrics,
@@ -148,7 +148,7 @@ def _facts(
     channels, height, width = cfg["input_size"]
     return CardFacts(
         repo=repo,
-        model=config.model,
+        model=_model_name(config, described),
         config=config,
         license=cfg["license"],
         classes=model.num_classes,
@@ -208,8 +208,14 @@ def _check_half(tensors: dict[str, Tensor], path: Path) -> None:
             )
 
 
-def _public(config: TrainConfig) -> str:
+def _model_name(config: TrainConfig, described: dict[str, Any]) -> str:
+    """Return the name of the model in timm, which a run on another run's model does not have."""
+    return str(described["architecture"]) if ":" in config.model else config.model
+
+
+def _public(config: TrainConfig, described: dict[str, Any]) -> str:
     kept = {k: v for k, v in asdict(config).items() if k not in _PRIVATE}
+    kept["model"] = _model_name(config, described)
     return yaml.safe_dump(kept, sort_keys=False)
 
 

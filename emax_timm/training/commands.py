@@ -187,7 +187,8 @@ def _architecture(name: str) -> str:
             f"--model names a model or a run, not weights: give --model {source.folder}, and "
             f"{source.weights} with --initial-checkpoint"
         )
-    return source.model
+    # The run goes on elsewhere, too.
+    return f"local-dir:{source.folder.absolute()}" if source.folder else source.model
 
 
 def read_run(folder: Path) -> TrainConfig:

@@ -20,6 +20,7 @@ from training_testing import files_in, only_line
 
 from emax_cli import main
 from emax_timm.hub.predict import predictions
+from emax_timm.training import UsageError
 from emax_timm.training.data import SAMPLES
 from emax_timm.training.data.decoding import CorruptImageError
 
@@ -191,6 +192,13 @@ def test_grey_model_takes_colour_images(tmp_path: Path) -> None:
     ).eval()
     ((_, found),) = predictions(model, [tmp_path / "a.jpg"])
     assert not isinstance(found, CorruptImageError)
+
+
+def test_model_of_other_channels_is_refused(clothes: dict[str, Path]) -> None:
+    overlay = {"input_size": (4, 32, 32), "mean": (0.5,) * 4, "std": (0.5,) * 4}
+    model = timm.create_model("test_resnet", in_chans=4, pretrained_cfg_overlay=overlay).eval()
+    with pytest.raises(UsageError, match="images of 4 channels"):
+        next(predictions(model, [clothes["8_bag"]]))
 
 
 def test_photograph_is_turned_upright(clothes: dict[str, Path], tmp_path: Path) -> None:
