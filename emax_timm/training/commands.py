@@ -138,6 +138,10 @@ def _of_run(
         last two are None where they are unknown.
     """
     named, weights = settings.get("model"), settings.get("checkpoint")
+    if weights and not named:
+        folder = run_folder(str(weights))
+        if (folder / checkpoint.CONFIG).is_file() and not _describes_model(folder):
+            named = read_run(folder).model  # a copy of the weights and the configuration alone
     source = find_source(str(named or weights)) if named or weights else None
     if source is None or not (weights or source.folder):
         return settings, None, None
@@ -146,7 +150,7 @@ def _of_run(
     file = weights_file(str(weights or source.weights or folder))
     settings = {**settings, "model": source.model, "checkpoint": str(file)}
     run = read_run(folder) if (folder / checkpoint.CONFIG).is_file() else None
-    described = read_model_config(folder) if run or own_model else {}
+    described = read_model_config(folder) if own_model or _describes_model(folder) else {}
     defaults = _settings_of(run) if run else {}
     if own_model:
         size = described.get("pretrained_cfg", described).get("input_size", (3,))
@@ -156,6 +160,10 @@ def _of_run(
     if run and not tested:
         run = replace(run, test_split="")
     return layered(defaults, settings), run, described.get("label_names") if run else None
+
+
+def _describes_model(folder: Path) -> bool:
+    return (folder / checkpoint.MODEL_CONFIG).is_file()
 
 
 def _resumed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -170,10 +178,10 @@ def _resumed(settings: dict[str, Any]) -> dict[str, Any]:
     else:
         path = Path(settings["resume"])
     folder = run_folder(str(path))
-    saved = checkpoint.checkpoints(folder)
-    if checkpoint.CHECKPOINTS in path.parts and saved and saved[0].name not in path.parts:
+    named, saved = {path, *path.parents}, checkpoint.checkpoints(folder)
+    if folder / checkpoint.CHECKPOINTS in named and not named & set(saved[:1]):
         raise UsageError(
-            f"a run continues from its newest checkpoint, {saved[0].name}: give --resume {folder}; "
+            f"a run continues from its newest checkpoint: give --resume {folder}; "
             f"a new run starts from the weights of {path} with --initial-checkpoint"
         )
     return layered(_run_settings(folder), {**settings, "resume": str(folder)})

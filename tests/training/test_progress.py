@@ -146,7 +146,7 @@ def test_terminal_shows_a_line_that_goes_when_the_work_is_done(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("export", ["tracing ResNet", "comparing "]),
+        ("export", ["tracing AttentionResNet", "comparing "]),
         pytest.param("visualize", ["drawing image 1 of 1"], marks=pytest.mark.slow),
         pytest.param("publish", ["publishing me/cats"], marks=pytest.mark.slow),
     ],

@@ -130,6 +130,7 @@ def test_run_is_not_resumed_from_an_older_checkpoint(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     oldest = min((run / "checkpoints").glob("epoch-*"))
+    assert oldest != newest_checkpoint(run)
     assert main(["train", "--resume", str(oldest)]) == 2
     assert "continues from its newest checkpoint" in only_line(capsys.readouterr().err)
 
