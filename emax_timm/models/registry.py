@@ -96,9 +96,11 @@ def family_cfgs(backbones: Sequence[str], compared: Sequence[str]) -> dict[str, 
 def _own_cfg(entry: WeightsEntry, backbone: str) -> PretrainedCfg:
     """Make the pretrained config of weights that were trained with this package."""
     baseline = get_pretrained_cfg(backbone) or PretrainedCfg()
-    kept = of_architecture(baseline.to_dict())
+    kept: dict[str, Any] = of_architecture(baseline.to_dict())
     shipped = entry.repo is None
-    own = {k: tuple(v) if isinstance(v, list) else v for k, v in (entry.cfg or {}).items()}
+    own: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in (entry.cfg or {}).items()
+    }
     size = own.get("input_size", baseline.input_size)
     kept |= {"architecture": entry.model, "pool_size": pool_size_at(baseline.to_dict(), size)}
     return PretrainedCfg(
@@ -216,7 +218,7 @@ def build_model(
         RuntimeError: If the weights cannot be obtained, are not those of the index, or do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
-    if isinstance(pretrained_cfg, Mapping) and pretrained_cfg.get("source") == "local-dir":
+    if isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") == "local-dir":
         check_folder_config(Path(pretrained_cfg["file"]))
     if overlay.keys() & {"hf_hub_id", "url"}:
         # timm prefers a config's file, so the weights in this package would hide those asked for.

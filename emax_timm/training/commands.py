@@ -159,7 +159,8 @@ def _of_run(
         defaults["in_chans"] = size[0]
     if run and not tested:
         run = replace(run, test_split="")
-    return layered(defaults, settings), run, described.get("label_names") if run else None
+    labels = described.get("label_names") if run or weights else None
+    return layered(defaults, settings), run, labels if isinstance(labels, list) else None
 
 
 def _describes_model(folder: Path) -> bool:

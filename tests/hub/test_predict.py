@@ -125,7 +125,7 @@ def test_model_without_a_classifier_gives_features_alone(
     trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model: Any = timm.create_model(f"local-dir:{trained}", pretrained=True, num_classes=0)
-    timm.models.save_for_hf(model, tmp_path / "backbone", safe_serialization=True)
+    timm.models.save_for_hf(model, str(tmp_path / "backbone"), safe_serialization=True)
     arguments = ["predict", str(images / "validation"), "-m", str(tmp_path / "backbone")]
     assert main(arguments) == 2
     assert "has no classifier; --embed" in only_line(capsys.readouterr().err)
