@@ -64,8 +64,12 @@ def kernels(argv: Sequence[str], prog: str) -> int:
     options = parser.parse_args(argv)
     if options.action == "check":
         return _check(options.target, options.shape, options.kernel)
+    from .training.progress import working  # it loads all of training, which the rest needs not
+
     try:
-        print(f"built {build()}; EMAX uses it from now on (EMAX_BACKEND=portable does not)")
+        with working("building the kernels"):
+            library = build()
+        print(f"built {library}; EMAX uses it from now on (EMAX_BACKEND=portable does not)")
     except OSError as error:
         raise UsageError(str(error)) from error
     return 0

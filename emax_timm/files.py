@@ -12,7 +12,10 @@ from filelock import FileLock, Timeout
 
 __all__ = [
     "SUMS",
+    "TargetError",
     "WriteError",
+    "check_sum",
+    "check_target",
     "lock_folder",
     "read_sums",
     "remove",
@@ -31,6 +34,47 @@ class WriteError(RuntimeError):
     """A file cannot be written; the message is one line that says where and why."""
 
     exit_code = 1
+
+
+class TargetError(WriteError):
+    """A file or folder that is to be written cannot be; found before any work."""
+
+    exit_code = 2
+
+
+def check_target(path: Path, *, folder: bool = False, hint: str = "") -> None:
+    """Check that a file or folder can be made or replaced, before the work whose result it holds.
+
+    A hidden file is made and removed where the target will be, because neither permissions nor
+    read-only mounts can be told otherwise. What is there is not touched.
+
+    Args:
+        path: The file, in a folder that exists, or the folder, whose parents may be missing.
+        folder: Whether it is a folder.
+        hint: What the message says after the reason, such as the option that names the target.
+
+    Raises:
+        TargetError: If it cannot be written.
+    """
+    where = path.absolute().parent
+    while folder and not os.path.lexists(where):
+        where = where.parent
+    try:
+        if path.is_dir() and not folder:
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if folder and path.exists() and not path.is_dir():
+            raise FileExistsError(errno.EEXIST, "it is a file")
+        if not where.exists():
+            raise FileNotFoundError(errno.ENOENT, f"there is no folder {path.parent}")
+        if not where.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{where} is no folder")
+        probe = where / f".{path.name[:200]}.{os.getpid()}.partial"
+        with probe.open("xb"):
+            pass
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise TargetError(f"cannot write to {path}: {reason}{hint and f'; {hint}'}") from None
 
 
 @contextlib.contextmanager
@@ -124,11 +168,16 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[bool]:
+def lock_folder(folder: Path, *, reading: bool = False) -> Iterator[bool]:
     """Hold a folder's lock against other processes; yield False if another process holds it.
 
     The operating system releases the lock when the process ends, however it ends, and child
     processes do not inherit it.
+
+    Args:
+        folder: The folder, in which the file `.lock` is made.
+        reading: Only read the folder; where the file cannot be made or opened for writing, nothing
+            is held, and another process's lock is still noticed.
     """
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -136,10 +185,31 @@ def lock_folder(folder: Path) -> Iterator[bool]:
     except Timeout:
         yield False
         return
+    except OSError:
+        if not reading:
+            raise
+        yield not _is_locked(folder / ".lock")
+        return
     try:
         yield True
     finally:
         lock.release()
+
+
+def _is_locked(path: Path) -> bool:
+    """Tell whether a process holds a lock on a file that this one cannot write."""
+    try:
+        import fcntl  # not on Windows, where locked files cannot be read
+    except ImportError:
+        return False
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no such file, or the file system has no locks
+        pass
+    return False
 
 
 def sha256_of(content: bytes | Path) -> str:
@@ -176,3 +246,31 @@ def read_sums(folder: Path) -> dict[str, set[str]]:
         value, _, name = line.partition("  ")
         sums.setdefault(name, set()).add(value)
     return sums
+
+
+def check_sum(path: Path, content: bytes | None = None) -> bool:
+    """Compare a file with its sha256 in the `SHA256SUMS` beside it.
+
+    Args:
+        path: The file.
+        content: What was read of it; None reads it.
+
+    Returns:
+        Whether it is listed there; a file that is not is accepted as it is.
+
+    Raises:
+        ValueError: If it has another sha256, or the sums cannot be read; in one line.
+    """
+    expected = read_sums(path.parent).get(path.name)
+    if not expected:
+        return False
+    if sha256_of(path if content is None else content) not in expected:
+        hint = (
+            ""
+            if path.suffix != ".json"
+            else (f"; if you edited it on purpose, remove the line of {path.name} from {SUMS}")
+        )
+        raise ValueError(
+            f"{path} is damaged: its sha256 is not the one in {path.parent / SUMS}{hint}"
+        )
+    return True

@@ -39,6 +39,9 @@ def command(prog: str) -> Callable[[Callable[[Sequence[str], str], int]], Comman
         def run(argv: Sequence[str] | None = None, prog: str = prog) -> int:
             try:
                 return function(sys.argv[1:] if argv is None else list(argv), prog)
+            except BrokenPipeError:  # whoever reads stdout, such as `head`, has seen enough
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 128 + 13  # as if SIGPIPE had ended it
             except Exception as error:
                 exit_code, message = getattr(error, "exit_code", None), str(error)
                 if isinstance(error, OSError) and error.filename is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import UsageError
+from .files import check_target
 
 __all__ = ["heading", "marks", "row", "text_around", "write_between"]
 
@@ -58,6 +59,7 @@ def text_around(path: Path, name: str) -> tuple[str, str]:
             lines = file.read().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot change {path}: {error}") from error
+    check_target(path.resolve())
     marked = [i for i, line in enumerate(lines) if line.rstrip() in (begin, end)]
     if [lines[i].rstrip() for i in marked] != [begin, end]:
         raise UsageError(f"{path} must have the line {begin} once and, below it, {end} once")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..files import replace_file
+from ..files import check_target, replace_file
 from ..runner import FailedRunError, command
 from ..tables import marks, text_around, write_between
 from ..training.config import Parser, TrainConfig, UsageError
@@ -47,6 +47,9 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
     try:
         if options.write is not None:
             text_around(options.write, options.mark)  # refuses a bad file before measuring
+        for path in (options.json, getattr(options, "plot", None)):
+            if path is not None:
+                check_target(path)
         start = time.monotonic()
         result = options.run(options)
         if result is None:

@@ -18,6 +18,8 @@ from ..training.config import (
     parse_settings,
 )
 from ..training.loading import load_model
+from ..training.progress import working
+from ..training.sources import find_source
 
 __all__ = ["ExportConfig", "export"]
 
@@ -28,7 +30,7 @@ class ExportConfig:
 
     model: str | None = option(
         None,
-        "name of a timm model, local-dir:FOLDER (such as a run directory) or hf-hub:NAME",
+        "name of a timm model, run directory or checkpoint in one, or hf-hub:ORG/NAME",
         positional=True,
         metavar="MODEL",
     )
@@ -38,9 +40,11 @@ class ExportConfig:
         "onnx, or torch for torch.export's archive (default: by the suffix, .onnx or .pt2)",
         choices=tuple(FORMATS.values()),
     )
-    checkpoint: str | None = option(None, "weights, a .safetensors file", metavar="FILE")
+    checkpoint: str | None = option(
+        None, "weights: a .safetensors file, or a run directory", metavar="FILE"
+    )
     pretrained: bool = option(
-        False, "published weights (always from hf-hub: and local-dir: without --checkpoint)"
+        False, "published weights (always those of a run or from hf-hub:, without --checkpoint)"
     )
     num_classes: int | None = option(
         None, "number of classes; 0 for pooled features", bounds=AT_LEAST_0
@@ -70,16 +74,18 @@ def export(argv: Sequence[str], prog: str) -> int:
     path = Path(config.output)
     # Check the target before any weights are downloaded.
     file_format = check_target(path, config.format, config.overwrite)
-    model, input_size, trained = _build(config)
-    report = export_model(
-        model,
-        path,
-        file_format,
-        input_size=input_size,
-        fixed_size=config.fixed_size,
-        fixed_batch=config.fixed_batch,
-        overwrite=config.overwrite,
-    )
+    with working(f"loading {config.model}") as progress:
+        model, input_size, trained = _build(config)
+        report = export_model(
+            model,
+            path,
+            file_format,
+            input_size=input_size,
+            fixed_size=config.fixed_size,
+            fixed_batch=config.fixed_batch,
+            overwrite=config.overwrite,
+            stage=progress.stage,
+        )
     print(report)
     if not trained:
         print("The weights are initial ones; --checkpoint or --pretrained gives trained ones.")
@@ -89,7 +95,8 @@ def export(argv: Sequence[str], prog: str) -> int:
 def _build(config: ExportConfig) -> tuple[Any, tuple[int, int, int], bool]:
     """Build the model; return it with its input size [c, h, w] and whether weights were loaded."""
     name = str(config.model)
-    pretrained = config.pretrained or ":" in name
+    source = find_source(name)
+    pretrained = config.pretrained or ":" in source.model
     model = load_model(name, pretrained, config.checkpoint, config.num_classes, config.model_kwargs)
     channels, *sides = model.pretrained_cfg["input_size"]
     if config.img_size is not None:

@@ -1,10 +1,8 @@
 """The `emax weights verify` command: verification of weights and releases by their sha256."""
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import timm
 from huggingface_hub import hf_hub_download
@@ -16,6 +14,8 @@ from ..models.weights_index import INDEX, PICKLES, WEIGHTS, safe_name
 from ..training.checkpoint import MODEL_CONFIG, load_weights
 from ..training.config import UsageError, nearest
 from ..training.loading import create_model
+from ..training.model_config import read_model_config
+from ..training.sources import run_folder
 
 __all__ = ["check_folder", "verify_weights"]
 
@@ -36,8 +36,8 @@ def verify_weights(target: str | None) -> list[str]:
     if target is None:
         shipped = [entry.name for entry in INDEX if entry.repo is None]
         return [_verify_tag(name) for name in shipped]
-    if Path(target).is_dir():
-        return check_folder(Path(target))
+    if (folder := run_folder(target)).is_dir():
+        return check_folder(folder)
     if timm.is_model_pretrained(target):
         return [_verify_tag(target)]
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", target):
@@ -100,15 +100,11 @@ def _is_inside(path: Path, folder: Path) -> bool:
 
 
 def _check_model(folder: Path) -> None:
-    path = folder / MODEL_CONFIG
-    try:
-        config: Any = json.loads(path.read_text(encoding="utf-8"))
-        name = config["architecture"]
-        arguments = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
-        if ":" in name:
-            raise ValueError(f"{name!r} is no name of a model")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} does not describe a model: {error!r}") from None
+    config = read_model_config(folder, "num_classes")
+    name = str(config["architecture"])
+    if ":" in name:
+        raise UsageError(f"{folder / MODEL_CONFIG} does not describe a model: {name!r} is no name")
+    arguments = {**config.get("model_args", {}), "num_classes": config["num_classes"]}
     load_weights(create_model(name, **arguments), folder / WEIGHTS)
 
 

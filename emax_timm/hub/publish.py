@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import SUMS, lock_folder, remove, write_folder, writing_to
+from ..files import SUMS, check_target, lock_folder, remove, write_folder, writing_to
 from ..models.weights_index import INDEX_FILE, WEIGHTS, WeightsEntry, read_index, write_index
 from ..runner import command
 from ..training.config import (
@@ -18,6 +18,8 @@ from ..training.config import (
     parse_settings,
 )
 from ..training.distributed import open_distributed_context
+from ..training.progress import working
+from ..training.sources import run_folder
 from .integrity import check_folder
 from .release import Release, make_release
 from .upload import check_repo, upload
@@ -29,7 +31,7 @@ __all__ = ["publish", "put_in_index"]
 class PublishConfig:
     """Make a release of a training run's best weights and, with --push, publish it on the hub."""
 
-    run: str | None = option(None, "run directory", positional=True, metavar="RUN")
+    run: str | None = option(None, "run directory, or a file in it", positional=True, metavar="RUN")
     repo: str = option("", "ORG/NAME on the hub")
     output: str | None = option(
         None, "folder for the release; replaced if it holds one (default: RUN/release)"
@@ -66,8 +68,9 @@ def publish(argv: Sequence[str], prog: str) -> int:
         settings = parse_settings(PublishConfig, argv, prog)
         config = from_mapping(PublishConfig, settings, "the command line")
         _check(config)
-        run = Path(str(config.run))
+        run = run_folder(str(config.run))
         folder = Path(config.output) if config.output else run / "release"
+        check_target(folder, folder=True, hint="choose another place with --output")
         release = _make(config, run)
         with writing_to(folder):
             _write(release, folder)
@@ -78,7 +81,8 @@ def publish(argv: Sequence[str], prog: str) -> int:
             print(f"nothing is published; --push would publish it as {config.repo}")
             return 0
         title = f"{release.model}.{release.tag}" if release.tag else release.model
-        done = upload(release.files, config.repo, f"Release {title}", config.private)
+        with working(f"publishing {config.repo}"):
+            done = upload(release.files, config.repo, f"Release {title}", config.private)
         state = "published" if done.new else "was published before"
         print(f"{done.repo} {done.version} {state}: commit {done.commit}")
         if config.index:
@@ -95,12 +99,13 @@ def _check(config: PublishConfig) -> None:
     if config.run is None or not config.repo:
         raise UsageError("nothing to publish: give RUN --repo ORG/NAME")
     check_repo(config.repo)
-    if not Path(config.run).is_dir():
+    if not run_folder(config.run).is_dir():
         raise UsageError(f"there is no run {config.run}")
     if config.index and not config.push:
         raise UsageError("--index needs --push: a tag exists only if its weights do")
     if config.index:
         read_index(Path(config.index_file))
+        check_target(Path(config.index_file))
     if config.tag and not config.tag.replace("_", "").replace("-", "").isalnum():
         raise UsageError(f"--tag takes letters, digits, _ and -, not {config.tag!r}")
 
@@ -113,7 +118,7 @@ def _make(config: PublishConfig, run: Path) -> Release:
     }
     # By convention a repository is named MODEL.TAG, such as resnet50_emax.fashion_mnist.
     tag = config.tag or config.repo.partition("/")[2].partition(".")[2]
-    with open_distributed_context(config.device) as context, lock_folder(run) as free:
+    with open_distributed_context(config.device) as context, lock_folder(run, reading=True) as free:
         if not free:
             raise UsageError(f"a process is training in {run}; wait for its end")
         release = make_release(run, config.repo, tag, config.license, context, data)

@@ -21,6 +21,7 @@ from ..training.config import TrainConfig, UsageError, model_arguments
 from ..training.distributed import DistributedContext
 from ..training.evaluate import Metrics
 from ..training.loading import create_model
+from ..training.model_config import read_model_config
 from ..version import __version__
 from .card import CardFacts, model_card
 
@@ -103,8 +104,7 @@ def make_release(
     config = read_run(run)
     names = ("best_epoch", "epochs", "validation", "test")
     summary = _read_json(run / SUMMARY, names, "the run has not ended; continue it with --resume")
-    names = ("architecture", "num_classes", "pretrained_cfg")
-    described = _read_json(run / checkpoint.MODEL_CONFIG, names, "it is no complete run")
+    described = read_model_config(run, "num_classes", "pretrained_cfg")
     license = license or _license_of(config)
     model = _best_model(run, described)
     metrics = _validated(run, summary, context, data)
@@ -112,7 +112,7 @@ def make_release(
     files = {
         WEIGHTS: checkpoint.serialized(model.state_dict()),
         checkpoint.MODEL_CONFIG: (json.dumps(described, indent=2) + "\n").encode(),
-        checkpoint.CONFIG: _public(config).encode(),
+        checkpoint.CONFIG: _public(config, described).encode(),
         LOG: _read(run / LOG),
         CARD: model_card(_facts(config, model, described, summary, repo)).encode(),
     }
@@ -120,7 +120,7 @@ def make_release(
     sums = "".join(f"{sha256_of(content)}  {name}\n" for name, content in files.items())
     return Release(
         files={**files, SUMS: sums.encode()},
-        model=config.model,
+        model=_model_name(config, described),
         tag=tag,
         license=license,
         metrics=metrics,
@@ -148,7 +148,7 @@ def _facts(
     channels, height, width = cfg["input_size"]
     return CardFacts(
         repo=repo,
-        model=config.model,
+        model=_model_name(config, described),
         config=config,
         license=cfg["license"],
         classes=model.num_classes,
@@ -208,8 +208,14 @@ def _check_half(tensors: dict[str, Tensor], path: Path) -> None:
             )
 
 
-def _public(config: TrainConfig) -> str:
+def _model_name(config: TrainConfig, described: dict[str, Any]) -> str:
+    """Return the name of the model in timm, which a run on another run's model does not have."""
+    return str(described["architecture"]) if ":" in config.model else config.model
+
+
+def _public(config: TrainConfig, described: dict[str, Any]) -> str:
     kept = {k: v for k, v in asdict(config).items() if k not in _PRIVATE}
+    kept["model"] = _model_name(config, described)
     return yaml.safe_dump(kept, sort_keys=False)
 
 

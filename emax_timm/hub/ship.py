@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import replace_file, writing_to
+from ..files import check_target, replace_file, writing_to
 from ..models.weights_index import INDEX_FILE, WEIGHTS
 from ..runner import command
 from ..training.config import UsageError, from_mapping, option, parse_settings
 from ..training.distributed import open_distributed_context
+from ..training.sources import run_folder
 from .publish import put_in_index
 from .release import make_release
 
@@ -44,9 +45,11 @@ def ship(argv: Sequence[str], prog: str) -> int:
     config = from_mapping(ShipConfig, settings, "the command line")
     if config.run is None or not config.tag:
         raise UsageError("nothing to ship: give RUN --tag TAG")
+    check_target(Path(config.index))
+    check_target(Path(config.index).parent / FOLDER / config.tag, folder=True)
     with open_distributed_context() as context:
         release = make_release(
-            Path(config.run), "emax-timm/package", config.tag, config.license, context, {}
+            run_folder(config.run), "emax-timm/package", config.tag, config.license, context, {}
         )
     content = release.files[WEIGHTS]
     if len(content) > LARGEST:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import check_target
 from ..models.weights_index import INDEX_FILE, pin, read_index
 from ..runner import command
 from ..training.config import Parser, UsageError
@@ -28,6 +29,7 @@ def weights(argv: Sequence[str], prog: str) -> int:
 
 
 def _pin(index: Path, prog: str) -> int:
+    check_target(index)
     problems = pin(index)
     for problem in problems:
         print(f"{prog}: {problem}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """The `emax visualize` command."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from timm.data import resolve_data_config
 
-from ..files import remove, write_folder, writing_to
+from ..files import check_target, remove, write_folder, writing_to
 from ..models.capture import capture_attention
 from ..models.gradcam import GRAD_CAM_NEEDED
 from ..models.labels import class_namer
@@ -18,6 +18,8 @@ from ..training.config import AT_LEAST_1, UsageError, from_mapping, option, pars
 from ..training.data.decoding import CorruptImageError, open_image
 from ..training.journal import LAYERS, read_rows
 from ..training.loading import DEFAULT_MODEL, load_model
+from ..training.progress import working
+from ..training.sources import find_source, run_folder
 from .contents import image_section, look, model_sections
 from .figures import NEEDED
 from .images import Source, find_images, spread
@@ -34,15 +36,17 @@ class VisualizeConfig:
 
     model: str | None = option(
         None,
-        "name of a timm model, local-dir:FOLDER (such as a run directory) or hf-hub:NAME (default: "
-        f"with --checkpoint the model of the config.json beside it, else {DEFAULT_MODEL})",
+        "name of a timm model, run directory or checkpoint in one, or hf-hub:ORG/NAME (default: "
+        f"with --checkpoint that of its run, else {DEFAULT_MODEL})",
         "-m",
     )
     images: list[str] = option(
         [], "image files, and folders of them; folders in a folder are classes", metavar="PATH"
     )
     output: str | None = option(None, "folder to make", metavar="DIR")
-    checkpoint: str | None = option(None, "weights, a .safetensors file", metavar="FILE")
+    checkpoint: str | None = option(
+        None, "weights: a .safetensors file, or a run directory", metavar="FILE"
+    )
     pretrained: bool = option(True, "published weights, without --checkpoint")
     num_classes: int | None = option(
         None, "number of classes (default: the model's)", bounds=AT_LEAST_1
@@ -70,10 +74,11 @@ def visualize(argv: Sequence[str], prog: str) -> int:
     sources = find_images(config.images)
     output = _check_output(config)
     _check_packages(config)
-    name = _model_name(config)
-    model = _load(config, name)
-    compared = {other: _load_compared(other) for other in config.compare}
-    files = make_report(config, name, model, compared, sources)
+    name = find_source(config.model or config.checkpoint or DEFAULT_MODEL).model
+    with working(f"loading {name}") as progress:
+        model = _load(config, name)
+        compared = {other: _load_compared(other) for other in config.compare}
+        files = make_report(config, name, model, compared, sources, progress.stage)
     with writing_to(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         _put(output, files)
@@ -87,6 +92,7 @@ def make_report(
     model: Any,
     compared: dict[str, Any],
     sources: Sequence[Source],
+    stage: Callable[[str], object] = lambda _: None,
 ) -> dict[str, bytes]:
     """Return the files of the report by name.
 
@@ -96,13 +102,14 @@ def make_report(
         model: The model, in eval mode.
         compared: Other models by name, in eval mode.
         sources: The images.
+        stage: Called with what is being done, at the beginning of each stage.
 
     Raises:
         UsageError: If an image is corrupt or a model does not take it, or for attention that is not
             finite.
     """
     try:
-        sections, drawn = _sections(config, name, model, compared, sources)
+        sections, drawn = _sections(config, name, model, compared, sources, stage)
     except RuntimeError as error:  # from a model that does not take an image, or from `look`
         raise UsageError(f"model {name}: {str(error).strip().splitlines()[0]}") from None
     files = {
@@ -121,10 +128,16 @@ def _sections(
     model: Any,
     compared: dict[str, Any],
     sources: Sequence[Source],
+    stage: Callable[[str], object],
 ) -> tuple[list[Section], int]:
     """Return the sections of the report, and the number of images that are drawn."""
+    opened = 0
 
     def open_source(source: Source) -> Image.Image:
+        nonlocal opened
+        opened += 1
+        if opened <= len(sources):
+            stage(f"looking at image {opened} of {len(sources)}")
         try:
             return open_image(source.path, "RGB", config.exif_orientation)
         except CorruptImageError as error:
@@ -132,21 +145,24 @@ def _sections(
 
     chosen = spread(sources, config.max_images)
     found = look(model, sources, chosen, open_source, config.batch_size)
+    stage("drawing the layers")
     sections = model_sections(model, found, _statistics_of_layers(config, name), config.format)
-    sections += [
-        image_section(
-            number,
-            model,
-            seen,
-            open_source,
-            compared,
-            class_namer(model) if model.num_classes else None,
-            config.top,
-            config.grad_cam,
-            config.format,
+    namer = class_namer(model) if model.num_classes else None
+    for number, seen in enumerate(found.seen, start=1):
+        stage(f"drawing image {number} of {len(found.seen)}")
+        sections.append(
+            image_section(
+                number,
+                model,
+                seen,
+                open_source,
+                compared,
+                namer,
+                config.top,
+                config.grad_cam,
+                config.format,
+            )
         )
-        for number, seen in enumerate(found.seen, start=1)
-    ]
     return sections, len(found.seen)
 
 
@@ -155,7 +171,7 @@ def _summary(config: VisualizeConfig, name: str, model: Any, images: int, drawn:
     size = " x ".join(map(str, resolve_data_config(model=model)["input_size"]))
     weights = f"from {config.checkpoint}" if config.checkpoint else "initial ones"
     if config.pretrained and not config.checkpoint:
-        weights = "published ones" if not name.startswith("local-dir:") else "those of the folder"
+        weights = "published ones" if not name.startswith("local-dir:") else "those of the run"
     drawing = "all of them drawn" if drawn == images else f"{drawn} of them drawn"
     return (
         f"{type(model).__name__} of {parameters / 1e6:.2f} million parameters on images of {size}; "
@@ -175,14 +191,7 @@ def _check_output(config: VisualizeConfig) -> Path:
         if any(output.iterdir()) and not (config.overwrite and (output / REPORT).is_file()):
             hint = "--overwrite replaces it" if (output / REPORT).is_file() else "give another one"
             raise UsageError(f"{output} is not empty; {hint}")
-    try:
-        # A folder is made beside it and removed, so that it is known now whether that is possible.
-        parent = next(folder for folder in output.absolute().parents if folder.exists())
-        probe = parent / f".{output.name}.partial"
-        probe.mkdir(exist_ok=True)
-        probe.rmdir()
-    except OSError as error:
-        raise UsageError(f"cannot write to {output}: {error.strerror or error}") from None
+    check_target(output, folder=True)
     return output
 
 
@@ -205,17 +214,6 @@ def _check_packages(config: VisualizeConfig) -> None:
             importlib.import_module(package)
         except ImportError:
             raise UsageError(message) from None
-
-
-def _model_name(config: VisualizeConfig) -> str:
-    if config.model is not None:
-        return config.model
-    if config.checkpoint is None:
-        return DEFAULT_MODEL
-    folder = Path(config.checkpoint).parent
-    if not (folder / "config.json").is_file():
-        raise UsageError(f"there is no config.json beside {config.checkpoint}: give --model")
-    return f"local-dir:{folder}"
 
 
 def _load(config: VisualizeConfig, name: str) -> Any:
@@ -245,11 +243,9 @@ def _statistics_of_layers(config: VisualizeConfig, name: str) -> list[dict[str, 
 
     The list is empty if the weights are not from a run directory or it has no such file.
     """
-    if config.checkpoint:
-        folder = Path(config.checkpoint).parent
-    elif name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:"))
-    else:
+    named = config.checkpoint or name
+    folder = run_folder(named) if config.checkpoint else find_source(named).folder
+    if folder is None:
         return []
     try:
         return read_rows(folder / LAYERS)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..training.config import UsageError
-from ..training.data.scan import image_extensions, is_hidden
+from ..training.data.image_files import find_image_files
 
 __all__ = ["Source", "find_images", "spread"]
 
@@ -30,26 +30,12 @@ def find_images(paths: Sequence[str]) -> list[Source]:
         raise UsageError("nothing to look at: give --images DIR or files")
     found = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found += _in_folder(path)
-        elif path.exists():
-            found.append(Source(path, path.name, ""))
-        else:
-            raise UsageError(f"{path} does not exist")
+        files = find_image_files([path])
+        found += _in_folder(path, files) if path.is_dir() else [Source(path, path.name, "")]
     return found
 
 
-def _in_folder(folder: Path) -> list[Source]:
-    suffixes = image_extensions()
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in suffixes
-        and path.is_file()
-        and not any(map(is_hidden, path.relative_to(folder).parts))
-    ]
-    if not files:
-        raise UsageError(f"{folder} holds no images")
+def _in_folder(folder: Path, files: Sequence[Path]) -> list[Source]:
     names = [path.relative_to(folder) for path in files]
     return [
         Source(path, name.as_posix(), name.parts[0] if len(name.parts) > 1 else "")

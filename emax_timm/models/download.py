@@ -9,11 +9,11 @@ import safetensors
 from huggingface_hub import hf_hub_download
 from timm.models import PretrainedCfg
 
-from ..files import read_sums, sha256_of
+from ..files import check_sum, sha256_of
 from .hub_errors import hub_problem
 from .weights_index import INDEX, WEIGHTS, WeightsEntry, safe_name
 
-__all__ = ["Located", "fetch", "locate"]
+__all__ = ["Located", "check_folder_config", "fetch", "locate"]
 
 
 class Located(NamedTuple):
@@ -70,17 +70,28 @@ def _checked(located: Located) -> Located:
         raise RuntimeError(f"{located.path} is no complete safetensors file: {error}") from None
 
 
+def check_folder_config(folder: Path) -> None:
+    """Verify the config.json of a `local-dir:` folder, from which timm builds the model.
+
+    Raises:
+        RuntimeError: If its sha256 is not the one in the folder's `SHA256SUMS`.
+    """
+    try:
+        if (path := folder / "config.json").is_file():
+            check_sum(path)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(str(error)) from None
+
+
 def _in_folder(folder: Path) -> Located:
     path = folder / WEIGHTS
     if not path.is_file():
         raise RuntimeError(f"{folder} has no {WEIGHTS}; weights of other formats are not read")
     try:
-        expected = read_sums(folder).get(WEIGHTS, set())
+        verified = check_sum(path)
     except ValueError as error:
         raise RuntimeError(str(error)) from None
-    if expected and sha256_of(path) not in expected:
-        raise RuntimeError(f"{path} is damaged: its sha256 is not the one in SHA256SUMS beside it")
-    return Located(path, str(folder), None, bool(expected))
+    return Located(path, str(folder), None, verified)
 
 
 def fetch(

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from .. import files
 from ..errors import UsageError
 from ..files import replace_file
 from .export_check import (
@@ -75,6 +76,7 @@ def export_model(
     fixed_size: bool = False,
     fixed_batch: bool = False,
     overwrite: bool = False,
+    stage: Callable[[str], object] = lambda _: None,
 ) -> ExportReport:
     """Write `model` to `path`, compare the file with the model, and only then put it in place.
 
@@ -92,6 +94,7 @@ def export_model(
             gives a different trace.
         fixed_batch: Accept a batch of 1 only.
         overwrite: Replace an existing file.
+        stage: Called with what is being done, at the beginning of each stage.
 
     Raises:
         ValueError: If the model is not as described.
@@ -108,6 +111,7 @@ def export_model(
     count = _count_outputs(model, example)
     fixed = {0: fixed_batch, 2: fixed_size, 3: fixed_size}
     axes = {axis: name for axis, name in AXES.items() if not fixed[axis]}
+    stage(f"tracing {type(model).__name__}")
     program = _trace(model, example, axes)
     ranges = _ranges(program)
     shapes = _shapes(example, ranges)
@@ -115,7 +119,9 @@ def export_model(
 
     def write(file: Path) -> None:
         nonlocal checks
+        stage(f"writing {path}")
         _save(program, example, axes, count, file, file_format)
+        stage(f"comparing {path} with the model")
         checks = verify(file, model, file_format, shapes)
 
     try:
@@ -172,6 +178,7 @@ def check_target(path: Path, format: str | None, overwrite: bool) -> str:
             raise UsageError(f"{path} exists already; --overwrite replaces it")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
+    files.check_target(path)
     for package in ONNX_PACKAGES if (format or by_suffix) == "onnx" else ():
         try:
             importlib.import_module(package)

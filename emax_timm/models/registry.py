@@ -2,8 +2,10 @@
 
 import dataclasses
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
@@ -18,7 +20,7 @@ from timm.models import (
 from torch import nn
 
 from ..attention import ATTENTIONS
-from .download import Located, locate
+from .download import Located, check_folder_config, locate
 from .warm_start import warm_start
 from .weights_index import INDEX, WeightsEntry
 
@@ -26,6 +28,7 @@ __all__ = [
     "build_model",
     "entry_point",
     "family_cfgs",
+    "of_architecture",
     "pool_size_at",
     "register",
     "register_family",
@@ -93,11 +96,15 @@ def family_cfgs(backbones: Sequence[str], compared: Sequence[str]) -> dict[str, 
 def _own_cfg(entry: WeightsEntry, backbone: str) -> PretrainedCfg:
     """Make the pretrained config of weights that were trained with this package."""
     baseline = get_pretrained_cfg(backbone) or PretrainedCfg()
+    kept: dict[str, Any] = of_architecture(baseline.to_dict())
     shipped = entry.repo is None
-    own = {k: tuple(v) if isinstance(v, list) else v for k, v in (entry.cfg or {}).items()}
-    own["pool_size"] = pool_size_at(baseline.to_dict(), own.get("input_size", baseline.input_size))
-    return dataclasses.replace(
-        without_weights(baseline, architecture=entry.model),
+    own: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in (entry.cfg or {}).items()
+    }
+    size = own.get("input_size", baseline.input_size)
+    kept |= {"architecture": entry.model, "pool_size": pool_size_at(baseline.to_dict(), size)}
+    return PretrainedCfg(
+        **kept,
         file=str(entry.path) if shipped else None,
         hf_hub_id=entry.repo,
         hf_hub_filename=None if shipped else entry.file,
@@ -106,12 +113,33 @@ def _own_cfg(entry: WeightsEntry, backbone: str) -> PretrainedCfg:
     )
 
 
+# What a pretrained config says of the architecture. All else is about its weights: where they are,
+# how they were trained, for which input and which classes, and what is recommended with them.
+_ARCHITECTURE = (
+    *("architecture", "fixed_input_size", "min_input_size", "pool_size", "first_conv"),
+    "classifier",
+)
+
+
+def of_architecture(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Select what is true of an architecture with any weights from a pretrained config."""
+    return {name: cfg[name] for name in _ARCHITECTURE if name in cfg}
+
+
 def pool_size_at(cfg: Mapping[str, Any], input_size: Sequence[int]) -> tuple[int, ...] | None:
     """Compute height and width of the last feature map for another input size than the config's."""
     if not cfg.get("pool_size"):
         return None
     sizes = zip(cfg["pool_size"], cfg["input_size"][1:], input_size[1:], strict=True)
-    return tuple(-(-size * pool // given) for pool, given, size in sizes)
+    return tuple(_pooled(size, pool, given) for pool, given, size in sizes)
+
+
+def _pooled(size: int, pool: int, given: int) -> int:
+    """Compute the side of the map of an image, where one of side `given` has a map of `pool`."""
+    stride = 2 ** round(math.log2(given / pool))
+    if -(-given // stride) == pool:  # 176 pixels at stride 32 give 6, rounded up
+        return -(-size // stride)
+    return -(-size * pool // given)
 
 
 def without_weights(cfg: PretrainedCfg, architecture: str) -> PretrainedCfg:
@@ -190,6 +218,8 @@ def build_model(
         RuntimeError: If the weights cannot be obtained, are not those of the index, or do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
+    if isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") == "local-dir":
+        check_folder_config(Path(pretrained_cfg["file"]))
     if overlay.keys() & {"hf_hub_id", "url"}:
         # timm prefers a config's file, so the weights in this package would hide those asked for.
         overlay.setdefault("file", None)

@@ -18,6 +18,7 @@ from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..files import check_target
 from . import checkpoint
 from .averaging import WeightAverage
 from .config import TrainConfig, UsageError, learning_rate, mixup_options, model_arguments
@@ -28,6 +29,7 @@ from .evaluate import half_precision
 from .loading import create_model
 from .loss import training_loss
 from .resume import restore
+from .sources import weights_file
 from .splits import open_splits, print_splits
 from .trainer import Trainer
 
@@ -41,6 +43,11 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
         UsageError: If the configuration, the data or the weights to start from are invalid.
     """
     check_config(config)
+    if context.is_primary:
+        if config.resume in ("", "auto"):
+            check_target(Path(config.output, config.experiment or ".run"), folder=True)
+        else:
+            check_target(Path(config.resume, checkpoint.CONFIG))
     saved = None
     if config.resume not in ("", "auto"):
         saved = checkpoint.load_checkpoint(Path(config.resume), context)
@@ -87,13 +94,13 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
 def _create_model(config: TrainConfig, num_classes: int) -> Any:
     arguments, overlay = model_arguments(config, num_classes), {}
     if config.pretrained_path:
-        weights = checkpoint.read_weights(Path(config.pretrained_path))
+        weights = checkpoint.read_weights(weights_file(config.pretrained_path))
         # num_classes of -1 makes timm adapt the head.
         overlay = {"state_dict": weights, "num_classes": -1}
     pretrained = config.pretrained or bool(overlay)
     model = create_model(config.model, pretrained, overlay, **arguments)
     if config.initial_checkpoint:
-        checkpoint.load_weights(model, Path(config.initial_checkpoint))
+        checkpoint.load_weights(model, weights_file(config.initial_checkpoint))
     head = model.get_classifier()
     with torch.no_grad():
         if config.head_init_scale is not None:

@@ -2,8 +2,8 @@
 
     config.yaml          the resolved configuration
     model.safetensors    the weights with the best metric (averaged ones if averaging is on)
-    SHA256SUMS           their sha256, in the format of the sha256sum command
     config.json          timm's description of that model: the folder is a timm `local-dir:` model
+    SHA256SUMS           the sha256 of these two, in the format of the sha256sum command
     checkpoints/         the newest few, each a folder epoch-0002-step-00002502 with
         model.safetensors  averaged.safetensors  state.pt  SHA256SUMS
     last.safetensors     a link to the weights of the newest; where there are no symbolic links
@@ -21,7 +21,6 @@ under a temporary name, synced to the disk and renamed when complete.
 """
 
 import io
-import json
 import pickle
 import shutil
 import warnings
@@ -31,12 +30,9 @@ from typing import Any, NamedTuple
 import safetensors
 import safetensors.torch
 import torch
-from timm.models import PretrainedCfg
-from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from ..files import SUMS, read_sums, remove, replace_file, sha256_of, write_folder
-from ..models.registry import pool_size_at
+from ..files import SUMS, check_sum, read_sums, remove, replace_file, sha256_of, write_folder
 from .config import UsageError
 from .distributed import DistributedContext
 
@@ -49,10 +45,11 @@ __all__ = [
     "checkpoints",
     "load_checkpoint",
     "load_weights",
+    "read_checked",
     "read_weights",
+    "replace_summed",
     "save_best",
     "save_checkpoint",
-    "save_model_config",
     "serialized",
 ]
 
@@ -72,17 +69,21 @@ class Checkpoint(NamedTuple):
 
 def save_best(model: nn.Module, folder: Path) -> None:
     """Write the model's weights, and their sha256, as the best of the run in `folder`."""
-    content = serialized(model.state_dict())
-    new, old = sha256_of(content), _sums(folder).get(BEST, set())
+    replace_summed(folder / BEST, serialized(model.state_dict()))
+
+
+def replace_summed(path: Path, content: bytes) -> None:
+    """Write a file of the run, and its sha256; at every moment the file is what the sums say."""
+    new, sums = sha256_of(content), _sums(path.parent)
     # While the file is replaced, the sums of the old and the new one are both valid.
-    _write_sums(folder, {new, *old})
-    replace_file(folder / BEST, lambda file: file.write_bytes(content))
-    _write_sums(folder, {new})
+    _write_sums(path.parent, {**sums, path.name: {new, *sums.get(path.name, set())}})
+    replace_file(path, lambda file: file.write_bytes(content))
+    _write_sums(path.parent, {**sums, path.name: {new}})
 
 
-def _write_sums(folder: Path, sums: set[str]) -> None:
-    text = "".join(f"{value}  {BEST}\n" for value in sorted(sums))
-    replace_file(folder / SUMS, lambda file: file.write_text(text))
+def _write_sums(folder: Path, sums: dict[str, set[str]]) -> None:
+    lines = [f"{value}  {name}\n" for name, found in sums.items() for value in sorted(found)]
+    replace_file(folder / SUMS, lambda file: file.write_text("".join(lines)))
 
 
 def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> None:
@@ -166,7 +167,7 @@ def _read_checkpoint(path: Path, device: torch.device) -> Checkpoint:
 
 def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
     """Read a `state.pt` file, which can yield plain data only."""
-    content = _read(path)
+    content = read_checked(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about other pickles, which are refused
@@ -189,25 +190,31 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: weights are read from .safetensors files only")
-    content = _read(path)
+    content = read_checked(path)
     try:
         return safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         raise UsageError(f"{path} is not a complete safetensors file: {error}") from None
 
 
-def _read(path: Path) -> bytes:
-    """Read a file; its sha256 is checked if `SHA256SUMS` beside it has one."""
+def read_checked(path: Path) -> bytes:
+    """Read a file; its sha256 is checked if `SHA256SUMS` beside it has one.
+
+    Raises:
+        UsageError: If the file is missing or has another sha256.
+    """
     try:
         file = path.resolve(strict=True)  # the sums are beside the file, not beside a link to it
         content = file.read_bytes()
     except FileNotFoundError:
-        raise UsageError(f"there is no checkpoint {path}") from None
+        raise UsageError(f"there is no file {path}") from None
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    expected = _sums(file.parent).get(file.name)
-    if expected and sha256_of(content) not in expected:
-        raise UsageError(f"{path} is damaged: its sha256 is not the one in {file.parent / SUMS}")
+    try:
+        check_sum(file, content)
+    except ValueError as error:
+        # The name that was asked for, not that of the file which a link leads to.
+        raise UsageError(str(error).replace(str(file), str(path), 1)) from None
     return content
 
 
@@ -258,30 +265,3 @@ def _check_keys(expected: dict[str, Tensor], found: dict[str, Tensor], path: Pat
     for name, value in found.items():
         if not value.isfinite().all():
             raise UsageError(f"{path}: {name} holds values that are not finite")
-
-
-def save_model_config(
-    model: Any,
-    path: Path,
-    model_args: dict[str, Any],
-    data_config: dict[str, Any],
-    label_names: list[str] | None,
-) -> None:
-    """Write timm's config.json, from which `local-dir:` and the Hugging Face Hub build the model.
-
-    The model's `pretrained_cfg` is updated with the data config, in place.
-    """
-    valid = PretrainedCfg.__dataclass_fields__
-    pool_size = pool_size_at(model.pretrained_cfg, data_config["input_size"])
-    model.pretrained_cfg["pool_size"] = pool_size
-    model.pretrained_cfg.update({k: v for k, v in data_config.items() if k in valid})
-    content = {"label_names": label_names} if label_names else None
-
-    def write(file: Path) -> None:
-        save_config_for_hf(model, str(file), content, model_args=model_args)
-        config = json.loads(file.read_text())
-        # The config has it outside model_args as well; transformers would pass it twice.
-        config.get("model_args", {}).pop("num_classes", None)
-        file.write_text(json.dumps(config, indent=2))
-
-    replace_file(path, write)

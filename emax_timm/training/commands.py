@@ -1,6 +1,5 @@
 """The commands behind train.py, validate.py and `emax`."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -11,6 +10,7 @@ from ..runner import command
 from . import checkpoint
 from .build import build_trainer
 from .config import (
+    InputOptions,
     TrainConfig,
     UsageError,
     ValidateConfig,
@@ -35,10 +35,15 @@ from .data import (
 from .distributed import DistributedContext, open_distributed_context
 from .evaluate import Metrics, evaluate, half_precision
 from .loading import create_model
-from .progress import Progress
+from .model_config import read_model_config
+from .progress import Progress, working
 from .signals import Stopped, catch_signals
+from .sources import find_source, run_folder, weights_file
 
 __all__ = ["read_run", "train", "validate", "validate_with"]
+
+# The options of a run that its config.json answers, in the form that its model was trained in.
+_OF_MODEL = {"model", "num_classes", "gp", "model_kwargs"} | {f.name for f in fields(InputOptions)}
 
 
 @command("train.py")
@@ -49,12 +54,15 @@ def train(argv: Sequence[str], prog: str) -> int:
         The exit status: 0, or 128 plus the number of the signal that stopped the run.
     """
     settings = parse_settings(TrainConfig, argv, prog)
+    if settings.get("model"):
+        settings["model"] = _architecture(str(settings["model"]))
     if settings.get("resume"):
         settings = _resumed(settings)
     config = from_mapping(TrainConfig, settings, "the configuration")
     try:
         with open_distributed_context(config.device, config.dist_timeout) as context:
-            trainer = build_trainer(config, context)
+            with working("opening the data and the model", context.is_primary):
+                trainer = build_trainer(config, context)
             with catch_signals() as trainer.stop:
                 trainer.run()
     except Stopped as stopped:  # a signal asked for it, which is no error
@@ -89,15 +97,10 @@ def validate_with(
     Raises:
         UsageError: If the settings, the data or the checkpoint are invalid.
     """
-    run = _run_of(settings)
-    if run is not None:
-        run = run if tested else replace(run, test_split="")
-        settings = layered(_settings_of(run), settings)
+    settings, run, labels = _of_run(settings, tested)
     config = from_mapping(ValidateConfig, settings, "the command line")
     if config.model is None:
-        raise UsageError(
-            "nothing to validate: give --checkpoint FILE, or --model NAME --pretrained"
-        )
+        raise UsageError("nothing to validate: give --checkpoint RUN, or --model NAME --pretrained")
     arguments = {
         "num_classes": config.num_classes,
         "in_chans": config.input_size[0] if config.input_size else config.in_chans,
@@ -106,16 +109,18 @@ def validate_with(
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
     check_model(config.model, arguments)
-    dataset = _open_data(config, run)
+    dataset, split = _open_data(config, run), config.split or "validation"
+    if not config.class_map:
+        same_classes(labels, class_names(dataset), split)
     if config.num_classes is not None:
-        _check_classes(config, dataset, config.num_classes)
+        _check_classes(dataset, config.num_classes, split)
     # Without a checkpoint, validate the published weights, for random ones are of no interest.
     model = create_model(config.model, config.pretrained or not config.checkpoint, **arguments)
     if config.checkpoint:
         checkpoint.load_weights(model, Path(config.checkpoint))
     if config.num_classes is None:
-        _check_classes(config, dataset, model.num_classes)
-    check_labels(dataset, model.num_classes, config.split or "validation")
+        _check_classes(dataset, model.num_classes, split)
+    check_labels(dataset, model.num_classes, split)
     if context.is_primary:
         for line in left_out(dataset):
             print(f"warning: {line}", file=sys.stderr, flush=True)
@@ -127,22 +132,46 @@ def validate_with(
     return evaluate(model, progress.track(loader), context, amp, amp_dtype, config.channels_last)
 
 
-def _run_of(settings: dict[str, Any]) -> TrainConfig | None:
-    """Return the configuration beside the checkpoint to validate; None if there is none."""
-    checkpoint_file = settings.get("checkpoint")
-    if not checkpoint_file:
-        return None
-    if not Path(checkpoint_file).is_file():
-        raise UsageError(f"there is no checkpoint {checkpoint_file}")
-    folder = Path(checkpoint_file).parent
-    if (folder / checkpoint.CONFIG).is_file():
-        return read_run(folder)
-    if "model" not in settings:
-        raise UsageError(
-            f"there is no {checkpoint.CONFIG} beside {checkpoint_file}; "
-            "name the model with --model, and its classes with --num-classes"
-        )
-    return None
+def _of_run(
+    settings: dict[str, Any], tested: bool
+) -> tuple[dict[str, Any], TrainConfig | None, list[str] | None]:
+    """Complete the settings of a validation by what the run says that they name.
+
+    The run's config.json gives the model, its input and the names of its classes; its
+    configuration, which need not be there, the data, the split and the rest.
+
+    Returns:
+        The settings, the configuration of the run, and the names of the classes in training; the
+        last two are None where they are unknown.
+    """
+    named, weights = settings.get("model"), settings.get("checkpoint")
+    if weights and not named:
+        folder = run_folder(str(weights))
+        if (folder / checkpoint.CONFIG).is_file() and not _describes_model(folder):
+            named = read_run(folder).model  # a copy of the weights and the configuration alone
+    source = find_source(str(named or weights)) if named or weights else None
+    if source is None or not (weights or source.folder):
+        return settings, None, None
+    own_model = not (named and weights)  # else the one of the flag has the weights of the run
+    folder = (source.folder if own_model else None) or run_folder(str(weights))
+    file = weights_file(str(weights or source.weights or folder))
+    settings = {**settings, "model": source.model, "checkpoint": str(file)}
+    run = read_run(folder) if (folder / checkpoint.CONFIG).is_file() else None
+    described = read_model_config(folder) if own_model or _describes_model(folder) else {}
+    defaults = _settings_of(run) if run else {}
+    if own_model:
+        size = described.get("pretrained_cfg", described).get("input_size", (3,))
+        for name in _OF_MODEL & defaults.keys():
+            del defaults[name]
+        defaults["in_chans"] = size[0]
+    if run and not tested:
+        run = replace(run, test_split="")
+    labels = described.get("label_names") if run or weights else None
+    return layered(defaults, settings), run, labels if isinstance(labels, list) else None
+
+
+def _describes_model(folder: Path) -> bool:
+    return (folder / checkpoint.MODEL_CONFIG).is_file()
 
 
 def _resumed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -156,8 +185,26 @@ def _resumed(settings: dict[str, Any]) -> dict[str, Any]:
             return settings  # there is nothing to resume: a new run starts
     else:
         path = Path(settings["resume"])
-    folder = path.parent if path.is_file() else path  # timm's --resume takes a file
+    folder = run_folder(str(path))
+    named, saved = {path, *path.parents}, checkpoint.checkpoints(folder)
+    if folder / checkpoint.CHECKPOINTS in named and not named & set(saved[:1]):
+        raise UsageError(
+            f"a run continues from its newest checkpoint: give --resume {folder}; "
+            f"a new run starts from the weights of {path} with --initial-checkpoint"
+        )
     return layered(_run_settings(folder), {**settings, "resume": str(folder)})
+
+
+def _architecture(name: str) -> str:
+    """Return timm's name of the model to train, which a run may define."""
+    source = find_source(name)
+    if source.weights is not None:
+        raise UsageError(
+            f"--model names a model or a run, not weights: give --model {source.folder}, and "
+            f"{source.weights} with --initial-checkpoint"
+        )
+    # The run goes on elsewhere, too.
+    return f"local-dir:{source.folder.absolute()}" if source.folder else source.model
 
 
 def read_run(folder: Path) -> TrainConfig:
@@ -173,6 +220,7 @@ def _run_settings(folder: Path) -> dict[str, Any]:
     path = folder / checkpoint.CONFIG
     if not path.is_file():
         raise UsageError(f"{folder} is not a run directory: it has no {checkpoint.CONFIG}")
+    checkpoint.read_checked(path)
     return read_yaml(path)
 
 
@@ -187,7 +235,6 @@ def _settings_of(run: TrainConfig) -> dict[str, Any]:
 
 
 def _open_data(config: ValidateConfig, run: TrainConfig | None) -> Any:
-
     own_data = run is not None and config.data_dir == run.data_dir
 
     def split(name: str) -> Any:
@@ -212,16 +259,9 @@ def _open_data(config: ValidateConfig, run: TrainConfig | None) -> Any:
     return split(run.val_split)
 
 
-def _check_classes(config: ValidateConfig, dataset: Any, num_classes: int) -> None:
+def _check_classes(dataset: Any, num_classes: int, split: str) -> None:
     found = class_names(dataset)
-    described = Path(config.checkpoint).parent / checkpoint.MODEL_CONFIG
-    if config.checkpoint and described.is_file() and not config.class_map:
-        try:
-            names = json.loads(described.read_text(encoding="utf-8")).get("label_names")
-        except (AttributeError, ValueError) as error:
-            raise UsageError(f"{described} does not describe a model: {error}") from None
-        same_classes(names, found, config.split or "validation")
-    several_classes(found, f"split {config.split or 'validation'!r}")
+    several_classes(found, f"split {split!r}")
     if found is not None and len(found) > num_classes:
         raise UsageError(
             f"the data has {len(found)} classes, the model {num_classes}; "

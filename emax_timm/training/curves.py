@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
+from ..files import check_target, replace_file
 from ..runner import command
 from .config import Parser, UsageError
 from .journal import LAYERS, LOG, read_rows
+from .sources import run_folder
 
 __all__ = ["curves", "draw_curves"]
 
@@ -77,8 +78,10 @@ def curves(argv: Sequence[str], prog: str) -> int:
     """Draw the curves of a run as the command line says; returns the exit status."""
     parser = Parser(prog, description=f"Draw {FILE} into a run directory.", allow_abbrev=False)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="run directory")
-    folder = parser.parse_args(argv).folder
+    folder = run_folder(str(parser.parse_args(argv).folder))
     try:
+        if folder.is_dir():
+            check_target(folder / FILE)
         print(draw_curves(folder))
     except ImportError:
         raise UsageError(NEEDED) from None

@@ -20,6 +20,7 @@ from ..files import lock_folder, remove_partial, replace_file, writing_to
 from . import checkpoint
 from .config import UsageError, to_yaml
 from .evaluate import Metrics
+from .model_config import save_model_config
 from .run import Run
 from .statistics import scalars
 from .trackers import open_trackers
@@ -151,7 +152,7 @@ def open_log(run: Run, stack: ExitStack) -> RunLog | None:
             run.folder / checkpoint.CONFIG,
             lambda file: file.write_text(to_yaml(run.config)),
         )
-        checkpoint.save_model_config(
+        save_model_config(
             run.model,
             run.folder / checkpoint.MODEL_CONFIG,
             run.config.model_kwargs,

@@ -8,12 +8,13 @@ import timm
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from timm.models import PretrainedCfg, get_pretrained_cfg
 
-from ..models.download import locate
+from ..models.download import check_folder_config, locate
 from ..models.hub_errors import hub_problem
 from ..models.weights_index import WEIGHTS
 from . import checkpoint
 from .config import UsageError
 from .config.checks import check_model
+from .sources import find_source, weights_file
 
 __all__ = ["DEFAULT_MODEL", "create_model", "load_model"]
 
@@ -40,6 +41,8 @@ def create_model(
     """
     overlay = dict(pretrained_cfg_overlay or {})
     try:
+        if name.startswith("local-dir:"):
+            check_folder_config(Path(name.removeprefix("local-dir:")))
         if pretrained and not overlay:
             overlay = _safetensors_of(name)
         return timm.create_model(
@@ -57,7 +60,7 @@ def create_model(
 
 
 def load_model(
-    name: str,
+    name: str | None,
     pretrained: bool,
     weights: str | None = None,
     num_classes: int | None = None,
@@ -66,9 +69,10 @@ def load_model(
     """Create the model that a command line names, with the weights that it names.
 
     Args:
-        name: As in `create_model`.
-        pretrained: Whether to load the published weights; `weights` take precedence.
-        weights: Path of a .safetensors file.
+        name: The name of a model, a run directory or a checkpoint, as in `find_source`; None for
+            the model of the run that the weights are of.
+        pretrained: Whether to load the model's own weights; weights that are named take precedence.
+        weights: Path of a .safetensors file, or of a folder that has one.
         num_classes: Number of classes; None for the model's own.
         model_kwargs: Further keyword arguments of the model.
 
@@ -79,11 +83,14 @@ def load_model(
     arguments = dict(model_kwargs or {})
     if num_classes is not None:
         arguments["num_classes"] = num_classes
-    check_model(name, arguments)
-    path = Path(weights) if weights else None
+    source = find_source(str(weights if name is None else name))
+    path = weights_file(weights) if weights else source.weights
+    check_model(source.model, arguments)
     if path is not None:
         checkpoint.read_weights(path)
-    model = create_model(name, pretrained and path is None, **arguments)
+    elif source.folder is not None and pretrained:
+        weights_file(str(source.folder))
+    model = create_model(source.model, pretrained and path is None, **arguments)
     if path is not None:
         checkpoint.load_weights(model, path)
     return model

@@ -237,6 +237,7 @@ def test_run_of_another_model_than_its_config_is_not_published(
     """What others would build could not take the weights."""
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "architecture": "test_resnet"}))
+    sum_up(run)
     assert "which the model lacks" in refused(capsys, run)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 from hub_testing import REPO, Published, emax, in_new_process
-from training_testing import only_line
+from training_testing import only_line, sum_up
 
 import emax_timm  # noqa: F401  (registers the models)
 from emax_cli import main
@@ -127,6 +127,7 @@ def test_run_with_arguments_is_not_for_the_index(
     config = json.loads((run / "config.json").read_text())
     config["model_args"]["attn_kwargs"] = {"batch_vote": True}
     (run / "config.json").write_text(json.dumps(config))
+    sum_up(run)
     options = ("--repo", REPO, "--push", "--index", "-j", "0")
     assert main(["publish", str(run), *options]) == 2
     assert "--index takes models that their name alone builds" in only_line(capsys.readouterr().err)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from training_testing import files_in, only_line
+from training_testing import files_in, only_line, sum_up
 
 from emax_timm.files import sha256_of
 from emax_timm.hub import ship as shipping
@@ -55,6 +55,7 @@ def test_what_is_not_fit_is_not_shipped(
         config = run / "config.json"
         option = '"attn_kwargs": {"batch_vote": true}, "in_chans"'
         config.write_text(config.read_text().replace('"in_chans"', option))
+        sum_up(run)
         message = "its name alone must build it"
     assert ship([str(run), "--tag", "cats", "--index", str(index)]) == 2
     assert message in only_line(capsys.readouterr().err)

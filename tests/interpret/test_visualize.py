@@ -211,7 +211,7 @@ def test_earlier_report_is_replaced_only_when_asked(
         (["--images", "TEXT", "--output", "OUT"], "text.png: not an image of a known format"),
         (["--images", "IMAGE", "--output", "FULL"], "full is not empty; give another one"),
         (["--images", "IMAGE", "--output", "TEXT"], "text.png is not a folder"),
-        (["--images", "IMAGE", "--output", "TEXT/out"], "Not a directory"),
+        (["--images", "IMAGE", "--output", "TEXT/out"], "text.png is no folder"),
         (["--images", "IMAGE", "--output", "/proc/out"], "cannot write to /proc/out: "),
         (
             ["--images", "IMAGE", "--output", "OUT", "--model", "test_resnet", "--no-pretrained"],
@@ -223,7 +223,10 @@ def test_earlier_report_is_replaced_only_when_asked(
         ),
         (["--images", "IMAGE", "--output", "OUT", "--max-images", "0"], "at least 1, not 0"),
         (["--images", "IMAGE", "--output", "OUT", "--format", "pdf"], "has no choice pdf"),
-        (["--images", "IMAGE", "--output", "OUT", "--checkpoint", "TEXT"], "no config.json beside"),
+        (
+            ["--images", "IMAGE", "--output", "OUT", "--checkpoint", "TEXT"],
+            ".safetensors files only",
+        ),
         (["--imagse", "IMAGE"], "the nearest valid one is --images"),
     ],
 )

@@ -183,11 +183,8 @@ def test_sha256sum_confirms_what_a_run_leaves(run_of: RunOf) -> None:
         done = subprocess.run(command, cwd=sums.parent, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         listed = {line.split(": ")[0] for line in done.stdout.splitlines()}
-        beside = {path.name for path in sums.parent.iterdir() if path.suffix in WHOLE}
-        assert listed == beside - {"last.safetensors"}
-
-
-WHOLE = {".safetensors", ".pt"}
+        decides = {"model.safetensors", "averaged.safetensors", "state.pt", "config.json"}
+        assert listed == decides & {path.name for path in sums.parent.iterdir()}
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -229,6 +226,45 @@ def test_run_directory_is_a_timm_model(run_of: RunOf, name: str) -> None:
     assert description["label_names"] == ["cat", "dog"]
     features = timm.create_model(f"local-dir:{trainer.folder}", pretrained=True, features_only=True)
     assert len(features(images)) > 1
+
+
+# What timm registers for these models, for other inputs, classes and weights than a run's.
+REGISTERED = {
+    "test size": {"model": "resnet10t_emax"},
+    "test size of a baseline": {"model": "resnet10t"},
+    "convnext": {"model": "test_convnext_emax", "model_kwargs": {}},
+    "weights of the package": {"model": "test_resnet_emax.fashion_mnist", "model_kwargs": {}},
+    "stride": {"model": "test_resnet_emax", "model_kwargs": {"output_stride": 8}},
+    "one channel": {"input_size": [1, 48, 32], "img_size": None, "mean": [0.3], "std": [0.4]},
+    "preprocessing": {"crop_pct": 0.7, "crop_mode": "squash", "interpolation": "lanczos"},
+}
+
+
+@pytest.mark.parametrize("name", mostly_slow(REGISTERED, 0))
+def test_config_of_a_run_has_its_own_values_and_none_of_the_registered_weights(
+    run_of: RunOf, name: str
+) -> None:
+    trainer = run_of(**REGISTERED[name])
+    model: Any = timm.create_model(f"local-dir:{trainer.folder}", pretrained=True).eval()
+    cfg, config = dict(model.pretrained_cfg), trainer.config
+    for about_where in ("file", "source"):
+        cfg.pop(about_where, None)
+    assert config.input_size is not None
+    with torch.no_grad():
+        maps = model.forward_features(torch.zeros(1, *config.input_size))
+    names = dict(model.named_modules())
+    assert tuple(names[cfg.pop("first_conv")].weight.shape[1:2]) == (config.input_size[0],)
+    assert names[cfg.pop("classifier")].out_features == 2
+    assert tuple(cfg.pop("pool_size")) == tuple(maps.shape[-2:])
+    expected = {
+        **{key: getattr(config, key) for key in ("mean", "std", "interpolation", "crop_pct")},
+        **{"input_size": config.input_size, "num_classes": 2, "label_names": ["cat", "dog"]},
+        **{"crop_mode": trainer.data_config["crop_mode"], "fixed_input_size": False},
+        **{"custom_load": False, "architecture": config.model.partition(".")[0]},
+    }
+    assert {k: list(v) if isinstance(v, tuple) else v for k, v in cfg.items()} == expected
+    # Nothing else is recommended for testing, and the sizes are those of the run.
+    assert resolve_model_data_config(model, use_test_size=True) == resolve_model_data_config(model)
 
 
 @pytest.mark.slow

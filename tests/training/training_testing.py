@@ -90,7 +90,8 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 def sum_up(folder: Path) -> None:
     """Make the sums of a folder fit its files."""
-    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".pt")]
+    suffixes = (".safetensors", ".pt")
+    files = [p for p in folder.iterdir() if p.suffix in suffixes or p.name == "config.json"]
     sums = [f"{sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
     (folder / "SHA256SUMS").write_text("".join(sums))
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...attention import ATTENTIONS
 from .. import checkpoint
+from ..sources import find_source, weights_file
 from ..trackers import check_packages
 from . import UsageError, nearest
 from .arguments import mixup_options, model_arguments
@@ -52,7 +53,7 @@ def check_config(config: TrainConfig) -> None:
         raise UsageError(f"--experiment is too long for a folder's name: {config.experiment}")
     for path in (config.pretrained_path, config.initial_checkpoint):
         if path:
-            checkpoint.read_weights(Path(path))
+            checkpoint.read_weights(weights_file(path))
     if config.torchcompile:  # list_backends imports the compiler, which takes seconds
         backends = torch.compiler.list_backends()
         if config.torchcompile not in backends:
@@ -77,7 +78,8 @@ def check_model(name: str, arguments: dict[str, Any]) -> None:
     """Build the model on the meta device, so that a wrong name or argument is refused early.
 
     Args:
-        name: The name of a timm model; names such as `hf-hub:ORG/NAME` are not looked up.
+        name: The name of a timm model; what is not one, such as `hf-hub:ORG/NAME` or a run, is not
+            looked into.
         arguments: Keyword arguments of timm.create_model.
 
     Raises:
@@ -89,12 +91,8 @@ def check_model(name: str, arguments: dict[str, Any]) -> None:
         raise UsageError(f"model_kwargs must be plain values: {error}") from None
     if reserved := sorted(RESERVED & arguments.keys()):
         raise UsageError(f"model_kwargs cannot hold {reserved[0]}: there is an option for that")
-    if ":" in name:  # hf-hub: and local-dir: models are defined by a config
+    if ":" in find_source(name).model:  # hf-hub: and local-dir: models are defined by a config
         return
-    if not timm.is_model(name):
-        raise UsageError(
-            f"unknown model {name}; the nearest is {nearest(name, timm.list_models())}"
-        )
     try:
         with torch.device("meta"):
             timm.create_model(name, **arguments)

@@ -114,11 +114,11 @@ class EvaluationOptions:
 
     checkpoint: str = option(
         "",
-        ".safetensors file of a run; the run's configuration beside it gives the model, the data "
-        "and the split, and the flags given here override it",
-        metavar="FILE",
+        "run directory, or a .safetensors file in it; the run gives the model, the data and the "
+        "split, and the flags given here override it",
+        metavar="RUN",
     )
-    model: str | None = option(None, "name of a timm model", "-m")
+    model: str | None = option(None, "name of a timm model, or a run directory", "-m")
     pretrained: bool = option(False, "start from published weights (always without --checkpoint)")
     num_classes: int | None = option(None, "number of classes", bounds=AT_LEAST_1)
     gp: str | None = option(None, "global pooling")

@@ -40,12 +40,14 @@ class TrainDataOptions:
 class ModelOptions:
     """Model."""
 
-    model: str = option("resnet50_emax", "name of a timm model (in timm: resnet50)")
+    model: str = option("resnet50_emax", "name of a timm model, or a run (in timm: resnet50)")
     pretrained: bool = option(False, "start from the model's published weights")
     pretrained_path: str | None = option(
-        None, "start from this file as if it held the published weights"
+        None, "start from this file, or run, as if it held the published weights"
     )
-    initial_checkpoint: str = option("", "load this file into the finished model")
+    initial_checkpoint: str = option(
+        "", "load this file, or this run's best weights, into the finished model"
+    )
     num_classes: int | None = option(
         None,
         "number of classes (unlike timm, default: that of the data, where it is known)",
