@@ -137,6 +137,12 @@ class ScheduleOptions:
     lr_cycle_decay: float = option(0.5, "factor on the learning rate of each cycle")
     lr_cycle_limit: int = option(1, "number of cycles")
     lr_k_decay: float = option(1.0, "k-decay of cosine and poly")
+    lr_decay_fn: str | None = option(
+        None,
+        "form of the decay of wsd and rsqrt",
+        choices=("linear", "1-sqrt", "cosine", "power", "exp"),
+    )
+    lr_stable_timescale: float | None = option(None, "timescale of rsqrt in epochs")
     warmup_lr: float = option(1e-5, "learning rate at the start of warm-up")
     min_lr: float = option(0.0, "lower bound of the learning rate")
     epochs: int = option(300, "epochs to train", bounds=AT_LEAST_1)
@@ -265,6 +271,9 @@ class RunOptions:
         nargs="*",
         choices=("tensorboard", "trackio", "wandb"),
     )
+
+    def __post_init__(self) -> None:
+        self.output = self.output or "output/train"  # as timm reads an empty one
 
 
 @dataclass
