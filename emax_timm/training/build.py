@@ -4,6 +4,7 @@ Everything that can be refused is refused before the run directory is made.
 """
 
 import dataclasses
+from copy import deepcopy
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,6 @@ import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +22,7 @@ from . import checkpoint
 from .averaging import WeightAverage
 from .config import TrainConfig, UsageError, learning_rate, mixup_options, model_arguments
 from .config.checks import check_config
+from .config.trial import create_optimizer, create_scheduler, try_training
 from .data import (
     class_names,
     data_config_of,
@@ -33,10 +33,12 @@ from .data import (
     same_classes,
     training_loader,
 )
+from .data.held_out import unvalidated_classes
 from .distributed import DistributedContext
 from .evaluate import half_precision
 from .loading import create_model
 from .loss import training_loss
+from .notices import notices
 from .resume import restore
 from .trainer import Trainer
 
@@ -49,7 +51,9 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
     Raises:
         UsageError: If the configuration, the data or the weights to start from are invalid.
     """
-    check_config(config)
+    check_config(config, context.size)
+    if config.sync_bn and context.size > 1 and context.device.type == "cpu":
+        raise UsageError("--sync-bn needs GPUs: torch has none of it for CPUs")
     saved = None
     if config.resume not in ("", "auto"):
         saved = checkpoint.load_checkpoint(Path(config.resume), context)
@@ -57,16 +61,24 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
     classes = class_names(splits["train"])
     num_classes = _num_classes(config, classes)
 
+    if config.val_fraction and classes is not None:
+        _warn_of_unvalidated(splits, classes, context)
     random_seed(config.seed)  # the same on all ranks, so that they start from the same model
     model = _create_model(config, num_classes)
+    if ":" in config.model:  # of which the check of the configuration knows nothing
+        try_training(config, deepcopy(model).to("meta"), context.size)
     data_config = data_config_of(config, model)
     model = _place(config, model, context)
     loaders = _open_loaders(config, splits, data_config, num_classes, context)
     folder = _run_directory(config, data_config, context)
-    config = _resolve(config, data_config, num_classes, context)
-    optimizer = _create_optimizer(config, model)
+    given, config = config, _resolve(config, data_config, num_classes, context)
+    optimizer = create_optimizer(config, model)
     steps = -(-len(loaders["train"]) // config.grad_accum_steps)
-    scheduler, epochs = _create_scheduler(config, optimizer, steps)
+    scheduler, epochs = create_scheduler(config, optimizer, steps)
+    if saved is None:
+        size = data_config["input_size"]
+        for line in notices(given, context.size, model, size, epochs, steps):
+            context.warn(line)
     averaged = _averaged(config, model)  # before the model is wrapped
     trainer = Trainer(
         config=config,
@@ -129,26 +141,6 @@ def _averaged(config: TrainConfig, model: nn.Module) -> WeightAverage | None:
     return WeightAverage(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
 
 
-def _create_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    try:
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(config), **config.opt_kwargs)
-    except Exception as error:  # optimizers may raise anything
-        raise UsageError(f"optimizer {config.opt}: {str(error) or type(error).__name__}") from None
-    if getattr(optimizer, "is_second_order", False):
-        raise UsageError(f"optimizer {config.opt} needs second derivatives, which are not computed")
-    return optimizer
-
-
-def _create_scheduler(
-    config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
-) -> tuple[Any, int]:
-    """Return timm's scheduler, and the number of epochs with those that the schedule adds."""
-    options: dict[str, Any] = scheduler_kwargs(
-        config, decreasing_metric=config.eval_metric == "loss"
-    )
-    return create_scheduler_v2(optimizer, **options, updates_per_epoch=steps_per_epoch)
-
-
 def _mixup_without_prefetcher(config: TrainConfig, num_classes: int) -> Mixup | None:
     """Return the mixup of the training step; with the prefetcher the loader mixes."""
     if not config.no_prefetcher or not mixup_options(config):
@@ -206,6 +198,17 @@ def _open_splits(config: TrainConfig) -> dict[str, Any]:
     for name, dataset in splits.items():
         same_classes(class_names(splits["train"]), class_names(dataset), name)
     return splits
+
+
+def _warn_of_unvalidated(
+    splits: dict[str, Any], classes: list[str], context: DistributedContext
+) -> None:
+    if missing := unvalidated_classes(splits["train"], splits["validation"], classes):
+        shown = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        context.warn(
+            f"--val-fraction holds out no image of {len(missing)} of {len(classes)} classes "
+            f"({shown}); a larger one, or a validation split of its own, has all of them"
+        )
 
 
 def _num_classes(config: TrainConfig, classes: list[str] | None) -> int:

@@ -20,6 +20,7 @@ from .config import (
     read_yaml,
 )
 from .config.checks import check_model
+from .config.combinations import check_input
 from .data import (
     class_names,
     data_config_of,
@@ -102,6 +103,7 @@ def validate_with(
         **config.model_kwargs,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    check_input(config, config)
     check_model(config.model, arguments)
     dataset = _open_data(config, run)
     if config.num_classes is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from .option import AT_LEAST_0, AT_LEAST_1, FILTERS, option
+from .option import AT_LEAST_0, AT_LEAST_1, FILTERS, POSITIVE, option
 
 __all__ = ["DataOptions", "DeviceOptions", "InputOptions", "ValidateConfig"]
 
@@ -59,7 +59,7 @@ class InputOptions:
         None, "crop for validation", choices=("center", "squash", "border")
     )
     mean: list[float] | None = option(None, "mean per channel, of pixels in [0, 1]")
-    std: list[float] | None = option(None, "standard deviation per channel")
+    std: list[float] | None = option(None, "standard deviation per channel", bounds=POSITIVE)
     interpolation: str = option("", "resize filter for validation", choices=("", *FILTERS))
 
 

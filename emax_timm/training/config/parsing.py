@@ -16,6 +16,7 @@ import yaml
 
 from ...errors import UsageError, nearest
 from .flags import flags_of, without_none
+from .option import POSITIVE
 from .timm_flags import is_timm_default, unknown_options
 
 __all__ = [
@@ -145,6 +146,8 @@ def check_bounds(config: Any) -> None:
         for number in value if isinstance(value, list) else [value]:
             if not least <= number <= greatest:
                 right = f"at least {least}" if greatest == math.inf else f"in [{least}, {greatest}]"
+                if least == POSITIVE[0]:
+                    right = "above 0" if greatest == math.inf else f"above 0 and at most {greatest}"
                 raise UsageError(f"{field.name} must be {right}, not {number}")
 
 
