@@ -100,7 +100,10 @@ def _check_schedule(config: TrainConfig) -> None:
     if config.lr_noise is not None and len(config.lr_noise) not in (1, 2):
         raise UsageError(f"lr_noise takes one or two fractions, not {_listed(config.lr_noise)}")
     if config.opt_betas is not None and len(config.opt_betas) < 2:
-        raise UsageError(f"opt_betas takes two values or more, not {_listed(config.opt_betas)}")
+        raise UsageError(
+            f"optimizer {config.opt}: --opt-betas takes two values or more, "
+            f"not {_listed(config.opt_betas)}"
+        )
 
 
 def _check_compiler(config: TrainConfig) -> None:

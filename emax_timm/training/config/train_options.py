@@ -199,7 +199,7 @@ class RunOptions:
     experiment: str = option("", "name of the run directory in it (default: time-model-size)")
     resume: str = option(
         "",
-        "continue the run in this folder, where it stood; auto (not in timm): the run of "
+        "continue the run in this folder, where it stood; auto: the run of "
         "--experiment if there is one, else start it",
     )
     recovery_interval: int = option(

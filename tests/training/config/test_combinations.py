@@ -43,7 +43,7 @@ REFUSED = [
     ("--sched multistep --decay-milestones 3 2", "decay_milestones must ascend"),
     ("--lr-noise 0.1 0.2 0.3", "one or two fractions"),
     ("--lr-base-size 0", "lr_base_size must be at least 1"),
-    ("--opt adamw --opt-betas 0.9", "opt_betas takes two values"),
+    ("--opt adamw --opt-betas 0.9", "optimizer adamw: --opt-betas takes two values"),
     ("--opt adamw --opt-betas 0.9 2", "Invalid beta parameter"),
     ("--opt-kwargs foo=1", "unexpected keyword argument 'foo'"),
     ("--opt adahessian", "second derivatives"),
