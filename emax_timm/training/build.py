@@ -4,16 +4,16 @@ Everything that can be refused is refused before the run directory is made.
 """
 
 import dataclasses
+from copy import deepcopy
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.models import safe_model_name
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,14 +23,16 @@ from . import checkpoint
 from .averaging import WeightAverage
 from .config import TrainConfig, UsageError, learning_rate, mixup_options, model_arguments
 from .config.checks import check_config
+from .config.trial import create_optimizer, create_scheduler, try_training
 from .data import class_names, data_config_of, evaluation_loader, training_loader
 from .distributed import DistributedContext
 from .evaluate import half_precision
 from .loading import create_model
 from .loss import training_loss
+from .notices import notices
 from .resume import restore
 from .sources import weights_file
-from .splits import open_splits, print_splits
+from .splits import open_splits, print_splits, unvalidated
 from .trainer import Trainer
 
 __all__ = ["build_trainer"]
@@ -42,7 +44,9 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
     Raises:
         UsageError: If the configuration, the data or the weights to start from are invalid.
     """
-    check_config(config)
+    check_config(config, context.size)
+    if config.sync_bn and context.size > 1 and context.device.type == "cpu":
+        raise UsageError("--sync-bn needs GPUs: torch has none of it for CPUs")
     if context.is_primary:
         if config.resume in ("", "auto"):
             check_target(Path(config.output, config.experiment or ".run"), folder=True)
@@ -54,16 +58,24 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
     splits, num_classes = open_splits(config)
     classes = class_names(splits["train"])
 
+    if (missing := unvalidated(config, splits)) and saved is None:
+        context.warn(missing)
     random_seed(config.seed)  # the same on all ranks, so that they start from the same model
     model = _create_model(config, num_classes)
+    if not timm.is_model(config.model):  # the check of the configuration has not built it
+        try_training(config, deepcopy(model).to("meta"), context.size)
     data_config = data_config_of(config, model)
     model = _place(config, model, context)
     loaders = _open_loaders(config, splits, data_config, num_classes, context)
     folder = _run_directory(config, data_config, context)
-    config = _resolve(config, data_config, num_classes, context)
-    optimizer = _create_optimizer(config, model)
+    given, config = config, _resolve(config, data_config, num_classes, context)
+    optimizer = create_optimizer(config, model)
     steps = -(-len(loaders["train"]) // config.grad_accum_steps)
-    scheduler, epochs = _create_scheduler(config, optimizer, steps)
+    scheduler, epochs = create_scheduler(config, optimizer, steps)
+    if saved is None:
+        size = data_config["input_size"]
+        for line in notices(given, context.size, model, size, epochs, steps):
+            context.warn(line)
     averaged = _averaged(config, model)  # before the model is wrapped
     trainer = Trainer(
         config=config,
@@ -126,26 +138,6 @@ def _averaged(config: TrainConfig, model: nn.Module) -> WeightAverage | None:
     if not config.model_ema:
         return None
     return WeightAverage(model, decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
-
-
-def _create_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    try:
-        optimizer = create_optimizer_v2(model, **optimizer_kwargs(config), **config.opt_kwargs)
-    except Exception as error:  # optimizers may raise anything
-        raise UsageError(f"optimizer {config.opt}: {str(error) or type(error).__name__}") from None
-    if getattr(optimizer, "is_second_order", False):
-        raise UsageError(f"optimizer {config.opt} needs second derivatives, which are not computed")
-    return optimizer
-
-
-def _create_scheduler(
-    config: TrainConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
-) -> tuple[Any, int]:
-    """Return timm's scheduler, and the number of epochs with those that the schedule adds."""
-    options: dict[str, Any] = scheduler_kwargs(
-        config, decreasing_metric=config.eval_metric == "loss"
-    )
-    return create_scheduler_v2(optimizer, **options, updates_per_epoch=steps_per_epoch)
 
 
 def _mixup_without_prefetcher(config: TrainConfig, num_classes: int) -> Mixup | None:

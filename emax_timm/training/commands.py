@@ -20,6 +20,7 @@ from .config import (
     read_yaml,
 )
 from .config.checks import check_model
+from .config.combinations import check_input
 from .data import (
     check_labels,
     class_names,
@@ -108,6 +109,7 @@ def validate_with(
         **config.model_kwargs,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    check_input(config, config)
     check_model(config.model, arguments)
     dataset, split = _open_data(config, run), config.split or "validation"
     if not config.class_map:

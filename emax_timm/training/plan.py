@@ -118,7 +118,7 @@ def make_plan(
         UsageError: If the configuration is invalid, or the numbers are too small for a run.
     """
     _check_numbers(gpus, train_images, images_per_second)
-    check_config(config)
+    check_config(config, gpus)
     if ":" in config.model:
         raise UsageError(f"a plan needs the name of a registered model, not {config.model}")
 

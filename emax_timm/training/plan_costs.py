@@ -6,11 +6,11 @@ from typing import Any
 import timm
 import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
 from ..models.cost import estimated_cost
 from .config import TrainConfig, UsageError, model_arguments
+from .config.trial import create_scheduler
 from .data import data_config_of
 
 __all__ = ["model_costs", "optimizer_and_epochs"]
@@ -36,11 +36,7 @@ def optimizer_and_epochs(config: TrainConfig, steps: int) -> tuple[float, int]:
         for value in state.values()
         if isinstance(value, torch.Tensor) and value.dim() > 0  # not the count of steps
     )
-    schedule: dict[str, Any] = scheduler_kwargs(
-        config,  # type: ignore[arg-type]
-        decreasing_metric=config.eval_metric == "loss",
-    )
-    _, epochs = create_scheduler_v2(optimizer, **schedule, updates_per_epoch=steps)
+    _, epochs = create_scheduler(config, optimizer, steps)
     return kept / layer.weight.numel(), epochs
 
 

@@ -18,7 +18,7 @@ from .data import (
     targets_of,
 )
 
-__all__ = ["open_splits", "print_splits"]
+__all__ = ["open_splits", "print_splits", "unvalidated"]
 
 
 def open_splits(config: TrainConfig) -> tuple[dict[str, Any], int]:
@@ -66,6 +66,21 @@ def print_splits(splits: dict[str, Any]) -> None:
         print(f"{name}: {inventory(dataset)}", flush=True)
         for line in left_out(dataset):
             print(f"warning: {name}: {line}", file=sys.stderr, flush=True)
+
+
+def unvalidated(config: TrainConfig, splits: dict[str, Any]) -> str:
+    """Return a sentence on the classes of which --val-fraction holds out no image; "" if none."""
+    names, targets = class_names(splits["train"]), targets_of(splits["train"])
+    if not config.val_fraction or names is None or targets is None:
+        return ""
+    missing = sorted(set(targets) - set(targets_of(splits["validation"]) or ()))
+    if not missing:
+        return ""
+    shown = ", ".join(names[label] for label in missing[:3]) + (", …" if len(missing) > 3 else "")
+    return (
+        f"--val-fraction holds out no image of {len(missing)} of {len(names)} classes ({shown}); a "
+        "larger one, or a validation split of its own, has all of them"
+    )
 
 
 def _check_training(config: TrainConfig, splits: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from .train_options import TrainConfig
 
-__all__ = ["learning_rate", "mixup_options", "model_arguments"]
+__all__ = ["learning_rate", "lr_scaling", "mixup_options", "model_arguments"]
 
 
 def learning_rate(config: TrainConfig, ranks: int) -> float:
@@ -18,10 +18,15 @@ def learning_rate(config: TrainConfig, ranks: int) -> float:
     if config.lr is not None:
         return config.lr
     ratio = config.batch_size * ranks * config.grad_accum_steps / config.lr_base_size
-    adaptive = any(name in config.opt.lower() for name in ("ada", "lamb"))
-    if (config.lr_base_scale or ("sqrt" if adaptive else "linear")) == "sqrt":
+    if lr_scaling(config) == "sqrt":
         ratio **= 0.5
     return config.lr_base * ratio
+
+
+def lr_scaling(config: TrainConfig) -> str:
+    """Return how the learning rate follows the batch size: linear or sqrt, as in timm."""
+    adaptive = any(name in config.opt.lower() for name in ("ada", "lamb"))
+    return config.lr_base_scale or ("sqrt" if adaptive else "linear")
 
 
 def mixup_options(config: TrainConfig) -> dict[str, Any]:

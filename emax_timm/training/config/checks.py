@@ -16,14 +16,20 @@ from .. import checkpoint
 from ..sources import find_source, weights_file
 from ..trackers import check_packages
 from . import UsageError, nearest
-from .arguments import mixup_options, model_arguments
+from .arguments import model_arguments
+from .combinations import check_combinations
 from .train_options import TrainConfig
+from .trial import try_training
 
 __all__ = ["check_config", "check_model"]
 
 
-def check_config(config: TrainConfig) -> None:
+def check_config(config: TrainConfig, ranks: int = 1) -> None:
     """Check all that can be checked without opening the data.
+
+    Args:
+        config: The configuration.
+        ranks: The number of processes that train.
 
     Raises:
         UsageError: If something is invalid; the message says what is wrong and what would be right.
@@ -41,12 +47,7 @@ def check_config(config: TrainConfig) -> None:
         raise UsageError(
             f"grouping_temperature must be positive and finite, not {config.grouping_temperature}"
         )
-    if config.aug_splits == 1 or (config.aug_splits and mixup_options(config)):
-        raise UsageError("aug_splits must be 0, or at least 2 and without mixup and cutmix")
-    if config.jsd_loss and not config.aug_splits:
-        raise UsageError("--jsd-loss needs --aug-splits of at least 2")
-    if mixup_options(config) and config.batch_size % 2:
-        raise UsageError(f"mixup and cutmix need an even --batch-size, not {config.batch_size}")
+    check_combinations(config)
     if Path(config.experiment).name != config.experiment or config.experiment == "..":
         raise UsageError(f"--experiment is the name of one folder, not {config.experiment}")
     if len(config.experiment.encode()) > 255:
@@ -54,14 +55,9 @@ def check_config(config: TrainConfig) -> None:
     for path in (config.pretrained_path, config.initial_checkpoint):
         if path:
             checkpoint.read_weights(weights_file(path))
-    if config.torchcompile:  # list_backends imports the compiler, which takes seconds
-        backends = torch.compiler.list_backends()
-        if config.torchcompile not in backends:
-            raise UsageError(
-                f"unknown torch.compile backend {config.torchcompile}; "
-                f"the nearest is {nearest(config.torchcompile, backends)}"
-            )
-    check_model(config.model, model_arguments(config, config.num_classes))
+    model = check_model(config.model, model_arguments(config, config.num_classes))
+    if model is not None:
+        try_training(config, model, ranks)
 
 
 # Arguments of timm.create_model that choose the weights and do not define the model.
@@ -74,13 +70,16 @@ RESERVED = {
 }
 
 
-def check_model(name: str, arguments: dict[str, Any]) -> None:
+def check_model(name: str, arguments: dict[str, Any]) -> Any:
     """Build the model on the meta device, so that a wrong name or argument is refused early.
 
     Args:
         name: The name of a timm model; what is not one, such as `hf-hub:ORG/NAME` or a run, is not
             looked into.
         arguments: Keyword arguments of timm.create_model.
+
+    Returns:
+        The model; None if it was not looked up.
 
     Raises:
         UsageError: If the name or an argument is invalid; the message gives the nearest valid name.
@@ -92,10 +91,10 @@ def check_model(name: str, arguments: dict[str, Any]) -> None:
     if reserved := sorted(RESERVED & arguments.keys()):
         raise UsageError(f"model_kwargs cannot hold {reserved[0]}: there is an option for that")
     if ":" in find_source(name).model:  # hf-hub: and local-dir: models are defined by a config
-        return
+        return None
     try:
         with torch.device("meta"):
-            timm.create_model(name, **arguments)
+            return timm.create_model(name, **arguments)
     except TypeError as error:
         raise UsageError(f"model {name}: {_explain(error, name)}") from None
     except Exception as error:  # a model may raise anything for wrong arguments

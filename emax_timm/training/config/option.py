@@ -8,12 +8,13 @@ from dataclasses import field
 from math import inf
 from typing import Any
 
-__all__ = ["AT_LEAST_0", "AT_LEAST_1", "FILTERS", "FRACTION", "option"]
+__all__ = ["AT_LEAST_0", "AT_LEAST_1", "FILTERS", "FRACTION", "POSITIVE", "option"]
 
 FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 # Bounds: the least and the greatest value that an option allows.
 AT_LEAST_0, AT_LEAST_1, FRACTION = (0, inf), (1, inf), (0, 1)
+POSITIVE = (1e-9, inf)
 
 
 def option(

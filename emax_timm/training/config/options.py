@@ -8,32 +8,9 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from .option import AT_LEAST_0, AT_LEAST_1, FILTERS, option
+from .option import AT_LEAST_0, AT_LEAST_1, FILTERS, POSITIVE, option
 
-__all__ = ["UNSUPPORTED_FLAGS", "DataOptions", "DeviceOptions", "InputOptions", "ValidateConfig"]
-
-# Flags of timm's scripts that these commands do not have, and what to use instead.
-UNSUPPORTED_FLAGS = {
-    "--aot-autograd": "use --torchcompile",
-    "--drop-connect": "use --drop-path",
-    "--fuser": "use --torchcompile",
-    "--kd-model-name": "there is no distillation",
-    "--local-rank": "start with torchrun, which needs no flag",
-    "--local_rank": "start with torchrun, which needs no flag",
-    "--log-wandb": "use --log-to wandb",
-    "--model-dtype": "use --amp",
-    "--model-ema-force-cpu": "the average lives where the model does",
-    "--naflex-loader": "these are convolutional networks",
-    "--no-resume-opt": "start from the weights with --initial-checkpoint",
-    "--split-bn": "there is one batch norm for all augmentation splits",
-    "--start-epoch": "use --resume",
-    "--torchscript": "use --torchcompile",
-    "--train-img-sizes": "there is one image size",
-    "--use-ema": "the checkpoint of the best holds the averaged weights if there are any",
-    "--wandb-project": "set WANDB_PROJECT",
-    "--wandb-resume-id": "use --resume, which continues the run at wandb too",
-    "--wandb-tags": "set WANDB_TAGS",
-}
+__all__ = ["DataOptions", "DeviceOptions", "InputOptions", "ValidateConfig"]
 
 
 @dataclass
@@ -46,6 +23,7 @@ class DataOptions:
         "",
         "TYPE/NAME of the data set: empty for a folder of class folders or tars, torch/…, hfds/…, "
         "wds/…, tfds/… as in timm, or sample/fashion_mnist, which comes with the package",
+        "-d",
         metavar="TYPE/NAME",
     )
     dataset_download: bool = option(False, "download the data set if its type can")
@@ -81,7 +59,7 @@ class InputOptions:
         None, "crop for validation", choices=("center", "squash", "border")
     )
     mean: list[float] | None = option(None, "mean per channel, of pixels in [0, 1]")
-    std: list[float] | None = option(None, "standard deviation per channel")
+    std: list[float] | None = option(None, "standard deviation per channel", bounds=POSITIVE)
     interpolation: str = option("", "resize filter for validation", choices=("", *FILTERS))
 
 

@@ -6,8 +6,9 @@ names and values of a wrong type are refused.
 
 import dataclasses
 import math
+import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,8 @@ import yaml
 
 from ...errors import UsageError, nearest
 from .flags import flags_of, without_none
-from .options import UNSUPPORTED_FLAGS
+from .option import POSITIVE
+from .timm_flags import is_timm_default, unknown_options
 
 __all__ = [
     "check_bounds",
@@ -47,11 +49,10 @@ def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[st
     parser = flags_of(kind, prog)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        flag = unknown[0].split("=")[0]
-        if flag in UNSUPPORTED_FLAGS:
-            raise UsageError(f"timm's {flag} is not supported: {UNSUPPORTED_FLAGS[flag]}")
+        # What is no flag is the value of an unknown one, or a second folder.
+        names = [word.split("=")[0] for word in unknown if re.match("--?[A-Za-z]", word)]
         flags = [name for name in parser._option_string_actions if name.startswith("--")]
-        raise UsageError(_unknown("flag", flag, flags))
+        raise UsageError(unknown_options("flag", names or unknown[:1], flags))
     values = vars(given)
     if "config" not in values:
         return values
@@ -87,22 +88,27 @@ def layered(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> ConfigT:
     """Create an instance of the options class `kind` from a mapping, and check every value.
 
+    timm's options that are not here are left out where they have timm's default.
+
     Args:
         kind: The options class.
         settings: Values by the names of their options; the others take their defaults.
         source: Where the settings come from; error messages begin with it.
 
     Raises:
-        UsageError: If a key is unknown, or a value has a wrong type or length, is none of the
-            choices, or is out of bounds.
+        UsageError: If keys are unknown, all of which it names, or a value has a wrong type or
+            length, is none of the choices, or is out of bounds.
     """
     hints = typing.get_type_hints(kind)
     options = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    settings = {str(key): value for key, value in settings.items()}
+    unknown = [key for key in settings if key not in hints]
+    if asked := [key for key in unknown if not is_timm_default(key, settings[key])]:
+        raise UsageError(f"{source}: {unknown_options('key', asked, hints)}")
     values = {}
-    for key, value in settings.items():
-        name = str(key)
-        if name not in hints:
-            raise UsageError(f"{source}: {_unknown('key', name, hints)}")
+    for name, value in settings.items():
+        if name in unknown:
+            continue
         try:
             values[name] = _convert(value, hints[name])
         except ValueError as error:
@@ -140,6 +146,8 @@ def check_bounds(config: Any) -> None:
         for number in value if isinstance(value, list) else [value]:
             if not least <= number <= greatest:
                 right = f"at least {least}" if greatest == math.inf else f"in [{least}, {greatest}]"
+                if least == POSITIVE[0]:
+                    right = "above 0" if greatest == math.inf else f"above 0 and at most {greatest}"
                 raise UsageError(f"{field.name} must be {right}, not {number}")
 
 
@@ -176,10 +184,6 @@ def find_config(name: str) -> Path:
 def to_yaml(config: Any) -> str:
     """Return the configuration as YAML that `read_yaml` and `from_mapping` read back."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def _unknown(what: str, name: str, valid: Iterable[str]) -> str:
-    return f"unknown {what} {name}; the nearest valid one is {nearest(name, valid)}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

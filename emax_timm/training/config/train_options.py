@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from .option import AT_LEAST_0, AT_LEAST_1, FILTERS, FRACTION, option
+from .augmentation_options import AugmentationOptions
+from .option import AT_LEAST_0, AT_LEAST_1, FRACTION, POSITIVE, option
 from .options import DataOptions, DeviceOptions, InputOptions
 
 __all__ = ["TrainConfig"]
@@ -31,9 +32,15 @@ class TrainDataOptions:
         "corrupt image is always an error)",
         bounds=FRACTION,
     )
-    train_num_samples: int | None = option(None, "images of an iterable training split")
-    val_num_samples: int | None = option(None, "images of an iterable validation split")
-    epoch_repeats: float = option(0.0, "passes over an iterable training split per epoch")
+    train_num_samples: int | None = option(
+        None, "images of an iterable training split", bounds=AT_LEAST_1
+    )
+    val_num_samples: int | None = option(
+        None, "images of an iterable validation split", bounds=AT_LEAST_1
+    )
+    epoch_repeats: float = option(
+        0.0, "passes over an iterable training split per epoch", bounds=AT_LEAST_0
+    )
 
 
 @dataclass
@@ -63,10 +70,10 @@ class ModelOptions:
     )
     torchcompile_mode: str | None = option(None, "torch.compile mode")
     drop: float = option(0.0, "dropout before the classifier", bounds=FRACTION)
-    drop_path: float | None = option(None, "stochastic depth")
-    drop_block: float | None = option(None, "drop block")
-    bn_momentum: float | None = option(None, "momentum of the batch norms")
-    bn_eps: float | None = option(None, "epsilon of the batch norms")
+    drop_path: float | None = option(None, "stochastic depth", bounds=FRACTION)
+    drop_block: float | None = option(None, "drop block", bounds=FRACTION)
+    bn_momentum: float | None = option(None, "momentum of the batch norms", bounds=FRACTION)
+    bn_eps: float | None = option(None, "epsilon of the batch norms", bounds=AT_LEAST_0)
     sync_bn: bool = option(False, "batch norm statistics over all ranks")
     dist_bn: str = option(
         "reduce",
@@ -98,7 +105,7 @@ class OptimizerOptions:
     opt_eps: float | None = option(None, "epsilon of the optimizer")
     opt_betas: list[float] | None = option(None, "betas of the optimizer")
     opt_kwargs: dict[str, Any] = option({}, "further keyword arguments of the optimizer")
-    momentum: float = option(0.9, "momentum of the optimizer")
+    momentum: float = option(0.9, "momentum of the optimizer", bounds=FRACTION)
     weight_decay: float = option(
         2e-5, "weight decay; none on biases, norms and gates", bounds=AT_LEAST_0
     )
@@ -106,9 +113,15 @@ class OptimizerOptions:
         None, "clip gradients at this norm or value", bounds=AT_LEAST_0
     )
     clip_mode: str = option("norm", "kind of clipping", choices=("norm", "value", "agc"))
-    layer_decay: float | None = option(None, "layer-wise learning rate decay")
-    layer_decay_min_scale: float = option(0.0, "lower bound of layer decay's scale")
-    layer_decay_no_opt_scale: float | None = option(None, "freeze layers below this scale")
+    layer_decay: float | None = option(
+        None, "layer-wise learning rate decay", bounds=(POSITIVE[0], 1)
+    )
+    layer_decay_min_scale: float = option(
+        0.0, "lower bound of layer decay's scale", bounds=FRACTION
+    )
+    layer_decay_no_opt_scale: float | None = option(
+        None, "freeze layers below this scale", bounds=FRACTION
+    )
     batch_size: int = option(128, "images per rank and forward pass", "-b", bounds=AT_LEAST_1)
     grad_accum_steps: int = option(1, "forward passes per optimizer step", bounds=AT_LEAST_1)
 
@@ -127,75 +140,46 @@ class ScheduleOptions:
     )
     sched_on_updates: bool = option(False, "step the schedule per optimizer step, not per epoch")
     lr: float | None = option(None, "learning rate; overrides --lr-base", bounds=AT_LEAST_0)
-    lr_base: float = option(0.1, "learning rate = lr_base * global batch size / lr_base_size")
-    lr_base_size: int = option(256, "divisor of the global batch size")
+    lr_base: float = option(
+        0.1, "learning rate = lr_base * global batch size / lr_base_size", bounds=AT_LEAST_0
+    )
+    lr_base_size: int = option(256, "divisor of the global batch size", bounds=AT_LEAST_1)
     lr_base_scale: str = option(
         "", "scaling with the batch size (by optimizer if empty)", choices=("", "linear", "sqrt")
     )
-    lr_noise: list[float] | None = option(None, "fractions of the epochs with noise on and off")
+    lr_noise: list[float] | None = option(
+        None, "fractions of the epochs with noise on and off", bounds=FRACTION
+    )
     lr_noise_pct: float = option(0.67, "limit of the noise")
     lr_noise_std: float = option(1.0, "standard deviation of the noise")
-    lr_cycle_mul: float = option(1.0, "factor on the length of each cycle")
-    lr_cycle_decay: float = option(0.5, "factor on the learning rate of each cycle")
-    lr_cycle_limit: int = option(1, "number of cycles")
-    lr_k_decay: float = option(1.0, "k-decay of cosine and poly")
-    warmup_lr: float = option(1e-5, "learning rate at the start of warm-up")
-    min_lr: float = option(0.0, "lower bound of the learning rate")
+    lr_cycle_mul: float = option(1.0, "factor on the length of each cycle", bounds=POSITIVE)
+    lr_cycle_decay: float = option(
+        0.5, "factor on the learning rate of each cycle", bounds=AT_LEAST_0
+    )
+    lr_cycle_limit: int = option(1, "number of cycles", bounds=AT_LEAST_1)
+    lr_k_decay: float = option(1.0, "k-decay of cosine and poly", bounds=POSITIVE)
+    lr_decay_fn: str | None = option(
+        None,
+        "form of the decay of wsd and rsqrt",
+        choices=("linear", "1-sqrt", "cosine", "power", "exp"),
+    )
+    lr_stable_timescale: float | None = option(
+        None, "timescale of rsqrt in epochs", bounds=POSITIVE
+    )
+    warmup_lr: float = option(1e-5, "learning rate at the start of warm-up", bounds=AT_LEAST_0)
+    min_lr: float = option(0.0, "lower bound of the learning rate", bounds=AT_LEAST_0)
     epochs: int = option(300, "epochs to train", bounds=AT_LEAST_1)
-    decay_milestones: list[int] = option([90, 180, 270], "epochs of multistep's decays")
-    decay_epochs: float = option(90.0, "epochs between decays")
-    warmup_epochs: int = option(5, "epochs of warm-up")
+    decay_milestones: list[int] = option(
+        [90, 180, 270], "epochs of multistep's decays", bounds=AT_LEAST_1
+    )
+    decay_epochs: float = option(90.0, "epochs between decays", bounds=POSITIVE)
+    warmup_epochs: int = option(5, "epochs of warm-up", bounds=AT_LEAST_0)
     warmup_prefix: bool = option(False, "warm-up comes on top of --epochs")
-    cooldown_epochs: int = option(0, "epochs at the lowest rate on top of --epochs")
-    patience_epochs: int = option(10, "patience of the plateau schedule")
-    decay_rate: float = option(0.1, "factor of a decay", "--dr")
-
-
-@dataclass
-class AugmentationOptions:
-    """Augmentation and regularisation."""
-
-    no_aug: bool = option(False, "no augmentation of the training images")
-    train_crop_mode: str | None = option(
-        None, "crop of the training images", choices=("rrc", "rkrc", "rkrr")
+    cooldown_epochs: int = option(
+        0, "epochs at the lowest rate on top of --epochs", bounds=AT_LEAST_0
     )
-    scale: list[float] = option([0.08, 1.0], "range of the random crop's area", nargs=2)
-    ratio: list[float] = option([3 / 4, 4 / 3], "range of the random crop's aspect ratio", nargs=2)
-    hflip: float = option(0.5, "probability of a horizontal flip", bounds=FRACTION)
-    vflip: float = option(0.0, "probability of a vertical flip", bounds=FRACTION)
-    color_jitter: float = option(0.4, "strength of colour jitter")
-    color_jitter_prob: float | None = option(None, "probability of colour jitter")
-    grayscale_prob: float | None = option(None, "probability of a conversion to grey")
-    gaussian_blur_prob: float | None = option(None, "probability of a blur")
-    aa: str | None = option(None, "auto-augment policy, such as rand-m9-mstd0.5-inc1")
-    aug_repeats: float = option(0.0, "views of each image that follow each other")
-    aug_splits: int = option(0, "augmentation splits: 0, or 2 and more")
-    jsd_loss: bool = option(False, "Jensen-Shannon loss over the augmentation splits")
-    bce_loss: bool = option(False, "binary cross entropy")
-    bce_sum: bool = option(False, "sum the binary cross entropy over classes")
-    bce_target_thresh: float | None = option(
-        None, "threshold at which soft targets become 0 or 1 for binary cross entropy"
-    )
-    bce_pos_weight: float | None = option(None, "weight of the positives in binary cross entropy")
-    reprob: float = option(0.0, "probability of random erasing", bounds=FRACTION)
-    remode: str = option("pixel", "fill of random erasing", choices=("const", "rand", "pixel"))
-    recount: int = option(1, "areas that random erasing erases in an image")
-    resplit: bool = option(False, "no erasing in the first augmentation split")
-    mixup: float = option(0.0, "mixup's alpha; off at 0")
-    cutmix: float = option(0.0, "cutmix's alpha; off at 0")
-    cutmix_minmax: list[float] | None = option(None, "range of cutmix's box", nargs=2)
-    mixup_prob: float = option(1.0, "probability of mixup or cutmix, where one is on")
-    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on")
-    mixup_mode: str = option(
-        "batch",
-        "images that share one choice of mixup or cutmix",
-        choices=("batch", "pair", "elem"),
-    )
-    mixup_off_epoch: int = option(0, "epoch from which mixup and cutmix are off; 0 for never")
-    smoothing: float = option(0.1, "label smoothing", bounds=FRACTION)
-    train_interpolation: str = option(
-        "random", "resize filter for training", choices=("random", "", *FILTERS)
-    )
+    patience_epochs: int = option(10, "patience of the plateau schedule", bounds=AT_LEAST_0)
+    decay_rate: float = option(0.1, "factor of a decay", "--dr", bounds=AT_LEAST_0)
 
 
 @dataclass
@@ -217,7 +201,7 @@ class RunOptions:
     experiment: str = option("", "name of the run directory in it (default: time-model-size)")
     resume: str = option(
         "",
-        "continue the run in this folder, where it stood; auto (not in timm): the run of "
+        "continue the run in this folder, where it stood; auto: the run of "
         "--experiment if there is one, else start it",
     )
     recovery_interval: int = option(
@@ -267,6 +251,9 @@ class RunOptions:
         nargs="*",
         choices=("tensorboard", "trackio", "wandb"),
     )
+
+    def __post_init__(self) -> None:
+        self.output = self.output or "output/train"  # as timm reads an empty one
 
 
 @dataclass

@@ -2,66 +2,31 @@
 
 import dataclasses
 import json
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from interpreters import Interpreter
+from interpreters import ROOT, Interpreter
 from tiers import mostly_slow
 from training_testing import TRAIN, VALIDATE
 
 from emax_timm.training import TrainConfig, UsageError
 from emax_timm.training.config import from_mapping, parse_settings
-from emax_timm.training.config.options import UNSUPPORTED_FLAGS
+from emax_timm.training.config.checks import check_config
+from emax_timm.training.config.flags import flags_of
+from emax_timm.training.config.timm_flags import timm_flags
 
-# Read off the argparse parser of timm's own train.py (huggingface/pytorch-image-models, release
-# 1.0.31): the default of each of its flags that this project has too.
+PAGE = runpy.run_path(str(ROOT / "docs" / "make_timm_flags.py"))
+SCRIPTS, is_option, timm_page = PAGE["SCRIPTS"], PAGE["is_option"], PAGE["timm_page"]
+
+# Options of timm's train.py that are here too, with timm's defaults.
 TIMM_DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(
-        [
-            *("data", "data_dir", "train_num_samples", "val_num_samples", "input_img_mode"),
-            *("input_key", "target_key", "pretrained_path", "num_classes", "gp", "img_size"),
-            *("in_chans", "input_size", "crop_pct", "mean", "std", "validation_batch_size"),
-            *("head_init_scale", "head_init_bias", "torchcompile", "torchcompile_mode"),
-            *("opt_eps", "opt_betas", "clip_grad", "layer_decay", "layer_decay_no_opt_scale"),
-            *("lr", "lr_noise", "train_crop_mode", "color_jitter_prob", "grayscale_prob"),
-            *("gaussian_blur_prob", "aa", "bce_target_thresh", "bce_pos_weight", "cutmix_minmax"),
-            *("drop_path", "drop_block", "bn_momentum", "bn_eps"),
-        ]
-    ),
-    **dict.fromkeys(
-        [
-            *("dataset_download", "pretrained", "channels_last", "grad_checkpointing", "amp"),
-            *("no_ddp_bb", "sched_on_updates", "warmup_prefix", "no_aug", "jsd_loss", "bce_loss"),
-            *("bce_sum", "resplit", "sync_bn", "model_ema", "model_ema_warmup"),
-            *("pin_mem", "no_prefetcher"),
-        ],
-        False,
-    ),
-    **dict.fromkeys(
-        [
-            *("dataset", "class_map", "initial_checkpoint", "resume", "interpolation"),
-            *("lr_base_scale", "output", "experiment"),
-        ],
-        "",
-    ),
-    **{"train_split": "train", "val_split": "validation", "model": "resnet50"},
-    **{"batch_size": 128, "grad_accum_steps": 1, "model_kwargs": {}, "opt_kwargs": {}},
-    **{"device": "cuda", "amp_dtype": "float16", "dist_bn": "reduce", "seed": 42},
-    **{"opt": "sgd", "momentum": 0.9, "weight_decay": 2e-05, "clip_mode": "norm"},
-    **{"layer_decay_min_scale": 0, "sched": "cosine", "lr_base": 0.1, "lr_base_size": 256},
-    **{"lr_noise_pct": 0.67, "lr_noise_std": 1.0, "lr_cycle_mul": 1.0, "lr_cycle_decay": 0.5},
-    **{"lr_cycle_limit": 1, "lr_k_decay": 1.0, "warmup_lr": 1e-05, "min_lr": 0, "epochs": 300},
-    **{"epoch_repeats": 0.0, "decay_milestones": [90, 180, 270], "decay_epochs": 90},
-    **{"warmup_epochs": 5, "cooldown_epochs": 0, "patience_epochs": 10, "decay_rate": 0.1},
-    **{"scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3], "hflip": 0.5, "vflip": 0.0},
-    **{"color_jitter": 0.4, "aug_repeats": 0, "aug_splits": 0, "reprob": 0.0},
-    **{"remode": "pixel", "recount": 1, "mixup": 0.0, "cutmix": 0.0, "mixup_prob": 1.0},
-    **{"mixup_switch_prob": 0.5, "mixup_mode": "batch", "mixup_off_epoch": 0, "smoothing": 0.1},
-    **{"train_interpolation": "random", "drop": 0.0, "model_ema_decay": 0.9998},
-    **{"log_interval": 50, "val_interval": 1, "workers": 4, "eval_metric": "top1"},
-    **{"recovery_interval": 0, "checkpoint_hist": 10},
+    flag.replace("-", "_"): entry["default"]
+    for flag, entry in timm_flags().items()
+    if "train" in entry and is_option("train", flag) and flag != "config"
 }
 
 OPTIONS = {field.name: field for field in dataclasses.fields(TrainConfig)}
@@ -84,12 +49,102 @@ def test_option_has_timms_default_or_says_so(name: str) -> None:
         assert "timm" in OPTIONS[name].metadata["help"], name
 
 
-def test_unsupported_flags_of_timm_say_what_to_use() -> None:
-    for flag, hint in UNSUPPORTED_FLAGS.items():
-        assert flag[2:].replace("-", "_") not in OPTIONS
-        with pytest.raises(UsageError, match=hint) as caught:
-            parse_settings(TrainConfig, [flag, "1"], "train.py")
-        assert flag in str(caught.value)
+def test_every_option_of_timm_is_here_or_says_what_is() -> None:
+    for flag, entry in timm_flags().items():
+        for script, kind in SCRIPTS.items():
+            if script not in entry or is_option(script, flag):
+                continue
+            for name in [f"--{flag}", *entry.get("also", ())]:
+                with pytest.raises(UsageError) as caught:
+                    parse_settings(kind, [name, "1"], f"{script}.py")
+                assert str(caught.value) == f"timm's {name} is not supported: {entry['here']}"
+
+
+def test_a_message_names_options_that_are_here() -> None:
+    """What is said to be in place of an option is an option of one of the two commands."""
+    both = [set(flags_of(kind, "")._option_string_actions) for kind in SCRIPTS.values()]
+    others = {"--nproc-per-node"}  # of torchrun
+    for entry in timm_flags().values():
+        named = set(re.findall(r"--[a-z][a-z-]+", entry.get("here", "")))
+        assert named <= set.union(*both, others), entry
+
+
+def test_page_of_timms_options_is_what_its_generator_gives() -> None:
+    """If not, `python docs/make_timm_flags.py` writes it anew."""
+    page = (ROOT / "docs" / "timm_flags.md").read_text(encoding="utf-8")
+    assert page == timm_page()
+    assert all(re.search(rf"^\| `(--)?{flag}`", page, re.MULTILINE) for flag in timm_flags())
+
+
+def test_several_unknown_flags_are_named_at_once() -> None:
+    argv = "--native-amp --num-gpu 2 --modle x --kd-model-name y --kd-temperature 2"
+    with pytest.raises(UsageError) as caught:
+        parse_settings(TrainConfig, argv.split(), "train.py")
+    assert str(caught.value) == (
+        "timm's --native-amp is not supported: use --amp; timm's --num-gpu is not supported: there "
+        "is a process for each GPU: start with torchrun --nproc-per-node N; timm's "
+        "--kd-model-name, --kd-temperature are not supported: there is no distillation; "
+        "unknown flag --modle; the nearest valid one is --model"
+    )
+
+
+def is_current(name: str) -> bool:
+    """Whether the newest train.py has an option."""
+    entry = timm_flags()[name.replace("_", "-")]
+    return len(entry.get("train", ())) == 1 and name not in ("config", "opt_foreach")
+
+
+# What timm's newest train.py writes into args.yaml where nothing is given but the folder.
+ARGS = {flag.replace("-", "_"): entry["default"] for flag, entry in timm_flags().items()}
+ARGS = {
+    **{name: ARGS[name] for name in ARGS if is_current(name)},
+    **{"data": "DIR", "model": "resnet18", "device": "cpu"},
+}
+
+
+def test_args_yaml_of_timm_is_a_configuration(tmp_path: Path) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text(yaml.safe_dump(ARGS))
+    config = from_mapping(TrainConfig, parse_settings(TrainConfig, ["-c", str(path)], ""), "")
+    expected = {name: value for name, value in ARGS.items() if name in OPTIONS}
+    assert len(expected) > 110
+    expected["output"] = "output/train"
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_args_yaml_names_all_that_is_not_here_at_once(tmp_path: Path) -> None:
+    asked = {"fast_norm": True, "worker_seeding": "part", "log_wandb": True, "tta": 2, "lrr": 1}
+    path = tmp_path / "args.yaml"
+    path.write_text(yaml.safe_dump(ARGS | asked))
+    with pytest.raises(UsageError) as caught:
+        parse_settings(TrainConfig, ["-c", str(path)], "")
+    message = str(caught.value)
+    assert message.startswith(f"{path}: timm's ")
+    assert all(f"timm's {name} is not supported: " in message for name in asked if name != "lrr")
+    assert message.endswith("unknown key lrr; the nearest valid one is lr")
+    assert message.count("not supported") == 4
+
+
+# timm's documentation, "Training Examples": https://huggingface.co/docs/timm/training_script
+PUBLISHED = {
+    "efficientnet_b2": "-b 128 --sched step --epochs 450 --decay-epochs 2.4 --decay-rate .97 "
+    "--opt rmsproptf --opt-eps .001 -j 8 --warmup-lr 1e-6 --weight-decay 1e-5 --drop 0.3 "
+    "--drop-path 0.2 --model-ema --model-ema-decay 0.9999 --aa rand-m9-mstd0.5 --remode pixel "
+    "--reprob 0.2 --amp --lr .016",
+    "mobilenetv3_large_100": "-b 512 --sched step --epochs 600 --decay-epochs 2.4 --decay-rate "
+    ".973 --opt rmsproptf --opt-eps .001 -j 7 --warmup-lr 1e-6 --weight-decay 1e-5 --drop 0.2 "
+    "--drop-path 0.2 --model-ema --model-ema-decay 0.9999 --aa rand-m9-mstd0.5 --remode pixel "
+    "--reprob 0.2 --amp --lr .064 --lr-noise 0.42 0.9",
+    "resnext50_32x4d": "--lr 0.6 --warmup-epochs 5 --epochs 240 --weight-decay 1e-4 --sched "
+    "cosine --reprob 0.4 --recount 3 --remode pixel --aa rand-m7-mstd0.5-inc1 -b 192 -j 6 --amp "
+    "--dist-bn reduce",
+}
+
+
+@pytest.mark.parametrize("model", mostly_slow(PUBLISHED, 0))
+def test_published_command_line_of_timm_is_accepted(model: str) -> None:
+    argv = ["--model", model, *PUBLISHED[model].split()]
+    check_config(from_mapping(TrainConfig, parse_settings(TrainConfig, argv, ""), ""))
 
 
 def test_flags_are_spelt_as_timms() -> None:
