@@ -15,7 +15,6 @@ from ..runner import command
 from ..training.config import UsageError, from_mapping, option, parse_settings
 from ..training.loading import DEFAULT_MODEL, load_model
 from .findings import study_model
-from .page import CSS, MAX_FILE, make_page, write_examples
 
 __all__ = ["demo", "serve"]
 
@@ -25,7 +24,7 @@ PACKAGES = {"gradio": "gradio", "matplotlib": "matplotlib", "pytorch_grad_cam": 
 
 @dataclass
 class DemoConfig:
-    """Serve a page to try a model on: drop an image, see its classes and what the model attends to."""
+    """Serve a page on which an image shows its classes, and what the model attends to."""
 
     model: str = option(
         DEFAULT_MODEL,
@@ -70,6 +69,8 @@ def serve(name: str, host: str | None = None, port: int | None = None) -> None:
         port = int(os.environ.get("GRADIO_SERVER_PORT") or 7860)
     port = _free_port(host, port)
     subject = study_model(name, load_model(name, pretrained=True).eval())
+    from .page import LAUNCH, make_page, write_examples  # which imports gradio
+
     with tempfile.TemporaryDirectory(prefix="emax-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # where Gradio keeps uploads
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -78,18 +79,9 @@ def serve(name: str, host: str | None = None, port: int | None = None) -> None:
         page.launch(
             server_name=host,
             server_port=port,
-            share=False,
             prevent_thread_lock=True,
             quiet=True,
-            max_file_size=MAX_FILE,
-            state_session_capacity=100,
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            mcp_server=False,
-            ssr_mode=False,
-            pwa=False,
-            css=CSS,
+            **LAUNCH,
         )
         print(f"{name} on http://{host}:{port}; Ctrl+C ends it", flush=True)
         ended.wait()

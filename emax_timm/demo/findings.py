@@ -5,6 +5,7 @@ the decoder and of matplotlib belong to the process, and the captured attention 
 """
 
 import io
+import textwrap
 import threading
 import warnings
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from timm.data import resolve_data_config
 from torch import Tensor
 
 from ..attention import EMAX, EMAXMaps
+from ..interpret import selection
 from ..interpret.figures import figure_bytes, new_figure
 from ..interpret.overlays import draw_attention, draw_cam
-from ..interpret.selection import group_count, one_per_stage, prepare, shown, single
+from ..interpret.selection import one_per_stage, prepare, shown, single
 from ..models.capture import Maps, capture_attention
 from ..models.gradcam import grad_cam
 from ..models.labels import class_namer
@@ -34,7 +36,7 @@ __all__ = [
     "cam_picture",
     "count_table",
     "examine",
-    "group_names",
+    "group_count",
     "study_model",
 ]
 
@@ -112,7 +114,7 @@ def study_model(name: str, model: Any) -> DemoModel:
     stages: dict[str, str | None] = {}
     stages |= one_per_stage([name for name in maps if maps[name].spatial is not None])
     if not stages:
-        infos = [info for info in getattr(model, "feature_info", None) or ()]
+        infos = getattr(model, "feature_info", None) or ()
         stages = dict.fromkeys(one_per_stage([*maps]) or [info["module"] for info in infos])
     methods = sorted({type(model.get_submodule(layer)).__name__ for layer in maps})
     return DemoModel(name, model, stages, methods, _has_cam(model, image, [*stages]))
@@ -148,16 +150,10 @@ def examine(subject: DemoModel, path: str) -> Findings:
         )
 
 
-def group_names(subject: DemoModel, findings: Findings, stage: str) -> list[str]:
-    """Return the names of a stage's groups, which `attention_picture` takes by their position.
-
-    The first is the mean of all groups. EMAX forms as many groups as it chose for the image.
-    """
-    layer = subject.stages[stage]
-    count = 1 if layer is None else group_count(findings.maps[layer])
-    if count == 1:
-        return ["the one group"]
-    return [f"mean of the {count} groups", *(f"group {i} of {count}" for i in range(1, count + 1))]
+def group_count(subject: DemoModel, findings: Findings, stage: str) -> int:
+    """Return how many groups a stage formed for the image: with EMAX, as many as it chose."""
+    layer = subject.stages.get(stage)
+    return 1 if layer is None else selection.group_count(findings.maps[layer])
 
 
 def attention_picture(
@@ -169,7 +165,7 @@ def attention_picture(
         subject: The model.
         findings: What it finds in the image.
         stage: One of the model's stages.
-        group: The position of a group in `group_names`.
+        group: The number of a group, from 1; 0 for the mean of all.
     """
     layer = subject.stages[stage]
     if layer is None:
@@ -177,13 +173,12 @@ def attention_picture(
     found = findings.maps[layer]
     spatial = cast(Tensor, found.spatial)  # [F, h', w']
     if group > 0:
-        size = len(spatial) // group_count(found)
+        size = len(spatial) // selection.group_count(found)
         spatial = spatial[(group - 1) * size : group * size]
     with _one_at_a_time:
-        figure = new_figure(3.4, 3.8)
-        axis = figure.subplots()
+        figure, axis = _panel(f"attention of {stage}, {' x '.join(map(str, spatial.shape[1:]))}")
         draw_attention(axis, findings.picture, spatial, figure)
-        return _picture(figure, axis)
+        return Image.open(io.BytesIO(figure_bytes(figure)))
 
 
 def cam_picture(subject: DemoModel, findings: Findings, stage: str) -> Image.Image | None:
@@ -193,15 +188,14 @@ def cam_picture(subject: DemoModel, findings: Findings, stage: str) -> Image.Ima
     with _one_at_a_time:
         if stage not in findings.cams:
             findings.cams[stage] = grad_cam(subject.model, findings.image.unsqueeze(0), stage)[0]
-        figure = new_figure(3.4, 3.4)
-        axis = figure.subplots()
+        figure, axis = _panel(f"Grad-CAM of {stage}, {next(iter(findings.classes))}")
         draw_cam(axis, findings.picture, findings.cams[stage])
-        return _picture(figure, axis)
+        return Image.open(io.BytesIO(figure_bytes(figure)))
 
 
 def count_table(subject: DemoModel, findings: Findings) -> list[list[str]]:
     """List the group count that each EMAX layer chose: a header, and a row for each layer."""
-    rows = [["layer", "group counts to choose from", "chosen", "its probability"]]
+    rows = [["layer", "choices", "chosen", "probability"]]
     for name, found in findings.maps.items():
         if isinstance(found, EMAXMaps):
             layer = cast(EMAX, subject.model.get_submodule(name))
@@ -270,6 +264,10 @@ def _notices(path: str) -> list[str]:
             return found
 
 
-def _picture(figure: Any, axis: Any) -> Image.Image:
+def _panel(title: str) -> tuple[Any, Any]:
+    """Return a new figure of one panel, and its axes."""
+    figure = new_figure(3.4, 3.8)
+    axis = figure.subplots()
     axis.set_axis_off()
-    return Image.open(io.BytesIO(figure_bytes(figure)))
+    axis.set_title(textwrap.shorten(title, 40, placeholder=" …"), fontsize="medium")
+    return figure, axis

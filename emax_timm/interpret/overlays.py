@@ -13,7 +13,7 @@ HEAT = {"cmap": "inferno", "alpha": 0.55}
 
 
 def draw_attention(axis: Any, picture: np.ndarray, spatial: Tensor, figure: Any) -> None:
-    """Draw the mean of maps [n, h', w'] over an image [h, w, 3], with a bar that tells its range."""
+    """Draw the mean of maps [n, h', w'] over an image [h, w, 3], and a bar with its range."""
     mean = spatial.mean(0)
     low, high = mean.min().item(), mean.max().item()
     # The heatmap is clamped so that rounding in the interpolation does not look like contrast.
