@@ -37,7 +37,7 @@ class PublishConfig:
     )
     space: str | None = option(
         None,
-        "folder to make for a Space on the hub, which serves `emax demo` of the repository",
+        "folder to make for a Space of the hub that serves `emax demo` of the repository",
         metavar="DIR",
     )
     push: bool = option(False, "publish the release; without this flag, only the folder is made")

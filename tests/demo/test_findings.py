@@ -180,7 +180,8 @@ def test_users_at_the_same_time_get_their_own_results(subject: DemoModel, tmp_pa
 # The arguments of a model; its stages, whether each has a map of attention; the kinds of attention;
 # whether there is Grad-CAM.
 STAGES = ["layer1", "layer2", "layer3", "layer4"]
-GREY = {"pretrained_cfg_overlay": {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}}
+GREY: dict[str, Any] = {"in_chans": 1}
+GREY |= {"pretrained_cfg_overlay": {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.5,)}}
 MODELS: list[Any] = [
     ("test_resnet_emax", {"attn_layer": "se"}, STAGES, False, ["SEModule"], True),
     ("test_resnet", {}, [*STAGES], False, [], True),

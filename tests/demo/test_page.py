@@ -1,4 +1,4 @@
-"""The page of `emax demo` in a browser: what it shows, its messages, the keyboard, small screens."""
+"""The page of `emax demo` in a browser: what it shows and says, the keyboard, small screens."""
 
 import importlib.util
 import json
