@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -39,14 +40,16 @@ FOCUS = "(e => [e.type, e.value, e.innerText, e.ariaLabel].join(' '))(document.a
 
 
 @contextmanager
-def served(*arguments: str, folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Start `emax demo`; its address and process."""
+def served(
+    *arguments: str, folder: Path, **environment: str
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Start `emax demo` with a folder for its temporary files; its address and process."""
     if importlib.util.find_spec("gradio") is None:
         message = "no gradio: pip install 'emax-timm[demo]'"
         (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
     process = subprocess.Popen(
         [sys.executable, "-c", START, *arguments],
-        env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -223,7 +226,36 @@ def test_unusual_file_gets_a_message(
     browser.evaluate("document.querySelector('[aria-label=Clear]')?.click()")
     browser.wait_for(f"!!document.querySelector('{FIELD}')")
     browser.upload(FIELD, clothes["bag"])
-    browser.wait_for(f"{STATUS} == 'Most likely: Bag (100%).' && {REFUSED} == ''")
+    browser.wait_for(f"{STATUS} == 'Most likely: Bag (91%).' && {REFUSED} == ''")
+    checked(browser, address)
+
+
+def test_file_is_dropped(
+    address: str, browser: Page, clothes: dict[str, Path], tmp_path: Path
+) -> None:
+    show(browser, address)
+    area = "[aria-label^='Drop an image']"
+    for name in ("large.png", "notes.txt"):
+        write_bad(name, tmp_path / name)
+        browser.drop(area, tmp_path / name)
+        browser.wait_for(f"{REFUSED} == {MESSAGES[name][1]!r}")
+    browser.drop(area, clothes["bag"])
+    browser.wait_for(f"{STATUS} == 'Most likely: Bag (91%).' && {REFUSED} == ''")
+    checked(browser, address)
+
+
+def test_image_is_pasted(address: str, browser: Page) -> None:
+    show(browser, address)
+    browser.call("Browser.grantPermissions", permissions=["clipboardReadWrite"])
+    red = "const c = document.createElement('canvas'); c.width = c.height = 40;"
+    red += "c.getContext('2d').fillRect(0, 0, 20, 40); c.toBlob(b => done(b))"
+    copy = f"new Promise(done => {{{red}}})"
+    copy += ".then(blob => navigator.clipboard.write([new ClipboardItem({'image/png': blob})]))"
+    browser.call("Page.bringToFront")
+    browser.evaluate(copy)
+    browser.evaluate("document.querySelector('[aria-label=\"Paste from clipboard\"]').click()")
+    browser.wait_for(f"{STATUS}.startsWith('Most likely: ')")
+    browser.wait_for(LOADED)
     checked(browser, address)
 
 
@@ -287,7 +319,15 @@ def test_model_without_attention_says_so_and_ends_without_a_trace(
     timm.models.save_for_hf(model, str(tmp_path / "plain"), safe_serialization=True)
     (tmp_path / "tmp").mkdir()
     arguments = ("--model", f"local-dir:{tmp_path / 'plain'}")
-    with served(*arguments, folder=tmp_path / "tmp") as (address, process):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as proxy,
+        served(
+            *arguments,
+            folder=tmp_path / "tmp",
+            HTTPS_PROXY=f"http://127.0.0.1:{proxy.getsockname()[1]}",
+            NO_PROXY="127.0.0.1",
+        ) as (address, process),
+    ):
         show(browser, address)
         browser.upload(FIELD, clothes["bag"])
         browser.wait_for(f"{STATUS}.startsWith('Most likely: class ')")
@@ -300,4 +340,7 @@ def test_model_without_attention_says_so_and_ends_without_a_trace(
         process.send_signal(signal.SIGTERM)
         out, errors = process.communicate(timeout=60)
         assert (process.returncode, out, errors) == (0, "", "")
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):  # the server has asked nobody for anything
+            proxy.accept()
     assert not [*(tmp_path / "tmp").glob("emax-demo-*")]

@@ -105,6 +105,14 @@ class Page:
         found = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=found, files=[str(path)])
 
+    def drop(self, selector: str, path: Path) -> None:
+        """Drag a file onto the element that a CSS selector finds."""
+        box = f"(e => e.getBoundingClientRect())(document.querySelector({selector!r}))"
+        x, y = self.evaluate(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
+        data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+
     def press(self, key: str) -> None:
         """Press a key, such as "Tab", "Enter" or "ArrowRight", where the focus is."""
         code, text = KEYS.get(key, (0, ""))
