@@ -271,23 +271,33 @@ def test_file_that_is_too_large_is_refused_without_the_page(address: str) -> Non
 
 def test_files_of_the_machine_cannot_be_examined(address: str, tmp_path: Path) -> None:
     """A client that is no browser names a file that it has not uploaded."""
-    RED.save(tmp_path / "private.png")
-    with urllib.request.urlopen(f"{address}/config", timeout=60) as answer:
-        events = json.loads(answer.read())["dependencies"]
-    (event,) = [event["id"] for event in events if event["targets"][0][1] == "input"][:1]
-    file = {"path": str(tmp_path / "private.png"), "meta": {"_type": "gradio.FileData"}}
-    message = {"data": [file, "layer1"], "fn_index": event, "session_hash": "someone"}
-    headers = {"Content-Type": "application/json"}
-    join = urllib.request.Request(
-        f"{address}/gradio_api/queue/join", json.dumps(message).encode(), headers
-    )
-    urllib.request.urlopen(join, timeout=60).close()
-    with urllib.request.urlopen(
-        f"{address}/gradio_api/queue/data?session_hash=someone", timeout=60
-    ) as answer:
-        events = [json.loads(line[6:]) for line in answer if line.startswith(b"data: ")]
-    (done,) = [event for event in events if event["msg"] == "process_completed"]
-    assert not done["success"]
+    RED.save(tmp_path / "image.png")
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="image.png"\r\n\r\n'
+    body += (tmp_path / "image.png").read_bytes() + b"\r\n--x--\r\n"
+    (uploaded,) = asked(f"{address}/gradio_api/upload", body, "multipart/form-data; boundary=x")
+    assert examined(address, uploaded)
+    assert not examined(address, str(tmp_path / "image.png"))
+
+
+def asked(url: str, body: bytes | None = None, kind: str = "application/json") -> Any:
+    request = urllib.request.Request(url, body, {"Content-Type": kind})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+def examined(address: str, path: str) -> bool:
+    """Whether the server examines the image of a path on its machine."""
+    events = asked(f"{address}/config")["dependencies"]
+    event = next(event["id"] for event in events if event["targets"][0][1] == "input")
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    session = Path(path).parent.name
+    message = {"data": [file, "layer1"], "fn_index": event, "session_hash": session}
+    asked(f"{address}/gradio_api/queue/join", json.dumps(message).encode())
+    url = f"{address}/gradio_api/queue/data?session_hash={session}"
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        told = [json.loads(line[6:]) for line in answer if line.startswith(b"data: ")]
+    (done,) = [event for event in told if event["msg"] == "process_completed"]
+    return done["success"]
 
 
 def test_two_users_see_their_own_images(
