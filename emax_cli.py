@@ -33,6 +33,7 @@ COMMANDS = {
         "emax_timm.interpret.command:visualize",
         "draw what a model attends to in images",
     ),
+    "demo": ("emax_timm.demo:demo", "serve a page to try a model on"),
     "publish": ("emax_timm.hub:publish", "publish the weights of a run on the Hugging Face Hub"),
     "weights": ("emax_timm.hub.weights_command:weights", "verify published weights, or pin them"),
 }

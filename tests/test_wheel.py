@@ -51,6 +51,8 @@ def test_wheel_holds_the_package_its_data_and_nothing_else(wheel: Path) -> None:
         "emax_cli.py",
         "emax_timm/py.typed",
         "emax_timm/configs/quickstart.yaml",
+        "emax_timm/demo/page.css",
+        "emax_timm/demo/page.js",
         "emax_timm/training/config/timm_flags.yaml",
         "emax_timm/models/weights.json",
         "emax_timm/models/pretrained/test_resnet_emax.fashion_mnist.safetensors",

@@ -22,6 +22,7 @@ from ..training.progress import working
 from ..training.sources import run_folder
 from .integrity import check_folder
 from .release import Release, make_release
+from .space import check_space, write_space
 from .upload import check_repo, upload
 
 __all__ = ["publish", "put_in_index"]
@@ -35,6 +36,11 @@ class PublishConfig:
     repo: str = option("", "ORG/NAME on the hub")
     output: str | None = option(
         None, "folder for the release; replaced if it holds one (default: RUN/release)"
+    )
+    space: str | None = option(
+        None,
+        "folder to make for a Space of the hub that serves `emax demo` of the repository",
+        metavar="DIR",
     )
     push: bool = option(False, "publish the release; without this flag, only the folder is made")
     private: bool = option(False, "make the repository private, if it does not exist")
@@ -77,6 +83,10 @@ def publish(argv: Sequence[str], prog: str) -> int:
         check_folder(folder)
         print(f"{folder}: {', '.join(release.files)}")
         print(f"{release.model}.{release.tag or '(no tag)'}  {_figures(release)}")
+        if config.space:
+            with writing_to(Path(config.space)):
+                write_space(Path(config.space), config.repo, release.license)
+            print(f"{config.space}: a Space that serves a page for hf-hub:{config.repo}")
         if not config.push:
             print(f"nothing is published; --push would publish it as {config.repo}")
             return 0
@@ -101,6 +111,8 @@ def _check(config: PublishConfig) -> None:
     check_repo(config.repo)
     if not run_folder(config.run).is_dir():
         raise UsageError(f"there is no run {config.run}")
+    if config.space is not None:
+        check_space(Path(config.space))
     if config.index and not config.push:
         raise UsageError("--index needs --push: a tag exists only if its weights do")
     if config.index:

@@ -16,7 +16,8 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..attention import EMAXMaps
-from ..models.capture import Maps, attention_of, heatmap
+from ..models.capture import Maps, attention_of
+from .overlays import draw_attention, draw_cam
 from .selection import (
     contrasting_groups,
     group_count,
@@ -39,7 +40,6 @@ __all__ = [
 ]
 
 NEEDED = "figures need the package matplotlib: pip install 'emax-timm[viz]'"
-HEAT = {"cmap": "inferno", "alpha": 0.55}
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -112,7 +112,7 @@ def _draw_parts(figure: Any, picture: np.ndarray, found: Maps) -> None:
         panels[0].imshow(picture)
         panels[0].set_title("no spatial attention")
     else:
-        _overlay(panels[0], picture, found.spatial, figure)
+        draw_attention(panels[0], picture, found.spatial, figure)
         panels[0].set_title("spatial attention, mean of the groups")
     panels[0].set_axis_off()
     global_ = found.global_ if isinstance(found, EMAXMaps) else None
@@ -163,15 +163,14 @@ def spatial_figure(
     grid[0, 0].imshow(picture)
     grid[0, 0].set_title("input", fontsize="medium")
     for column, (stage, spatial) in enumerate(stages.items(), start=1):
-        _overlay(grid[0, column], picture, spatial, figure)
+        draw_attention(grid[0, column], picture, spatial, figure)
         side = "x".join(map(str, spatial.shape[1:]))
         grid[0, column].set_title(f"{stage} ({side})\nmean", fontsize="medium")
         for row, group in enumerate(chosen[stage][: rows - 1], start=1):
-            _overlay(grid[row, column], picture, spatial[group : group + 1], figure)
+            draw_attention(grid[row, column], picture, spatial[group : group + 1], figure)
             grid[row, column].set_title(f"group {group + 1}", fontsize="medium")
         if cams and stage in cams:
-            grid[-1, column].imshow(picture)
-            grid[-1, column].imshow(cams[stage].numpy(), **HEAT, vmin=0, vmax=1)
+            draw_cam(grid[-1, column], picture, cams[stage])
             grid[-1, column].set_title("Grad-CAM", fontsize="medium")
     return figure
 
@@ -257,27 +256,10 @@ def comparison_figure(
             found = maps[layer]
             axis.set_title(stage, fontsize="small")
             if found.spatial is not None:
-                _overlay(axis, picture, found.spatial, figure)
+                draw_attention(axis, picture, found.spatial, figure)
             elif found.channel is not None:
                 axis.set_axis_on()
                 sorted_bars(axis, found.channel)
                 axis.set(ylim=(0, 1), xticks=[])
                 axis.set_title(f"{stage}: channels", fontsize="small")
     return figure
-
-
-def _overlay(axis: Any, picture: np.ndarray, spatial: Tensor, figure: Any) -> None:
-    """Draw the mean of maps [n, h', w'] over an image, with a colour bar."""
-    mean = spatial.mean(0)
-    low, high = mean.min().item(), mean.max().item()
-    # The heatmap is clamped so that rounding in the interpolation does not look like contrast.
-    heat = heatmap(spatial.unsqueeze(0), picture.shape[:2])[0].clamp(low, high)
-    axis.imshow(picture)
-    drawn = axis.imshow(heat.numpy(), **HEAT, vmin=low, vmax=max(high, low + 1e-6))
-    bar = figure.colorbar(drawn, ax=axis, location="bottom", shrink=0.9, pad=0.02, aspect=16)
-    ticks = {f"{value:.3f}": value for value in (low, high)}  # one tick if both labels are equal
-    bar.set_ticks(list(ticks.values()), labels=list(ticks))
-    bar.ax.tick_params(labelsize="x-small")
-    # The labels stay within the bar, so that they do not touch those of the neighbouring panels.
-    for label, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=False):
-        label.set_horizontalalignment(side)

@@ -16,6 +16,8 @@ def class_namer(model: Any) -> Callable[[int], str]:
     """
     cfg = model.pretrained_cfg
     labels, described = cfg.get("label_names"), cfg.get("label_descriptions") or {}
+    if labels and len(labels) != model.num_classes:  # those of other weights of the architecture
+        labels = None
     if isinstance(labels, Mapping):
         labels = {int(index): label for index, label in labels.items()}
     elif labels:

@@ -16,6 +16,9 @@ import pytest
 
 __all__ = ["Page", "find_browser", "open_page"]
 
+# The code of a key, and what it types.
+KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), "Space": (32, " ")}
+KEYS |= {"ArrowUp": (38, ""), "ArrowRight": (39, ""), "ArrowDown": (40, "")}
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -61,8 +64,8 @@ class Page:
                 return answer["result"]
             self.events.append(answer)
 
-    def open(self, path: Path, width: int, height: int, dark: bool = False) -> None:
-        """Show a file at a size in pixels, and wait until it is loaded."""
+    def open(self, what: Path | str, width: int, height: int, dark: bool = False) -> None:
+        """Show a file or an address at a size in pixels, and wait until it is loaded."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             **{"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},
@@ -70,7 +73,8 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        url = what if isinstance(what, str) else what.resolve().as_uri()
+        self.call("Page.navigate", url=url)
         while not self.told("Page.loadEventFired"):
             self.events.append(self._next())
         # What the page would do later, it has done once this is answered after its idle time.
@@ -86,6 +90,47 @@ class Page:
         answer = self.call("Runtime.evaluate", expression=expression, **options)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def wait_for(self, expression: str, timeout: float = 60) -> Any:
+        """Wait until a JavaScript expression is true, and return its value."""
+        end = time.monotonic() + timeout
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < end, f"not within {timeout} s: {expression}"
+            time.sleep(0.1)
+        return value
+
+    def upload(self, selector: str, path: Path) -> None:
+        """Choose a file in the form's field that a CSS selector finds."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        found = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=found, files=[str(path)])
+
+    def drop(self, selector: str, path: Path) -> None:
+        """Drag a file onto the element that a CSS selector finds."""
+        box = f"(e => e.getBoundingClientRect())(document.querySelector({selector!r}))"
+        x, y = self.evaluate(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
+        data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
+
+    def press(self, key: str) -> None:
+        """Press a key, such as "Tab", "Enter" or "ArrowRight", where the focus is."""
+        code, text = KEYS.get(key, (0, ""))
+        named = {"key": text or key, "code": key, "windowsVirtualKeyCode": code, "text": text}
+        self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", **named)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **named)
+
+    def errors(self) -> list[str]:
+        """What the console has told as an error since the page was opened."""
+        entries = [told["entry"] for told in self.told("Log.entryAdded")]
+        found = [f"{e['text']} {e.get('url', '')}" for e in entries if e["level"] == "error"]
+        calls = [told for told in self.told("Runtime.consoleAPICalled") if told["type"] == "error"]
+        found += [str([one.get("value") for one in call["args"]]) for call in calls]
+        return found + [str(told) for told in self.told("Runtime.exceptionThrown")]
+
+    def requested(self) -> list[str]:
+        """The addresses that the page has asked for since it was opened."""
+        return [told["request"]["url"] for told in self.told("Network.requestWillBeSent")]
 
     def screenshot(self, path: Path) -> None:
         """Save the whole page as a PNG."""

@@ -125,7 +125,7 @@ def test_classes_that_a_fraction_leaves_out_are_said_or_refused(
         capsys.readouterr().err
     )
     monkeypatch.setattr("emax_timm.training.build._create_model", None)  # it is not got to
-    with pytest.raises(UsageError, match="holds out all images of class"):
+    with pytest.raises(UsageError, match="leaves no training image of class"):
         build(root, tmp_path, 0.8)
 
 
