@@ -69,10 +69,15 @@ class ImageReader:
         self.left_out: dict[str, LeftOut] = found.left_out
         self._check(found, labels)
         self.notes = _notes(found)
-        targets = {folder: class_map.get(os.path.basename(folder)) for folder in found.folders}
-        pairs = [(file, targets[file.folder]) for file in found.files]
-        self.files: list[ImageFile] = [file for file, target in pairs if target is not None]
-        self.targets: list[int] = [target for _, target in pairs if target is not None]
+        targets = {
+            folder: class_map[label]
+            for folder in found.folders
+            if (label := os.path.basename(folder)) in class_map
+        }
+        self.files: list[ImageFile] = found.files
+        if self.unmapped:
+            self.files = [file for file in found.files if file.folder in targets]
+        self.targets: list[int] = [targets[file.folder] for file in self.files]
 
     def __len__(self) -> int:
         return len(self.files)
