@@ -223,14 +223,12 @@ def _sequence_by_sequence(
         raise ValueError("with a mask, batch_vote needs the children that the layer was made with")
     outputs, found = [], []
     for number, tokens in enumerate(mask):
-        sequence = x[number : number + 1, :, tokens]
-        # One without tokens has the maps of zeros, as in a backend, and no spatial one.
-        alone = sequence if len(tokens.nonzero()) else x.new_zeros(1, x.shape[1], 1)
-        own = noise if noise is None else noise[number : number + 1]
-        out, maps = emax(alone, parts, own)
-        place = tokens.nonzero().squeeze(1)
+        place, sample = tokens.nonzero().squeeze(1), x[number : number + 1]
         used = len(place)
-        outputs.append(x[number : number + 1].index_copy(2, place, out[:, :, :used]))
+        # One without tokens has the maps of zeros, as in a backend, and no spatial one.
+        alone = sample[:, :, place] if used else torch.zeros_like(sample[:, :, :1])
+        out, maps = emax(alone, parts, noise if noise is None else noise[number : number + 1])
+        outputs.append(sample.index_copy(2, place, out[:, :, :used]))
         empty = out.new_zeros(1, parts.config.groups, len(tokens))
         spatial = empty.index_copy(2, place, maps.spatial[:, :, :used])
         found.append(maps._replace(spatial=spatial))

@@ -20,6 +20,7 @@ from . import growth, layers, loop, networks, onnx, settings, startup, threads
 from .arguments import (
     a_count,
     a_shape,
+    a_shape_of_any_rank,
     add_amp,
     add_device,
     add_images,
@@ -44,9 +45,12 @@ Result = tuple[dict[str, Any], str]
 def benchmark(argv: Sequence[str], prog: str) -> int:
     """Run the benchmark that the command line asks for, and return the exit status."""
     options = benchmark_parser(prog).parse_args(argv)
+    mark = options.mark
+    if getattr(options, "dims", 2) != 2:
+        mark += f" --dims {options.dims}"
     try:
         if options.write is not None:
-            text_around(options.write, options.mark)  # refuses a bad file before measuring
+            text_around(options.write, mark)  # refuses a bad file before measuring
         start = time.monotonic()
         result = options.run(options)
         if result is None:
@@ -56,7 +60,7 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
         if options.write is not None:
             words = shlex.join([*prog.split(), *argv])
             made = f"Made by `{words}` in {time.monotonic() - start:.0f} seconds"
-            write_between(options.write, options.mark, f"{made}:\n\n{report}\n")
+            write_between(options.write, mark, f"{made}:\n\n{report}\n")
         if options.json is not None:
             text = json.dumps(found, indent=2) + "\n"
             replace_file(options.json, lambda temporary: temporary.write_text(text))
@@ -71,9 +75,20 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
 
 
 def _modules(options: argparse.Namespace) -> Result:
+    dims = options.dims
+    for shape in options.shapes or []:
+        if len(shape) != dims + 2:
+            text = "x".join(map(str, shape))
+            raise UsageError(f"--dims {dims} takes shapes of {dims + 2} sizes, not {text}")
+    known = layers.LAYERS_BY_DIMS[dims]
+    for method in options.methods or []:
+        if split_method(method)[0] not in known:
+            raise UsageError(f"--dims {dims} measures {', '.join(known)}, not {method}")
+    if options.channels_last and dims != 2:
+        raise UsageError(f"--channels-last is a memory format of images, not of --dims {dims}")
     device, dtype, layout, amp = tensors_of(options)
     found = layers.measure_modules(
-        options.shapes, options.rounds, device, dtype, layout, options.methods, amp
+        options.shapes, options.rounds, device, dtype, layout, options.methods, amp, dims
     )
     return found, report_modules(found)
 
@@ -187,7 +202,10 @@ def _add_layer_benchmarks(commands: Any) -> None:
     add_methods(one, layers.METHODS)
     add_tensors(one)
     add_amp(one)
-    add_shapes(one)
+    text = "axes beside batch and channels: 1 for sequences, 2 for images, 3 for videos"
+    one.add_argument("--dims", type=int, choices=[1, 2, 3], default=2, help=text)
+    others = "; for --dims 1 and 3 those of small text and video networks"
+    add_shapes(one, a_shape_of_any_rank, "BxC[x...]", others)
 
     one = _command(commands, _growth, "how time and memory grow with the input", rounds=5)
     add_methods(one, layers.METHODS)
