@@ -226,7 +226,7 @@ def _sequence_by_sequence(
         place, sample = tokens.nonzero().squeeze(1), x[number : number + 1]
         used = len(place)
         # One without tokens has the maps of zeros, as in a backend, and no spatial one.
-        alone = sample[:, :, place] if used else torch.zeros_like(sample[:, :, :1])
+        alone = sample[:, :, place] if used else x.new_zeros(1, x.shape[1], 1)
         out, maps = emax(alone, parts, noise if noise is None else noise[number : number + 1])
         outputs.append(sample.index_copy(2, place, out[:, :, :used]))
         empty = out.new_zeros(1, parts.config.groups, len(tokens))

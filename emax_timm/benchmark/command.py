@@ -35,7 +35,7 @@ from .layers_report import report_modules
 from .methods import COMPILED, GRAPH, available, split_method
 from .networks_report import report_models
 
-__all__ = ["benchmark", "benchmark_parser"]
+__all__ = ["benchmark", "benchmark_parser", "mark_of"]
 
 Result = tuple[dict[str, Any], str]
 """The measurements, as they are written to JSON, and the report on them in Markdown."""
@@ -45,9 +45,7 @@ Result = tuple[dict[str, Any], str]
 def benchmark(argv: Sequence[str], prog: str) -> int:
     """Run the benchmark that the command line asks for, and return the exit status."""
     options = benchmark_parser(prog).parse_args(argv)
-    mark = options.mark
-    if getattr(options, "dims", 2) != 2:
-        mark += f" --dims {options.dims}"
+    mark = mark_of(options)
     try:
         if options.write is not None:
             text_around(options.write, mark)  # refuses a bad file before measuring
@@ -74,16 +72,22 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
     return 0
 
 
+def mark_of(options: argparse.Namespace) -> str:
+    """Return the name of the marks between which --write puts the tables."""
+    dims = getattr(options, "dims", 2)
+    return options.mark if dims == 2 else f"{options.mark} --dims {dims}"
+
+
 def _modules(options: argparse.Namespace) -> Result:
     dims = options.dims
     for shape in options.shapes or []:
         if len(shape) != dims + 2:
             text = "x".join(map(str, shape))
             raise UsageError(f"--dims {dims} takes shapes of {dims + 2} sizes, not {text}")
-    known = layers.LAYERS_BY_DIMS[dims]
+    known = layers.methods_of(dims)
     for method in options.methods or []:
-        if split_method(method)[0] not in known:
-            raise UsageError(f"--dims {dims} measures {', '.join(known)}, not {method}")
+        if method not in known:
+            raise UsageError(f"--dims {dims} measures {'; '.join(known)}, not {method}")
     if options.channels_last and dims != 2:
         raise UsageError(f"--channels-last is a memory format of images, not of --dims {dims}")
     device, dtype, layout, amp = tensors_of(options)

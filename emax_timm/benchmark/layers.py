@@ -34,6 +34,7 @@ __all__ = [
     "has_factor",
     "measure_modules",
     "measure_shape",
+    "methods_of",
     "random_features",
     "saved_bytes",
 ]
@@ -66,6 +67,11 @@ GPU_METHODS = [
 GPU_ROUNDS = 7
 PASSES = ("forward", "forward + backward")
 SAVED = "saved activations"
+
+
+def methods_of(dims: int) -> list[str]:
+    """Return the names of the methods that can be measured on inputs with so many axes."""
+    return METHODS if dims == 2 else [*LAYERS_BY_DIMS[dims], "EMAX, compiled", "SE, compiled"]
 
 
 class Costs(NamedTuple):

@@ -118,26 +118,40 @@ def emax_plain(
         noise: The noise for the choice of group counts, [b, K], or None.
         mask: Where sequences have tokens, [b, l], or None. The rest of x is returned as it is.
     """
+    length = x.shape[2]
+    x, mask = _with_a_position(x, mask)
     grouped, cast = prepare(_tokens(x, mask), weights)
     out = _apply_attention(grouped, _attend(grouped, cast, noise, True, mask)).to(x.dtype)
-    return out if mask is None else torch.where(mask.unsqueeze(1), out, x)
+    return out if mask is None else torch.where(mask.unsqueeze(1), out, x)[:, :, :length]
 
 
 def maps_plain(
     x: Tensor, weights: EMAXWeights, noise: Tensor | None, mask: Tensor | None = None
 ) -> EMAXMaps:
     """Compute the attention maps of a layer; the arguments are those of `emax_plain`."""
+    length = x.shape[2]
+    x, mask = _with_a_position(x, mask)
     grouped, cast = prepare(_tokens(x, mask), weights)
     attended = _attend(grouped, cast, noise, True, mask)
+    spatial = attended.spatial
+    if mask is not None:
+        spatial = _tokens(spatial, mask)[:, :, :length]
     logits = attended.groups.logits
     candidates = torch.tensor(weights.config.candidates, device=x.device)
     return EMAXMaps(
-        spatial=_tokens(attended.spatial, mask),
+        spatial=spatial,
         channel=attended.gates.channel,
         global_=attended.gates.global_,
         group_probs=torch.softmax(logits, dim=-1),
         group_count=candidates[logits.argmax(dim=-1)],
     )
+
+
+def _with_a_position(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Give sequences of no length one position without a token; other inputs stay as they are."""
+    if x.dim() == 3 and x.shape[2] == 0:
+        return F.pad(x, [0, 1]), torch.zeros([x.shape[0], 1], dtype=torch.bool, device=x.device)
+    return x, mask
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
