@@ -54,7 +54,9 @@ def assert_exact(module: Any, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("kind", "size"), CASES, ids=str)
-@pytest.mark.parametrize(("channels", "factor"), [(1, 32), (3, 32), (36, 12), (40, 32)])
+@pytest.mark.parametrize(
+    ("channels", "factor"), mostly_slow([(24, 12), (3, 32), (1, 32), (36, 12), (40, 32)], 0, 1)
+)
 def test_it_equals_the_formulas_at_every_group_count(
     kind: type[EMAX], size: tuple[int, ...], channels: int, factor: int
 ) -> None:
@@ -65,7 +67,7 @@ def test_it_equals_the_formulas_at_every_group_count(
 
 
 @KINDS
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", mostly_slow(VARIANTS, 0, 3, 6))
 def test_it_equals_the_formulas_without_each_part(
     kind: type[EMAX], size: tuple[int, ...], variant: str
 ) -> None:
@@ -119,7 +121,7 @@ def test_gradients_are_the_numeric_ones(kind: type[EMAX], size: tuple[int, ...])
 
 
 @KINDS
-@pytest.mark.parametrize("features", ["normal", "zero", "one_pixel"])
+@pytest.mark.parametrize("features", mostly_slow(["normal", "zero", "one_pixel"], 0, 1))
 def test_second_and_forward_gradients_are_finite_and_the_formulas(
     kind: type[EMAX], size: tuple[int, ...], features: str
 ) -> None:
@@ -356,7 +358,7 @@ def assert_equal_on_other_sizes(graph: Callable[[Tensor], Tensor], module: Any) 
             torch.testing.assert_close(seeded(graph)(x), seeded(module)(x), rtol=1e-4, atol=1e-5)
 
 
-@MODES
+@pytest.mark.parametrize("training", mostly_slow([False, True], 0), ids=["eval", "training"])
 @KINDS
 def test_script_and_fx_equal_eager(kind: type[EMAX], size: tuple[int, ...], training: bool) -> None:
     module = make(kind, dtype=torch.float32).train(training)
@@ -389,7 +391,8 @@ def test_trace_equals_eager(kind: type[EMAX], size: tuple[int, ...]) -> None:
             (EMAX1d, (9,), True),
             (EMAX3d, (3, 4, 5), False),
             (EMAX3d, (3, 4, 5), True),
-        ]
+        ],
+        *(0, 2),
     ),
 )
 def test_export_with_dynamic_sizes_equals_eager(
