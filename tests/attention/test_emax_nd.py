@@ -392,7 +392,7 @@ def test_trace_equals_eager(kind: type[EMAX], size: tuple[int, ...]) -> None:
             (EMAX3d, (3, 4, 5), False),
             (EMAX3d, (3, 4, 5), True),
         ],
-        *(0, 2),
+        0,
     ),
 )
 def test_export_with_dynamic_sizes_equals_eager(
