@@ -73,14 +73,14 @@ def axis_gates(x: Tensor, weights: EMAXWeights) -> list[Tensor]:
     The gates of an axis have its size there and 1 in the others. A sequence has no other axes: its
     gates follow from x itself.
     """
-    mixing = weights.conv1x1_weight.flatten(1).unsqueeze(0).unsqueeze(0)  # [1, 1, d, d]
+    mixing = weights.conv1x1_weight.flatten(1)  # [d, d]
     gates: list[Tensor] = []
     for axis in range(3, x.dim()):
         pooled = x
         for other in range(3, x.dim()):
             if other != axis:
                 pooled = pooled.mean(other, keepdim=True)
-        mixed = weigh_channels(pooled, mixing)
+        mixed = _weigh(pooled, mixing)
         gates.append(torch.sigmoid(mixed + _as_pixels(weights.conv1x1_bias, x)))
     return gates
 
@@ -135,35 +135,37 @@ def correlate_nd(x: Tensor, kernel: Tensor, mask: Tensor | None) -> Tensor:
     Returns:
         The result, [b, F, ...].
     """
+    axes = x.dim() - 3
     neighbours: list[Tensor] = []
-    if mask is not None:
+    if mask is None:
+        x = F.pad(x, [1, 1] * axes)
+    else:
         length = mask.shape[1]
         neighbours = [_before(mask), length + 1 - _before(mask.flip(1)).flip(1)]
     rows = kernel.t().unflatten(0, [3, -1])  # [3, 3^(n - 1), d]
-    total = torch.zeros_like(x[:, :, 0])
+    total: list[Tensor] = []
     # One offset along the first axis after another, because the images of all offsets at once would
     # be 27 / d times as large as x.
     for k in range(3):
-        images = weigh_channels(x, rows[k].unsqueeze(0).unsqueeze(0))  # [b, F, 3^(n - 1), ...]
+        seen = x if mask is not None else x.narrow(3, k, x.shape[3] - 2)
+        images = _weigh(seen, rows[k])  # [b, F, 3^(n - 1), ...]
         for axis in range(x.dim() - 1, 3, -1):
-            offsets = images.unflatten(2, [-1, 3])
-            images = _move(offsets[:, :, :, 0], 0, axis - x.dim()) + offsets[:, :, :, 1]
-            images = images + _move(offsets[:, :, :, 2], 2, axis - x.dim())
+            moved, size = images.unflatten(2, [-1, 3]), x.shape[axis] - 2
+            images = moved[:, :, :, 0].narrow(axis, 0, size)
+            images = images + moved[:, :, :, 1].narrow(axis, 1, size)
+            images = images + moved[:, :, :, 2].narrow(axis, 2, size)
         image = images.squeeze(2)
-        if k == 1:
-            total = total + image
-        elif mask is None:
-            total = total + _move(image, k, 3 - x.dim())
-        else:
+        if mask is not None and k != 1:
             index = neighbours[k // 2].unsqueeze(1).expand_as(image)
-            total = total + F.pad(image, [1, 1]).gather(-1, index)
-    return total
+            image = F.pad(image, [1, 1]).gather(-1, index)
+        total.append(image)
+    return total[0] + total[1] + total[2]
 
 
-def _move(x: Tensor, k: int, axis: int) -> Tensor:
-    """Move x by one pixel along an axis, counted from the end: what offset 0 or 2 sees of it."""
-    padding = [0, 0] * (-1 - axis) + ([1, 0] if k == 0 else [0, 1])
-    return F.pad(x, padding).narrow(axis, 0 if k == 0 else 1, x.shape[axis])
+def _weigh(x: Tensor, weights: Tensor) -> Tensor:
+    """Compute t sums over d of x [b, F, d, ...] by the weights [t, d]: [b, F, t, ...]."""
+    # Products of a batch with one matrix that is copied for each of it are several times faster.
+    return weigh_channels(x, weights.expand(x.shape[0], x.shape[1], -1, -1).contiguous())
 
 
 def _before(mask: Tensor) -> Tensor:
