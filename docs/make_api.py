@@ -49,7 +49,8 @@ def _entry(name: str, thing: Any) -> list[str]:
     constructor, text = functions.get("__init__"), _docstring(node)
     if constructor is None and thing.__base__.__name__ in emax_timm.__all__:
         base = _definition(thing.__base__)  # which has the constructor, and says what it takes
-        constructor = next(n for n in base.body if getattr(n, "name", None) == "__init__")
+        methods = [n for n in getattr(base, "body", []) if isinstance(n, ast.FunctionDef)]
+        constructor = next(n for n in methods if n.name == "__init__")
         text += "\n" + re.sub(
             r".*?(?=^Args:)", "", _docstring(base), flags=re.DOTALL | re.MULTILINE
         )

@@ -417,7 +417,7 @@ def test_compile_traces_one_graph_with_eagers_gradients(
     module, x = make(kind, dtype=torch.float32), randn(2, 24, *size, dtype=torch.float32)
     module.train(training)
     # Without fallback_random Inductor draws other numbers than eager does.
-    options = {"fallback_random": True} if backend == "inductor" else None
+    options: Any = {"fallback_random": True} if backend == "inductor" else None
     compiled: Any = torch.compile(module, fullgraph=True, backend=backend, options=options)
     expected = gradients(module, x, seeded(module))
     assert_same(gradients(module, x, seeded(compiled)), expected, 1e-4)
