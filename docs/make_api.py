@@ -22,8 +22,8 @@ HEAD = """\
 package is internal and may change.
 
 Made by `python docs/make_api.py` from the docstrings. In shapes b is the batch, c the channels, h
-and w are the height and the width, F is the finest group count gcd(c, factor), and K the number of
-candidate group counts.
+and w are the height and the width, l is the length of a sequence, t the number of frames, F is the
+finest group count gcd(c, factor), and K the number of candidate group counts.
 """
 SECTION = re.compile(r"(Args|Returns|Yields|Raises):$")
 ENTRY = re.compile(r"(\w[\w, ]*): +(.+)", re.DOTALL)
@@ -46,9 +46,16 @@ def _entry(name: str, thing: Any) -> list[str]:
         return [_code(f"with {name}" if is_context else name, node), _docstring(node)]
     functions = {n.name: n for n in node.body if isinstance(n, ast.FunctionDef)}
     fields = _fields(node)
-    constructor = functions.get("__init__")
+    constructor, text = functions.get("__init__"), _docstring(node)
+    if constructor is None and thing.__base__.__name__ in emax_timm.__all__:
+        base = _definition(thing.__base__)  # which has the constructor, and says what it takes
+        methods = [n for n in getattr(base, "body", []) if isinstance(n, ast.FunctionDef)]
+        constructor = next(n for n in methods if n.name == "__init__")
+        text += "\n" + re.sub(
+            r".*?(?=^Args:)", "", _docstring(base), flags=re.DOTALL | re.MULTILINE
+        )
     parts = [_code(f"class {name}", constructor)] if constructor else []
-    parts.append(_docstring(node))
+    parts.append(text)
     if constructor is None and fields:
         parts.append("Fields:\n")
         parts.append("\n".join(f"- `{field}`: {text}" for field, text in fields.items()) + "\n")
@@ -58,7 +65,10 @@ def _entry(name: str, thing: Any) -> list[str]:
     return parts
 
 
-PUBLIC_METHODS = {"EMAX": ("forward", "attention", "reset_parameters")}
+PUBLIC_METHODS = {
+    "EMAX": ("forward", "attention", "reset_parameters"),
+    "EMAX1d": ("forward", "attention"),
+}
 """The methods of a public class that are for its users; the others are for the package."""
 
 

@@ -4,7 +4,7 @@
 # once more while it loads both, which takes 0.2 seconds.
 import timm  # noqa: F401
 
-from .attention import EMAX, EMAXMaps, create_attention, set_grouping
+from .attention import EMAX, EMAX1d, EMAX3d, EMAXMaps, create_attention, set_grouping
 from .interpret import capture_attention, visualize_attention
 from .models import insert_attention
 from .ops import use_backend
@@ -12,6 +12,8 @@ from .version import __version__ as __version__
 
 __all__ = [
     "EMAX",
+    "EMAX1d",
+    "EMAX3d",
     "EMAXMaps",
     "capture_attention",
     "create_attention",

@@ -20,7 +20,7 @@ from timm_suite import ALL
 from emax_cli import main
 from emax_timm.attention import ATTENTIONS
 from emax_timm.benchmark import markdown, measure, model_names
-from emax_timm.benchmark.command import benchmark_parser
+from emax_timm.benchmark.command import benchmark_parser, mark_of
 from emax_timm.compare.faithfulness import MEASURES, FaithfulnessConfig
 from emax_timm.tables import text_around
 from emax_timm.training import TrainConfig, train
@@ -217,7 +217,7 @@ def test_benchmarks_of_the_page_on_performance_are_understood() -> None:
     for command in commands:
         options = benchmark_parser("emax benchmark").parse_args(command)
         if options.write is not None:
-            text_around(ROOT / options.write, options.mark)
+            text_around(ROOT / options.write, mark_of(options))
 
 
 WEIGHTS = (ROOT / "docs" / "weights.md").read_text(encoding="utf-8")

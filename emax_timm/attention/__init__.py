@@ -6,6 +6,7 @@ This package knows neither models nor files.
 from ..ops import EMAXMaps
 from .ema import EMA
 from .emax import EMAX
+from .emax_nd import EMAX1d, EMAX3d
 from .factory import ATTENTIONS, GatedAttention, create_attention
 from .schedule import set_grouping
 
@@ -13,6 +14,8 @@ __all__ = [
     "ATTENTIONS",
     "EMA",
     "EMAX",
+    "EMAX1d",
+    "EMAX3d",
     "EMAXMaps",
     "GatedAttention",
     "create_attention",

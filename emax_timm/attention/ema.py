@@ -4,7 +4,7 @@
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class EMA(nn.Module):
     Raises:
         ValueError: If an argument is not a positive integer.
     """
+
+    dims: ClassVar[int] = 2
 
     def __init__(self, channels: int, factor: int = 32, device=None, dtype=None) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -9,14 +9,21 @@ global attention and a residual gate. `docs/emax.md` defines it and derives the 
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import EMAXConfig, EMAXMaps, EMAXWeights, bias_of, emax, emax_maps
 from ..ops.reference import Parts
-from .children import SqueezeExcite, by_children, changed_child, refuse_scripting, without_exports
+from .children import (
+    CONVOLUTIONS,
+    SqueezeExcite,
+    by_children,
+    changed_child,
+    refuse_scripting,
+    without_exports,
+)
 
 __all__ = ["EMAX"]
 
@@ -53,6 +60,8 @@ class EMAX(nn.Module):
         ValueError: If an argument is out of its range, or no given group count divides F.
     """
 
+    dims: ClassVar[int] = 2
+    """The number n of spatial axes; `emax_nd.py` has the layers of 1 and 3."""
     warmup: Tensor
     temperature: Tensor
 
@@ -84,15 +93,18 @@ class EMAX(nn.Module):
         group_channels = channels // self.groups  # d
         hidden = max(1, channels // reduction)
 
-        self.conv1x1 = nn.Conv2d(group_channels, group_channels, kernel_size=1, **dd)
-        self.conv3x3 = nn.Conv2d(group_channels, group_channels, kernel_size=3, padding=1, **dd)
+        convolution = CONVOLUTIONS[self.dims]
+        self.conv1x1 = convolution(group_channels, group_channels, kernel_size=1, **dd)
+        self.conv3x3 = convolution(group_channels, group_channels, kernel_size=3, padding=1, **dd)
         self.gn = nn.GroupNorm(group_channels, group_channels, **dd)
         self.group_controller = None
         if len(self.candidates) > 1:
             self.group_controller = nn.Linear(channels, len(self.candidates), **dd)
-        self.channel_gate = SqueezeExcite(channels, hidden, **dd) if channel_gate else None
+        self.channel_gate = (
+            SqueezeExcite(channels, hidden, self.dims, **dd) if channel_gate else None
+        )
         self.gamma = nn.Parameter(torch.empty(1, **dd)) if channel_gate else None
-        self.global_attn = SqueezeExcite(channels, hidden, **dd) if global_gate else None
+        self.global_attn = SqueezeExcite(channels, hidden, self.dims, **dd) if global_gate else None
         self.residual_gate = nn.Parameter(torch.empty(channels, **dd))
 
         # The state of the schedule of the grouping, which `schedule.set_grouping` sets.

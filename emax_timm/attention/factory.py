@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..ops import exporting
 from .ema import EMA
 from .emax import EMAX
+from .emax_nd import EMAX1d, EMAX3d
 from .self_attention import SelfAttention2d
 
 __all__ = ["ATTENTIONS", "GatedAttention", "create_attention"]
@@ -26,6 +27,8 @@ ATTENTIONS: dict[str, Callable[..., nn.Module]] = {
     "coord": CoordAttn,  # arXiv 2103.02907
     "msa": SelfAttention2d,
 }
+_BY_DIMS: dict[int, type[EMAX]] = {1: EMAX1d, 2: EMAX, 3: EMAX3d}
+"""EMAX by its number of spatial axes; the other attentions have two."""
 
 
 class GatedAttention(nn.Module):
@@ -87,6 +90,7 @@ def create_attention(
     gate_init: float | None = None,
     device=None,
     dtype=None,
+    dims: int = 2,
     **kwargs: Any,
 ) -> nn.Module:
     """Create an attention layer by name; it maps [b, c, h, w] to [b, c, h, w].
@@ -100,6 +104,8 @@ def create_attention(
             other attentions have no gate.
         device: Device of the parameters.
         dtype: Dtype of the parameters.
+        dims: The number of axes of the features beside batch and channels. EMAX serves 1, which
+            are sequences [b, c, l], 2 and 3, which are videos [b, c, t, h, w]; the others serve 2.
         kwargs: Further arguments of the attention's class, such as `factor` of EMAX.
 
     Raises:
@@ -114,9 +120,12 @@ def create_attention(
     if name == "eca" and "kernel_size" in kwargs:
         # timm accepts this argument, but does not use it where it knows the channels.
         raise TypeError("ECA has its kernel_size from the channels, by gamma and beta")
+    served = list(_BY_DIMS) if name == "emax" else [2]
+    if dims not in served:
+        raise ValueError(f"dims of {name} must be {' or '.join(map(str, served))}, not {dims!r}")
     if name == "emax":
         gate = {} if gate_init is None else {"gate_init": gate_init}
-        return EMAX(channels, **kwargs, **gate, **dd)
+        return _BY_DIMS[dims](channels, **kwargs, **gate, **dd)
     attention = ATTENTIONS[name](channels, **kwargs, **dd)
     if gate_init is None:
         return attention

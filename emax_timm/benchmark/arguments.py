@@ -1,7 +1,7 @@
 """Options that several benchmarks share."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,6 +14,7 @@ __all__ = [
     "HALF",
     "a_count",
     "a_shape",
+    "a_shape_of_any_rank",
     "add_amp",
     "add_device",
     "add_images",
@@ -80,15 +81,20 @@ def add_amp(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_shapes(parser: argparse.ArgumentParser) -> None:
+def add_shapes(
+    parser: argparse.ArgumentParser,
+    shape: Callable[[str], tuple[int, ...]] | None = None,
+    metavar: str = "BxCxHxW",
+    others: str = "",
+) -> None:
     parser.add_argument(
         "--shapes",
         nargs="+",
-        type=a_shape,
+        type=shape or a_shape,
         default=None,
-        metavar="BxCxHxW",
+        metavar=metavar,
         help="shapes of the input; by default those of ResNet-50's stages, of 8 images on a CPU "
-        "and of 128 on a GPU",
+        f"and of 128 on a GPU{others}",
     )
 
 
@@ -113,6 +119,13 @@ def a_shape(text: str) -> tuple[int, ...]:
     sizes = text.split("x")
     if len(sizes) != 4 or not all(size.isdecimal() and int(size) for size in sizes):
         raise argparse.ArgumentTypeError(f"a shape is four sizes such as 8x64x56x56, not {text}")
+    return tuple(map(int, sizes))
+
+
+def a_shape_of_any_rank(text: str) -> tuple[int, ...]:
+    sizes = text.split("x")
+    if not 3 <= len(sizes) <= 5 or not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"a shape is 3 to 5 sizes such as 8x64x56x56, not {text}")
     return tuple(map(int, sizes))
 
 

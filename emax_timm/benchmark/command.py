@@ -20,6 +20,7 @@ from . import growth, layers, loop, networks, onnx, settings, startup, threads
 from .arguments import (
     a_count,
     a_shape,
+    a_shape_of_any_rank,
     add_amp,
     add_device,
     add_images,
@@ -34,7 +35,7 @@ from .layers_report import report_modules
 from .methods import COMPILED, GRAPH, available, split_method
 from .networks_report import report_models
 
-__all__ = ["benchmark", "benchmark_parser"]
+__all__ = ["benchmark", "benchmark_parser", "mark_of"]
 
 Result = tuple[dict[str, Any], str]
 """The measurements, as they are written to JSON, and the report on them in Markdown."""
@@ -44,9 +45,10 @@ Result = tuple[dict[str, Any], str]
 def benchmark(argv: Sequence[str], prog: str) -> int:
     """Run the benchmark that the command line asks for, and return the exit status."""
     options = benchmark_parser(prog).parse_args(argv)
+    mark = mark_of(options)
     try:
         if options.write is not None:
-            text_around(options.write, options.mark)  # refuses a bad file before measuring
+            text_around(options.write, mark)  # refuses a bad file before measuring
         for path in (options.json, getattr(options, "plot", None)):
             if path is not None:
                 check_target(path)
@@ -59,7 +61,7 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
         if options.write is not None:
             words = shlex.join([*prog.split(), *argv])
             made = f"Made by `{words}` in {time.monotonic() - start:.0f} seconds"
-            write_between(options.write, options.mark, f"{made}:\n\n{report}\n")
+            write_between(options.write, mark, f"{made}:\n\n{report}\n")
         if options.json is not None:
             text = json.dumps(found, indent=2) + "\n"
             replace_file(options.json, lambda temporary: temporary.write_text(text))
@@ -73,10 +75,27 @@ def benchmark(argv: Sequence[str], prog: str) -> int:
     return 0
 
 
+def mark_of(options: argparse.Namespace) -> str:
+    """Return the name of the marks between which --write puts the tables."""
+    dims = getattr(options, "dims", 2)
+    return options.mark if dims == 2 else f"{options.mark} --dims {dims}"
+
+
 def _modules(options: argparse.Namespace) -> Result:
+    dims = options.dims
+    for shape in options.shapes or []:
+        if len(shape) != dims + 2:
+            text = "x".join(map(str, shape))
+            raise UsageError(f"--dims {dims} takes shapes of {dims + 2} sizes, not {text}")
+    known = layers.methods_of(dims)
+    for method in options.methods or []:
+        if method not in known:
+            raise UsageError(f"--dims {dims} measures {'; '.join(known)}, not {method}")
+    if options.channels_last and dims != 2:
+        raise UsageError(f"--channels-last is a memory format of images, not of --dims {dims}")
     device, dtype, layout, amp = tensors_of(options)
     found = layers.measure_modules(
-        options.shapes, options.rounds, device, dtype, layout, options.methods, amp
+        options.shapes, options.rounds, device, dtype, layout, options.methods, amp, dims
     )
     return found, report_modules(found)
 
@@ -190,7 +209,10 @@ def _add_layer_benchmarks(commands: Any) -> None:
     add_methods(one, layers.METHODS)
     add_tensors(one)
     add_amp(one)
-    add_shapes(one)
+    text = "axes beside batch and channels: 1 for sequences, 2 for images, 3 for videos"
+    one.add_argument("--dims", type=int, choices=[1, 2, 3], default=2, help=text)
+    others = "; for --dims 1 and 3 those of small text and video networks"
+    add_shapes(one, a_shape_of_any_rank, "BxC[x...]", others)
 
     one = _command(commands, _growth, "how time and memory grow with the input", rounds=5)
     add_methods(one, layers.METHODS)

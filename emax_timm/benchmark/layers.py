@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attention import ATTENTIONS, EMAX
-from ..ops import reference
+from .compared_layers import LAYERS, LAYERS_BY_DIMS
 from .gpu import Kernels, kernels, peak_bytes
 from .methods import (
     Tensors,
@@ -25,6 +24,8 @@ from .timing import Measured, conditions, interleaved
 __all__ = [
     "GPU_SHAPES",
     "IN_CPP",
+    "LAYERS",
+    "LAYERS_BY_DIMS",
     "METHODS",
     "PASSES",
     "SAVED",
@@ -33,30 +34,20 @@ __all__ = [
     "has_factor",
     "measure_modules",
     "measure_shape",
+    "methods_of",
     "random_features",
     "saved_bytes",
 ]
 
 
-class NaiveEMAX(EMAX):
-    """EMAX by its reference formulas, the baseline for the backends."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return reference.emax(x, self.parts())[0]
-
-
 # Batch, channels, height and width of ResNet-50's four stages at 224 x 224.
 SHAPES = [(8, 256, 56, 56), (8, 512, 28, 28), (8, 1024, 14, 14), (8, 2048, 7, 7)]
 GPU_SHAPES = [(128, *shape[1:]) for shape in SHAPES]
-LAYERS: dict[str, Callable[..., nn.Module]] = {
-    "copy": lambda channels: Copy(),
-    "naive EMAX": NaiveEMAX,
-    "EMAX": ATTENTIONS["emax"],
-    "EMA": ATTENTIONS["ema"],
-    "SE": ATTENTIONS["se"],
-    "ECA": ATTENTIONS["eca"],
-    "CBAM": ATTENTIONS["cbam"],
-    "CoordAttn": ATTENTIONS["coord"],
+# Sequences of a text CNN, and the last three stages of a video ResNet at 16 x 112 x 112.
+SHAPES_BY_DIMS = {
+    1: [(16, 128, 512), (16, 256, 256), (16, 512, 128)],
+    2: SHAPES,
+    3: [(2, 128, 8, 28, 28), (2, 256, 4, 14, 14), (2, 512, 2, 7, 7)],
 }
 COMPILED = ("EMAX", "SE", "CBAM", "CoordAttn")
 IN_CPP = ("EMAX", "EMA")
@@ -78,11 +69,9 @@ PASSES = ("forward", "forward + backward")
 SAVED = "saved activations"
 
 
-class Copy(nn.Module):
-    """One read and one write of x: a lower bound for the time of every layer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * 2
+def methods_of(dims: int) -> list[str]:
+    """Return the names of the methods that can be measured on inputs with so many axes."""
+    return METHODS if dims == 2 else [*LAYERS_BY_DIMS[dims], "EMAX, compiled", "SE, compiled"]
 
 
 class Costs(NamedTuple):
@@ -106,17 +95,20 @@ def measure_modules(
     memory_format: torch.memory_format,
     methods: Sequence[str] | None = None,
     amp: torch.dtype | None = None,
+    dims: int = 2,
 ) -> dict[str, Any]:
     """Time every method on every shape: forward in eval mode, and both passes in training mode.
 
     Args:
-        shapes: Sizes [b, c, h, w] of the inputs; None for those of ResNet-50.
+        shapes: Sizes [b, c, ...] of the inputs; None for those of ResNet-50, or of
+            `SHAPES_BY_DIMS`.
         rounds: How often each time is measured.
         device: The device of the inputs and the layers.
         dtype: Their dtype.
         memory_format: The memory format of the inputs.
         methods: The methods, of `METHODS`; None for the usual ones that are available.
         amp: The dtype of the inputs in mixed precision, or None.
+        dims: The number of axes of the inputs beside batch and channels.
 
     Returns:
         `times[passes][method][shape]`, seconds as in `Measured`, and `saved[method][shape]`, bytes
@@ -128,9 +120,10 @@ def measure_modules(
     """
     gpu = device.type == "cuda"
     if shapes is None:
-        shapes = GPU_SHAPES if gpu else SHAPES
+        shapes = GPU_SHAPES if gpu and dims == 2 else SHAPES_BY_DIMS[dims]
     if methods is None:
-        methods = available(GPU_METHODS if gpu else METHODS, device, amp or dtype)
+        usual = list(LAYERS_BY_DIMS[dims]) if dims != 2 else GPU_METHODS if gpu else METHODS
+        methods = available(usual, device, amp or dtype)
         if gpu:
             methods = _working(methods, shapes, Tensors(device, dtype, memory_format, amp))
     found: dict[str, Any] = {"times": {passes: {} for passes in PASSES}, "saved": {}}
@@ -162,7 +155,7 @@ def _working(
     device, dtype, layout, amp = tensors
 
     def both(name: str, shape: Sequence[int]) -> None:
-        layer = _layer(name, shape[1], None).to(device, dtype)
+        layer = _layer(name, shape, None).to(device, dtype)
         x = random_features(shape, device, amp or dtype, layout)
         computed(name, _both(layer, x, amp))()
         torch.cuda.synchronize(device)
@@ -178,7 +171,7 @@ def random_features(
     dtype: torch.dtype,
     memory_format: torch.memory_format,
 ) -> Tensor:
-    """Draw a feature map [b, c, h, w] from the standard normal distribution."""
+    """Draw features [b, c, ...] from the standard normal distribution."""
     return torch.randn(shape, device=device, dtype=dtype).to(memory_format=memory_format)
 
 
@@ -195,7 +188,7 @@ def measure_shape(
 
     Args:
         methods: The methods, of `METHODS`.
-        x: The input, [b, c, h, w].
+        x: The input, [b, c, ...].
         rounds: How often each time is measured.
         factor: The factor of the layers that have one; None for their default.
         dtype: The dtype of the layers; None for that of x.
@@ -204,7 +197,7 @@ def measure_shape(
     """
     torch.compiler.reset()
     layers = {
-        name: _layer(name, x.shape[1], factor).to(x.device, dtype or x.dtype) for name in methods
+        name: _layer(name, x.shape, factor).to(x.device, dtype or x.dtype) for name in methods
     }
     costs = Costs({}, {}, {}, {})
     for name, layer in layers.items():
@@ -224,9 +217,9 @@ def has_factor(method: str) -> bool:
     return split_method(method)[0] in ("naive EMAX", "EMAX", "EMA")
 
 
-def _layer(method: str, channels: int, factor: int | None) -> nn.Module:
+def _layer(method: str, shape: Sequence[int], factor: int | None) -> nn.Module:
     options = {} if factor is None or not has_factor(method) else {"factor": factor}
-    layer = LAYERS[split_method(method)[0]](channels, **options)
+    layer = LAYERS_BY_DIMS[len(shape) - 2][split_method(method)[0]](shape[1], **options)
     differ_in_groups(layer)
     return compiled(layer, method, fullgraph=True)
 

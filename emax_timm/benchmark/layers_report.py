@@ -39,7 +39,9 @@ WORST_SHAPE = 1.5
 def report_modules(found: dict[str, Any]) -> str:
     """Format the result of `measure_modules` as Markdown."""
     lines = _on_gpu(found) if "gpu" in found else _on_cpu(found)
-    held = [_verdict(bound, ratios) for bound in BOUNDS if (ratios := _ratios(bound, found))]
+    # The bounds are for images.
+    bounds = BOUNDS if len(found["shapes"][0]) == 4 else []
+    held = [_verdict(bound, ratios) for bound in bounds if (ratios := _ratios(bound, found))]
     if held:
         lines += [*heading(["bound", "at most", "mean", "worst shape", ""]), *held, ""]
     words = f"Medians of {found['rounds']} interleaved rounds, quartiles in brackets; ratios and "

@@ -95,10 +95,10 @@ def _watch(layer: nn.Module, name: str, maps: dict[str, Maps]) -> list[Removable
     """Register hooks that store a layer's maps under its name; none for other modules."""
     if isinstance(layer, EMAX | EMA):
 
-        def before(layer: Any, inputs: tuple[Tensor]) -> None:
-            maps[name] = _attention(layer, inputs[0])
+        def before(layer: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            maps[name] = _attention(layer, *inputs, **keywords)
 
-        return [layer.register_forward_pre_hook(before)]
+        return [layer.register_forward_pre_hook(before, with_kwargs=True)]
     gates: dict[str, Any] = {}
     if isinstance(layer, CbamModule):
         gates = {"channel": layer.channel.gate, "spatial": layer.spatial.gate}
@@ -121,14 +121,14 @@ def _gate_hook(name: str, field: str, maps: dict[str, Maps]) -> Callable[..., No
 
 
 @torch.no_grad()
-def _attention(layer: EMAX | EMA, x: Tensor) -> Maps:
+def _attention(layer: EMAX | EMA, x: Tensor, *mask: Any, **keywords: Any) -> Maps:
     if isinstance(layer, EMA):
         return GateMaps(spatial=_kept(layer.attention(x)))
     # In training the noise is drawn here; the random state is restored, so that the forward pass
     # draws the same noise.
     devices = [] if x.device.type == "cpu" else [x.device]
     with torch.random.fork_rng(devices, enabled=layer.training, device_type=x.device.type):
-        return EMAXMaps(*map(_kept, layer.attention(x)))
+        return EMAXMaps(*map(_kept, layer.attention(x, *mask, **keywords)))
 
 
 def _kept(value: Tensor) -> Tensor:

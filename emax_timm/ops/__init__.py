@@ -9,6 +9,8 @@ These letters stand for dimensions in all files of the package:
     b     batch
     c     channels
     h, w  height and width
+    l     length of a sequence
+    t     frames of a video
     F     finest group count, gcd(c, factor)
     d     channels of a fine group, c / F
     G     a group count that divides F

@@ -2,8 +2,9 @@
 
 If autograd followed the single operations, it would keep about ten tensors of the size of x. This
 node keeps x, the weights and the tensors that the forward pass of the backend saves (two maps per
-fine group and five vectors per sample), and the backward pass computes the rest again. A gradient
-that is to be differentiated again comes from the single operations.
+fine group and five vectors per sample; nothing for sequences and videos), and the backward pass
+computes the rest again. A gradient that is to be differentiated again comes from the single
+operations.
 """
 
 from typing import Any
@@ -13,20 +14,20 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
 from .backend import Backend
-from .portable.forward import emax_plain
+from .portable.backward import plain_gradients
 from .weights import TENSORS, EMAXWeights
 
 __all__ = ["differentiable"]
 
 
 def differentiable(
-    backend: Backend, x: Tensor, weights: EMAXWeights, noise: Tensor | None
+    backend: Backend, x: Tensor, weights: EMAXWeights, noise: Tensor | None, mask: Tensor | None
 ) -> Tensor:
-    """Apply a layer to x [b, c, h, w]; the backend computes the forward and the backward pass."""
+    """Apply a layer to x [b, c, ...]; the backend computes the forward and the backward pass."""
     config, *tensors = weights
     if peek_interpreter_stack() is not None and not torch.compiler.is_compiling():
-        return _TransformedEMAX.apply(x, noise, backend, config, *tensors)[0]
-    return _EMAX.apply(x, noise, backend, config, *tensors)
+        return _TransformedEMAX.apply(x, noise, mask, backend, config, *tensors)[0]
+    return _EMAX.apply(x, noise, mask, backend, config, *tensors)
 
 
 class _EMAX(torch.autograd.Function):
@@ -39,14 +40,15 @@ class _EMAX(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         noise: Tensor | None,
+        mask: Tensor | None,
         backend: Backend,
         config: Any,
         *tensors: Tensor | None,
     ) -> Tensor:
-        out, saved = backend.forward(x, EMAXWeights(config, *tensors), noise, True)  # type: ignore[arg-type]
+        out, saved = backend.forward(x, EMAXWeights(config, *tensors), noise, True, mask)  # type: ignore[arg-type]
         ctx.backend, ctx.config = backend, config
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, noise, *tensors, *saved)
+        ctx.save_for_backward(x, noise, mask, *tensors, *saved)
         return out
 
     @staticmethod
@@ -54,15 +56,15 @@ class _EMAX(torch.autograd.Function):
         grad = grad_outputs[0]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        x, noise, *kept = ctx.saved_tensors
+        x, noise, mask, *kept = ctx.saved_tensors
         tensors, saved = kept[: len(TENSORS)], kept[len(TENSORS) :]
         weights = EMAXWeights(ctx.config, *tensors)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _differentiable_gradients(grad, x, weights, noise)
+            grads = plain_gradients(grad, x, weights, noise, mask, create_graph=True)
         else:
-            grads = _gradients(ctx.backend, grad, x, weights, noise, saved)
-        # In the order of the arguments of `forward`; noise, backend and config have no gradient.
-        return grads["x"], None, None, None, *[grads.get(name) for name in TENSORS]
+            grads = _gradients(ctx.backend, grad, x, weights, noise, saved, mask)
+        # In the order of the arguments of `forward`; between x and the tensors none has a gradient.
+        return grads.get("x"), None, None, None, None, *[grads.get(name) for name in TENSORS]
 
 
 class _TransformedEMAX(_EMAX):
@@ -72,18 +74,23 @@ class _TransformedEMAX(_EMAX):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        x: Tensor, noise: Tensor | None, backend: Backend, config: Any, *tensors: Tensor | None
+        x: Tensor,
+        noise: Tensor | None,
+        mask: Tensor | None,
+        backend: Backend,
+        config: Any,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        out, saved = backend.forward(x, EMAXWeights(config, *tensors), noise, True)  # type: ignore[arg-type]
+        out, saved = backend.forward(x, EMAXWeights(config, *tensors), noise, True, mask)  # type: ignore[arg-type]
         return out, *saved
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, noise, ctx.backend, ctx.config, *tensors = inputs
+        x, noise, mask, ctx.backend, ctx.config, *tensors = inputs
         _, *saved = output
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, noise, *tensors, *saved)
+        ctx.save_for_backward(x, noise, mask, *tensors, *saved)
 
 
 def _gradients(
@@ -93,26 +100,16 @@ def _gradients(
     weights: EMAXWeights,
     noise: Tensor | None,
     saved: list[Tensor],
+    mask: Tensor | None,
 ) -> dict[str, Tensor]:
     """Compute the gradients with the backend, by name, in the shapes and dtypes of the tensors."""
     kind = x.device.type
     if kind == "meta":
-        grads = backend.backward(grad, x, weights, noise, saved)
+        grads = backend.backward(grad, x, weights, noise, saved, mask)
     else:
         # This does not ask whether autocast is on: torch.compile traces the backward pass where it
         # is off, and runs it under the autocast of the forward pass.
         with torch.autocast(kind, enabled=False):
-            grads = backend.backward(grad, x, weights, noise, saved)
+            grads = backend.backward(grad, x, weights, noise, saved, mask)
     likes = {"x": x, **weights._asdict()}
     return {name: g.view_as(likes[name]).to(likes[name].dtype) for name, g in grads.items()}
-
-
-def _differentiable_gradients(
-    grad: Tensor, x: Tensor, weights: EMAXWeights, noise: Tensor | None
-) -> dict[str, Any]:
-    """Compute gradients, by name, that can be differentiated again (create_graph=True)."""
-    everything = {"x": x, **{name: getattr(weights, name) for name in TENSORS}}
-    inputs = {name: t for name, t in everything.items() if t is not None and t.requires_grad}
-    out = emax_plain(x, weights, noise)
-    grads = torch.autograd.grad(out, list(inputs.values()), grad, create_graph=True)
-    return {"x": None, **dict(zip(inputs, grads, strict=True))}

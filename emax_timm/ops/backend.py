@@ -17,14 +17,19 @@ class Backend(NamedTuple):
     unsupported: Callable[[Tensor, EMAXWeights], str | None]
     """`unsupported(x, weights)` returns None if the backend serves these tensors, else the reason
     in a few words. It must be cheap, because every forward pass calls it."""
-    forward: Callable[[Tensor, EMAXWeights, Tensor | None, bool], tuple[Tensor, list[Tensor]]]
-    """`forward(x, weights, noise, keep)` returns the output, which is like x [b, c, h, w], and the
-    tensors that the backward pass needs (an empty list without `keep`). The noise for the choice of
-    group counts is [b, K] in float32 (float64 for float64 inputs) or None. Autograd and autocast
-    are off."""
-    backward: Callable[
-        [Tensor, Tensor, EMAXWeights, Tensor | None, list[Tensor]], dict[str, Tensor]
+    forward: Callable[
+        [Tensor, EMAXWeights, Tensor | None, bool, Tensor | None], tuple[Tensor, list[Tensor]]
     ]
-    """`backward(grad, x, weights, noise, saved)` returns the gradients by name ("x",
+    """`forward(x, weights, noise, keep, mask)` returns the output, which is like x [b, c, ...], and
+    the tensors that the backward pass needs (an empty list without `keep`). The noise for the
+    choice of group counts is [b, K] in float32 (float64 for float64 inputs) or None. The mask of
+    sequences is [b, l], true where there is a token, or None, as it is for images and videos.
+    Autograd and autocast are off."""
+    backward: Callable[
+        [Tensor, Tensor, EMAXWeights, Tensor | None, list[Tensor], Tensor | None],
+        dict[str, Tensor],
+    ]
+    """`backward(grad, x, weights, noise, saved, mask)` returns the gradients by name ("x",
     "conv1x1_weight", ...): those of x and of every tensor in the weights except the warm-up and
-    the temperature. They may have any float dtype, and any shape with the elements in order."""
+    the temperature; it may leave out what requires no gradient. They may have any float dtype, and
+    any shape with the elements in order."""

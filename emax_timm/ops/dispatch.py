@@ -27,6 +27,7 @@ __all__ = [
     "BACKENDS",
     "BackendError",
     "check_input",
+    "check_mask",
     "choose",
     "draw_noise",
     "emax",
@@ -53,44 +54,55 @@ class BackendError(RuntimeError):
     exit_code = 2
 
 
-def emax(x: Tensor, weights: EMAXWeights, training: bool) -> Tensor:
-    """Apply an EMAX or EMA layer to x [b, c, h, w], with the best backend that serves.
+def emax(x: Tensor, weights: EMAXWeights, training: bool, mask: Tensor | None = None) -> Tensor:
+    """Apply an EMAX or EMA layer to x, with the best backend that serves.
 
     Args:
-        x: The input, [b, c, h, w].
+        x: The input: images [b, c, h, w] or, with weights for them, sequences [b, c, l] or videos
+            [b, c, t, h, w].
         weights: The constants and tensors of the layer.
         training: Whether to draw noise for the choice of group counts.
+        mask: Where sequences have tokens, [b, l]; None means everywhere.
 
     Returns:
         The output, which has the shape, dtype and memory format of x.
 
     Raises:
         BackendError: If a backend was requested that cannot serve.
-        ValueError: If x does not have the shape [b, c, h, w].
+        ValueError: If x or the mask does not have its shape, or the mask is not boolean.
     """
-    check_input(x, weights.config.groups * weights.gn_bias.shape[0])
+    check_input(
+        x, weights.config.groups * weights.gn_bias.shape[0], weights.conv3x3_weight.dim() - 2
+    )
+    check_mask(x, mask)
     noise = draw_noise(x, weights.config.candidates, training)
     if not torch.jit.is_scripting():
-        return _emax(x, weights, noise)
-    return emax_plain(x, weights, noise)
+        return _emax(x, weights, noise, mask)
+    return emax_plain(x, weights, noise, mask)
 
 
-def emax_maps(x: Tensor, weights: EMAXWeights, training: bool) -> EMAXMaps:
-    """Compute the attention maps of a layer for x [b, c, h, w], with the portable backend.
+def emax_maps(
+    x: Tensor, weights: EMAXWeights, training: bool, mask: Tensor | None = None
+) -> EMAXMaps:
+    """Compute the attention maps of a layer for x, with the portable backend.
 
     Args:
-        x: The input, [b, c, h, w].
+        x: The input, as in `emax`.
         weights: The constants and tensors of the layer.
         training: Whether to draw noise for the choice of group counts.
+        mask: Where sequences have tokens, [b, l]; None means everywhere.
 
     Raises:
-        ValueError: If x does not have the shape [b, c, h, w].
+        ValueError: If x or the mask does not have its shape, or the mask is not boolean.
     """
-    check_input(x, weights.config.groups * weights.gn_bias.shape[0])
+    check_input(
+        x, weights.config.groups * weights.gn_bias.shape[0], weights.conv3x3_weight.dim() - 2
+    )
+    check_mask(x, mask)
     noise = draw_noise(x, weights.config.candidates, training)
     if not torch.jit.is_scripting():
-        return _maps(x, weights, noise)
-    return maps_plain(x, weights, noise)
+        return _maps(x, weights, noise, mask)
+    return maps_plain(x, weights, noise, mask)
 
 
 def draw_noise(x: Tensor, candidates: list[int], training: bool) -> Tensor | None:
@@ -122,31 +134,54 @@ def outside_autocast(function: Callable) -> Callable:
 
 
 @outside_autocast
-def _emax(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> Tensor:
+def _emax(x: Tensor, weights: EMAXWeights, noise: Tensor | None, mask: Tensor | None) -> Tensor:
     if exporting():
         # With another memory format torch.export would guard on strides.
-        return emax_plain(x.contiguous(), weights, noise)
+        return emax_plain(x.contiguous(), weights, noise, mask)
     if torch.jit.is_tracing() or forward_ad._current_level >= 0:
-        return emax_plain(x, weights, noise)
+        return emax_plain(x, weights, noise, mask)
     backend = choose(x, weights)
+    if x.ndim != 4 and torch.compiler.is_compiling():
+        # The backward pass of sequences and videos calls autograd, which torch.compile cannot see.
+        return emax_plain(x, weights, noise, mask)
     if not torch.is_grad_enabled():
-        return backend.forward(x, weights, noise, False)[0]
-    return differentiable(backend, x, weights, noise)
+        return backend.forward(x, weights, noise, False, mask)[0]
+    return differentiable(backend, x, weights, noise, mask)
 
 
 @outside_autocast
-def _maps(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> EMAXMaps:
-    return maps_plain(x, weights, noise)
+def _maps(x: Tensor, weights: EMAXWeights, noise: Tensor | None, mask: Tensor | None) -> EMAXMaps:
+    return maps_plain(x, weights, noise, mask)
 
 
-def check_input(x: Tensor, channels: int) -> None:
-    """Check that x has the shape [b, channels, h, w].
+def check_input(x: Tensor, channels: int, dims: int) -> None:
+    """Check that x is [b, channels, l], [b, channels, h, w] or [b, channels, t, h, w].
+
+    Args:
+        x: The input.
+        channels: The number of channels c.
+        dims: The number of the other axes but the batch: 1, 2 or 3.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If it is not.
     """
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"x must be [b, {channels}, h, w], not {list(x.shape)}")
+    if x.dim() != dims + 2 or x.shape[1] != channels:
+        axes = ["l", "h, w", "t, h, w"][dims - 1]
+        raise ValueError(f"x must be [b, {channels}, {axes}], not {list(x.shape)}")
+
+
+def check_mask(x: Tensor, mask: Tensor | None) -> None:
+    """Check that the mask of sequences x [b, c, l] is boolean and [b, l].
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be a torch.bool tensor, not {mask.dtype}")
+        if mask.dim() != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] != x.shape[2]:
+            wanted = [x.shape[0], x.shape[2]]
+            raise ValueError(f"mask must be [b, l] = {wanted}, not {list(mask.shape)}")
 
 
 def exporting() -> bool:

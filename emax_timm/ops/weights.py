@@ -29,7 +29,8 @@ class EMAXWeights(NamedTuple):
     """The constants and tensors of an EMAX layer, by the names of its parameters.
 
     A part that the layer does not have is None. EMA (arXiv 2305.13563) has the first six tensors
-    alone.
+    alone. The shapes are those of images; the kernels of sequences and videos have one and three
+    axes in place of two.
     """
 
     config: EMAXConfig
@@ -87,7 +88,8 @@ class EMAXMaps(NamedTuple):
     """
 
     spatial: Tensor
-    """The spatial attention S in (0, 1), one map per fine group, [b, F, h, w]."""
+    """The spatial attention S in (0, 1), one map per fine group, [b, F, h, w]; for videos
+    [b, F, t, h, w], and for sequences [b, F, l], 0 where there is no token."""
     channel: Tensor
     """The channel attention w_c in (0, 1), [b, c]."""
     global_: Tensor

@@ -10,7 +10,7 @@ from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
 from emax_timm.attention import EMAX
-from emax_timm.benchmark.layers import NaiveEMAX
+from emax_timm.benchmark.compared_layers import NaiveEMAX
 
 
 def network_with_emax(name: str, seed: int) -> nn.Module:

@@ -58,3 +58,34 @@ def test_kernels_that_are_not_built_are_refused(
     options = ["--systems", "EMAX, C++", "--shapes", "1x8x4x4", "--rounds", "1"]
     assert benchmark(["modules", *options]) == 2
     assert "run `emax kernels build`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dims", "shape"), [(1, "2x8x5"), (3, "1x8x2x3x3")])
+def test_sequences_and_videos_are_measured(dims: int, shape: str, tmp_path: Path) -> None:
+    file, page = tmp_path / "modules.json", tmp_path / "page.md"
+    mark = f"benchmark modules --dims {dims}"
+    page.write_text(f"<!-- {mark}: begin -->\n<!-- {mark}: end -->\n")
+    words = ["--dims", str(dims), "--shapes", shape, "--rounds", "1"]
+    assert benchmark(["modules", *words, "--json", str(file), "--write", str(page)]) == 0
+    found = json.loads(file.read_text())
+    for times in found["times"].values():
+        assert list(times) == ["copy", "naive EMAX", "EMAX", "SE"]
+    assert "| EMAX | " in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dims", "4"], "invalid choice: 4"),
+        (["--dims", "1", "--shapes", "1x8x4x4"], "--dims 1 takes shapes of 3 sizes, not 1x8x4x4"),
+        (["--dims", "3", "--methods", "CBAM"], "--dims 3 measures copy; naive EMAX; EMAX; SE"),
+        (["--dims", "3", "--methods", "EMAX, C++"], "EMAX, C++"),
+        (["--dims", "1", "--channels-last"], "a memory format of images"),
+    ],
+    ids=str,
+)
+def test_what_sequences_and_videos_lack_is_refused(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark(["modules", "--rounds", "1", *options]) == 2
+    assert message in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The steps of the portable backend, each against a plain statement of what it computes."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from emax_timm.ops import EMAXConfig
 from emax_timm.ops.dispatch import draw_noise
 from emax_timm.ops.portable.fine_maps import border_means, correlate
+from emax_timm.ops.portable.fine_maps_nd import border_means_nd, correlate_nd
 from emax_timm.ops.portable.forward import choose_groups, mix_groups, squeeze_excite
 
 # The pass over x --------------------------------------------------------------------------------
@@ -36,6 +38,44 @@ def test_correlate_is_a_convolution_of_each_group(size: tuple[int, int], plain: 
     groups = x.flatten(0, 1)
     expected = F.conv2d(groups, kernel.view(1, 4, 3, 3), padding=1).view(2, 3, *size)
     torch.testing.assert_close(correlate(x, kernel, plain), expected, rtol=0, atol=1e-13)
+
+
+SHAPES = pytest.mark.parametrize(
+    "size", [(1,), (2,), (7,), (1, 1, 1), (2, 1, 3), (1, 5, 2), (4, 3, 5)], ids=str
+)
+CONVOLUTIONS: Any = {1: F.conv1d, 3: F.conv3d}
+
+
+@SHAPES
+def test_border_means_of_sequences_and_videos_are_those_of_convolutions_by_one_offset(
+    size: tuple[int, ...],
+) -> None:
+    x, offsets = randn(2, 3, 4, *size), 3 ** len(size)
+    kernels = torch.eye(offsets).double().view(offsets, 1, *[3] * len(size))
+    seen = CONVOLUTIONS[len(size)](x.reshape(-1, 1, *size), kernels, padding=1)
+    expected = seen.flatten(2).mean(2).view(2, 3, 4, offsets)
+    torch.testing.assert_close(border_means_nd(x, None), expected, rtol=0, atol=1e-14)
+
+
+@SHAPES
+def test_correlate_nd_is_a_convolution_of_each_group(size: tuple[int, ...]) -> None:
+    x, kernel = randn(2, 3, 4, *size), randn(4, 3 ** len(size), seed=1)
+    weight = kernel.view(1, 4, *[3] * len(size))
+    expected = CONVOLUTIONS[len(size)](x.flatten(0, 1), weight, padding=1).view(2, 3, *size)
+    torch.testing.assert_close(correlate_nd(x, kernel, None), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("places", [[0], [3], [0, 1, 2], [4, 5, 6], [1, 2, 5], [0, 6]], ids=str)
+def test_with_a_mask_both_are_those_of_the_tokens_alone(places: list[int]) -> None:
+    x, kernel = randn(2, 3, 4, 7), randn(4, 3, seed=1)
+    tokens = torch.tensor([place in places for place in range(7)])
+    x[..., ~tokens] = 0
+    mask, alone = tokens.expand(2, 7), x[..., tokens]
+    expected = border_means_nd(alone, None)
+    torch.testing.assert_close(border_means_nd(x, mask), expected, rtol=0, atol=1e-14)
+    expected = correlate_nd(alone, kernel, None)
+    actual = correlate_nd(x, kernel, mask)[..., tokens]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
 
 
 # Mixing -----------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ _WITHOUT_GRADIENT = ("warmup", "temperature")
 def _unsupported(x: Tensor, weights: EMAXWeights) -> str | None:
     if x.device.type != "cpu":
         return f"it serves tensors on the CPU, not on {x.device.type}"
+    if x.ndim != 4:
+        return f"it serves 2 dimensions (images) alone, not {x.ndim - 2}"
     if x.dtype not in DTYPES:
         return f"it serves float32 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
     if isinstance(x, FakeTensor):
@@ -30,7 +32,7 @@ def _unsupported(x: Tensor, weights: EMAXWeights) -> str | None:
 
 
 def _forward(
-    x: Tensor, weights: EMAXWeights, noise: Tensor | None, keep: bool
+    x: Tensor, weights: EMAXWeights, noise: Tensor | None, keep: bool, mask: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Run the forward pass; it saves the same tensors as the portable backend."""
     (groups, candidates, batch_vote, eps), *tensors = weights
@@ -41,7 +43,12 @@ def _forward(
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weights: EMAXWeights, noise: Tensor | None, saved: list[Tensor]
+    grad: Tensor,
+    x: Tensor,
+    weights: EMAXWeights,
+    noise: Tensor | None,
+    saved: list[Tensor],
+    mask: Tensor | None,
 ) -> dict[str, Tensor]:
     (groups, candidates, batch_vote, eps), *tensors = weights
     # Without a global gate the forward pass saves no mean of x * S, and the mean of x replaces it.

@@ -2,7 +2,8 @@
 
 It is exact: its shortcuts are identities, which `docs/emax.md` proves. With them, one pass over the
 finest groups serves any number of candidate group counts, and no d-to-d 3x3 convolution is needed.
-Read `forward` first, then `fine_maps`, `backward` and `fine_maps_backward`.
+Read `forward` first, then `fine_maps`, `backward` and `fine_maps_backward`; `fine_maps_nd` is the
+pass over sequences and videos.
 """
 
 from torch import Tensor

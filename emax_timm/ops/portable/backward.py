@@ -1,28 +1,36 @@
-"""The backward pass of a layer, with its gradients written out; `docs/emax.md` derives them."""
+"""The backward pass of a layer; those of images are written out, as `docs/emax.md` derives them."""
 
 import torch
 from torch import Tensor
 
-from ..weights import EMAXWeights, present
+from ..weights import TENSORS, EMAXWeights, present
 from .fine_maps import FineMaps, weigh_channels
 from .fine_maps_backward import FineGrads, fine_maps_backward
-from .forward import Attended, attend_again, mix_groups, prepare, score_groups
+from .forward import Attended, attend_again, emax_plain, mix_groups, prepare, score_groups
 
-__all__ = ["backward"]
+__all__ = ["backward", "plain_gradients"]
 
 
 def backward(
-    grad: Tensor, x: Tensor, weights: EMAXWeights, noise: Tensor | None, saved: list[Tensor]
+    grad: Tensor,
+    x: Tensor,
+    weights: EMAXWeights,
+    noise: Tensor | None,
+    saved: list[Tensor],
+    mask: Tensor | None,
 ) -> dict[str, Tensor]:
     """Run the backward pass: the gradients of x and of the weights, by name.
 
     Args:
-        grad: The gradient of the output, [b, c, h, w].
-        x: The input, [b, c, h, w].
+        grad: The gradient of the output, [b, c, ...].
+        x: The input, [b, c, ...].
         weights: The constants and tensors of the layer.
         noise: The noise of the forward pass, [b, K], or None.
         saved: The tensors that `forward` saved.
+        mask: Where sequences have tokens, [b, l], or None.
     """
+    if x.ndim != 4:
+        return plain_gradients(grad, x, weights, noise, mask)
     grouped, weights = prepare(x, weights)
     grad = grad.to(grouped.dtype).unflatten(1, grouped.shape[1:3])
     fine = FineMaps(*saved[:6])
@@ -33,6 +41,30 @@ def backward(
         first, second = _when(ready[0], fine.first), _when(ready[0], fine.second)
         fine = fine._replace(first=first, second=second)
     return _backward(grouped, grad, weights, noise, fine, pooled)
+
+
+def plain_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weights: EMAXWeights,
+    noise: Tensor | None,
+    mask: Tensor | None,
+    create_graph: bool = False,
+) -> dict[str, Tensor]:
+    """Compute the gradients by autograd, which follows a forward pass of its own.
+
+    Sequences and videos have no other backward pass; it is also that of gradients that are to be
+    differentiated again (`create_graph`).
+
+    Returns:
+        The gradients, by name, of those of x and the weights that require one.
+    """
+    everything = {"x": x, **{name: getattr(weights, name) for name in TENSORS}}
+    inputs = {name: t for name, t in everything.items() if t is not None and t.requires_grad}
+    with torch.enable_grad():
+        out = emax_plain(x, weights, noise, mask)
+    grads = torch.autograd.grad(out, list(inputs.values()), grad, create_graph=create_graph)
+    return dict(zip(inputs, grads, strict=True))
 
 
 def _when(ready: Tensor, x: Tensor) -> Tensor:

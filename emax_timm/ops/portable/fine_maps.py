@@ -183,7 +183,7 @@ def border_means(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def ungroup(x: Tensor) -> Tensor:
-    """View x [b, F, d, h, w] as [b, c, h, w], in any memory format."""
+    """View x [b, F, d, ...] as [b, c, ...], in any memory format."""
     # To flatten with d = 1, torch.export would guard on the sizes of images.
     return x.squeeze(2) if x.shape[2] == 1 else x.flatten(1, 2)
 
@@ -192,11 +192,11 @@ def weigh_channels(x: Tensor, weights: Tensor) -> Tensor:
     """Compute t weighted sums over the d channels of each group.
 
     Args:
-        x: The features, [b, F, d, h, w].
+        x: The features, [b, F, d, ...].
         weights: The weights [..., t, d], broadcast over b and F.
 
     Returns:
-        The sums, [b, F, t, h, w].
+        The sums, [b, F, t, ...].
     """
     return torch.matmul(weights, x.flatten(3)).unflatten(3, x.shape[3:])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..weights import EMAXConfig, EMAXMaps, EMAXWeights, in_dtype, present
 from .fine_maps import FineMaps, fine_maps, ungroup
+from .fine_maps_nd import fine_maps_nd, mean_of_sum
 
 __all__ = [
     "Attended",
@@ -87,11 +88,16 @@ class Attended(NamedTuple):
 
 
 def forward(
-    x: Tensor, weights: EMAXWeights, noise: Tensor | None, keep: bool
+    x: Tensor, weights: EMAXWeights, noise: Tensor | None, keep: bool, mask: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Run the forward pass; it saves the fine maps and, with a global gate, `pooled`."""
+    """Run the forward pass; it saves the fine maps and, with a global gate, `pooled`.
+
+    For sequences and videos it saves nothing, because the backward pass starts from x.
+    """
+    if x.dim() != 4:
+        return emax_plain(x, weights, noise, mask), []
     grouped, cast = prepare(x, weights)
-    attended = _attend(grouped, cast, noise, plain=False)
+    attended = _attend(grouped, cast, noise, False, None)
     out = _apply_attention(grouped, attended).to(x.dtype)
     saved = []
     if keep:
@@ -101,20 +107,39 @@ def forward(
     return out, saved
 
 
-def emax_plain(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> Tensor:
-    """Apply a layer to x [b, c, h, w] by operations that autograd and graph tracers can follow."""
-    grouped, cast = prepare(x, weights)
-    return _apply_attention(grouped, _attend(grouped, cast, noise, plain=True)).to(x.dtype)
+def emax_plain(
+    x: Tensor, weights: EMAXWeights, noise: Tensor | None, mask: Tensor | None = None
+) -> Tensor:
+    """Apply a layer to x [b, c, ...] by operations that autograd and graph tracers can follow.
+
+    Args:
+        x: The input: sequences [b, c, l], images [b, c, h, w] or videos [b, c, t, h, w].
+        weights: The constants and tensors of the layer.
+        noise: The noise for the choice of group counts, [b, K], or None.
+        mask: Where sequences have tokens, [b, l], or None. The rest of x is returned as it is.
+    """
+    length = x.shape[2]
+    x, mask = _with_a_position(x, mask)
+    grouped, cast = prepare(_tokens(x, mask), weights)
+    out = _apply_attention(grouped, _attend(grouped, cast, noise, True, mask)).to(x.dtype)
+    return out if mask is None else torch.where(mask.unsqueeze(1), out, x)[:, :, :length]
 
 
-def maps_plain(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> EMAXMaps:
-    """Compute the attention maps of a layer for x [b, c, h, w]."""
-    grouped, cast = prepare(x, weights)
-    attended = _attend(grouped, cast, noise, plain=True)
+def maps_plain(
+    x: Tensor, weights: EMAXWeights, noise: Tensor | None, mask: Tensor | None = None
+) -> EMAXMaps:
+    """Compute the attention maps of a layer; the arguments are those of `emax_plain`."""
+    length = x.shape[2]
+    x, mask = _with_a_position(x, mask)
+    grouped, cast = prepare(_tokens(x, mask), weights)
+    attended = _attend(grouped, cast, noise, True, mask)
+    spatial = attended.spatial
+    if mask is not None:
+        spatial = _tokens(spatial, mask)[:, :, :length]
     logits = attended.groups.logits
     candidates = torch.tensor(weights.config.candidates, device=x.device)
     return EMAXMaps(
-        spatial=attended.spatial,
+        spatial=spatial,
         channel=attended.gates.channel,
         global_=attended.gates.global_,
         group_probs=torch.softmax(logits, dim=-1),
@@ -122,8 +147,20 @@ def maps_plain(x: Tensor, weights: EMAXWeights, noise: Tensor | None) -> EMAXMap
     )
 
 
+def _with_a_position(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Give sequences of no length one position without a token; other inputs stay as they are."""
+    if x.dim() == 3 and x.shape[2] == 0:
+        return F.pad(x, [0, 1]), torch.zeros([x.shape[0], 1], dtype=torch.bool, device=x.device)
+    return x, mask
+
+
+def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Set x [b, any, l] to 0 where the mask [b, l] has no token, whatever stands there."""
+    return x if mask is None else torch.where(mask.unsqueeze(1), x, torch.zeros_like(x))
+
+
 def prepare(x: Tensor, weights: EMAXWeights) -> tuple[Tensor, EMAXWeights]:
-    """Prepare x [b, c, h, w] as [b, F, d, h, w], and the weights, in the dtype to compute in.
+    """Prepare x [b, c, ...] as [b, F, d, ...], and the weights, in the dtype to compute in.
 
     That is float32 if x is in half precision, and else the dtype of x.
     """
@@ -133,12 +170,14 @@ def prepare(x: Tensor, weights: EMAXWeights) -> tuple[Tensor, EMAXWeights]:
     return x.to(dtype).unflatten(1, [weights.config.groups, -1]), in_dtype(weights, dtype)
 
 
-def _attend(x: Tensor, weights: EMAXWeights, noise: Tensor | None, plain: bool) -> Attended:
-    fine = fine_maps(x, weights, plain)
+def _attend(
+    x: Tensor, weights: EMAXWeights, noise: Tensor | None, plain: bool, mask: Tensor | None
+) -> Attended:
+    fine = fine_maps(x, weights, plain) if x.dim() == 5 else fine_maps_nd(x, weights, mask)
     pooled = fine.mean
-    groups, spatial = _choose_and_mix(fine, weights, noise)
+    groups, spatial = _choose_and_mix(fine, weights, noise, mask)
     if weights.global_reduce_weight is not None:
-        pooled = _pool_attended(x, spatial)
+        pooled = _pool_attended(x, spatial, mask)
     gates = _mean_gates(fine.mean.flatten(1), pooled.flatten(1), weights)
     return Attended(fine, groups, spatial, pooled, gates)
 
@@ -147,7 +186,7 @@ def attend_again(
     fine: FineMaps, pooled: Tensor, weights: EMAXWeights, noise: Tensor | None
 ) -> Attended:
     """Compute what follows from the saved tensors of the forward pass, without reading x."""
-    groups, spatial = _choose_and_mix(fine, weights, noise)
+    groups, spatial = _choose_and_mix(fine, weights, noise, None)
     gates = _mean_gates(fine.mean.flatten(1), pooled.flatten(1), weights)
     return Attended(fine, groups, spatial, pooled, gates)
 
@@ -156,19 +195,21 @@ def attend_again(
 
 
 def _choose_and_mix(
-    fine: FineMaps, weights: EMAXWeights, noise: Tensor | None
+    fine: FineMaps, weights: EMAXWeights, noise: Tensor | None, mask: Tensor | None
 ) -> tuple[GroupChoice, Tensor]:
-    groups = _controlled_choice(fine.mean.flatten(1), weights, noise)
+    groups = _controlled_choice(fine.mean.flatten(1), weights, noise, mask)
     warmup = weights.warmup
     if warmup is None or weights.config.candidates == [weights.config.groups]:
         return groups, torch.sigmoid(fine.first + fine.second)
     mixing = mix_groups(score_groups(fine), groups.choice, weights.config, warmup)
     mixed = torch.matmul(mixing.first, fine.first.flatten(2))
     mixed = mixed + torch.matmul(mixing.second, fine.second.flatten(2))
-    return groups, torch.sigmoid(mixed).view_as(fine.first)  # [b, F, h, w]
+    return groups, torch.sigmoid(mixed).view_as(fine.first)  # [b, F, ...]
 
 
-def _controlled_choice(mean: Tensor, weights: EMAXWeights, noise: Tensor | None) -> GroupChoice:
+def _controlled_choice(
+    mean: Tensor, weights: EMAXWeights, noise: Tensor | None, mask: Tensor | None
+) -> GroupChoice:
     """Choose a candidate by the group controller, from the means of x, [b, c]."""
     controller_weight = weights.controller_weight
     if controller_weight is None:
@@ -176,12 +217,19 @@ def _controlled_choice(mean: Tensor, weights: EMAXWeights, noise: Tensor | None)
         return GroupChoice(nothing, nothing + 1, nothing + 1)
     logits = F.linear(mean, controller_weight, weights.controller_bias)
     temperature = present(weights.temperature)
-    choice, soft = choose_groups(logits, temperature, noise, weights.config.batch_vote)
+    voters: Tensor | None = None
+    if mask is not None:
+        voters = mask.any(1)  # a sequence without tokens has no vote
+    choice, soft = choose_groups(logits, temperature, noise, weights.config.batch_vote, voters)
     return GroupChoice(logits, soft, choice)
 
 
 def choose_groups(
-    logits: Tensor, temperature: Tensor, noise: Tensor | None, batch_vote: bool
+    logits: Tensor,
+    temperature: Tensor,
+    noise: Tensor | None,
+    batch_vote: bool,
+    voters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose one candidate per sample by argmax, with the gradient of a softmax.
 
@@ -193,6 +241,7 @@ def choose_groups(
         temperature: A scalar tensor, > 0.
         noise: Gumbel noise, [b, K], or None.
         batch_vote: Whether all samples take the most frequent choice of the batch.
+        voters: Which samples have a vote, [b]; None for all of them.
 
     Returns:
         The choice as one-hot rows, and the softmax, [b, K] each.
@@ -203,7 +252,8 @@ def choose_groups(
     candidates = torch.arange(soft.shape[1], device=soft.device)
     hard = (candidates == soft.argmax(dim=-1, keepdim=True)).to(soft.dtype)
     if batch_vote:
-        hard = (candidates == hard.sum(0).argmax()).to(soft.dtype).expand_as(soft)
+        votes = hard if voters is None else hard * voters.unsqueeze(1)
+        hard = (candidates == votes.sum(0).argmax()).to(soft.dtype).expand_as(soft)
     return hard + (soft - soft.detach()), soft
 
 
@@ -252,10 +302,10 @@ def mix_groups(score: Tensor, choice: Tensor, config: EMAXConfig, warmup: Tensor
 # The gates, and the factor on x that follows from them and the spatial attention ------------------
 
 
-def _pool_attended(x: Tensor, spatial: Tensor) -> Tensor:
-    """Compute the mean over the image of x [b, F, d, h, w] times S [b, F, h, w]: [b, F, d]."""
+def _pool_attended(x: Tensor, spatial: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute the mean over the pixels of x [b, F, d, ...] times S [b, F, ...]: [b, F, d]."""
     products = torch.matmul(x.flatten(3), spatial.flatten(2).unsqueeze(-1))
-    return products.squeeze(-1) / (x.shape[3] * x.shape[4])
+    return mean_of_sum(products.squeeze(-1), x, mask)
 
 
 def _mean_gates(mean: Tensor, pooled: Tensor, weights: EMAXWeights) -> Gates:
@@ -320,15 +370,16 @@ def squeeze_excite(
 
 
 def output_factor(gates: Gates, spatial: Tensor) -> Tensor:
-    """Compute scale * S + offset, [b, F, d, h, w], for S [b, F, h, w]."""
+    """Compute scale * S + offset, [b, F, d, ...], for S [b, F, ...]."""
     groups = spatial.shape[1]
-    scale = gates.scale.unflatten(1, [groups, -1]).unsqueeze(-1).unsqueeze(-1)
-    offset = gates.offset.unflatten(1, [groups, -1]).unsqueeze(-1).unsqueeze(-1)
+    scale, offset = gates.scale.unflatten(1, [groups, -1]), gates.offset.unflatten(1, [groups, -1])
+    for _ in range(2, spatial.dim()):
+        scale, offset = scale.unsqueeze(-1), offset.unsqueeze(-1)
     return torch.addcmul(offset, scale, spatial.unsqueeze(2))
 
 
 def _apply_attention(x: Tensor, attended: Attended) -> Tensor:
-    """Compute the output [b, c, h, w], in the dtype and memory format of x [b, F, d, h, w]."""
+    """Compute the output [b, c, ...], in the dtype and memory format of x [b, F, d, ...]."""
     # x comes first, because the product takes its memory format. The product has four dimensions,
     # because torch.compile would copy one of five for channels_last.
     return ungroup(x) * ungroup(output_factor(attended.gates, attended.spatial))

@@ -45,6 +45,8 @@ def _reason(x: Tensor, weights: EMAXWeights) -> str | None:
     reason = _device_problem(x.device) or _failure
     if reason is not None:
         return reason
+    if x.ndim != 4:
+        return f"it serves 2 dimensions (images) alone, not {x.ndim - 2}"
     if x.dtype not in DTYPES:
         return f"it serves float32, bfloat16 and float16, not {str(x.dtype).removeprefix('torch.')}"
     groups = weights.config.groups
@@ -93,7 +95,7 @@ _failure: str | None = None
 
 
 def _forward(
-    x: Tensor, weights: EMAXWeights, noise: Tensor | None, keep: bool
+    x: Tensor, weights: EMAXWeights, noise: Tensor | None, keep: bool, mask: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Run the forward pass; it saves one tensor.
 
@@ -111,11 +113,16 @@ def _forward(
                 return forward(x, weights, noise, keep)
         except Exception as error:
             _give_way(error)
-    return PORTABLE.forward(x, weights, noise, keep)
+    return PORTABLE.forward(x, weights, noise, keep, mask)
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weights: EMAXWeights, noise: Tensor | None, saved: list[Tensor]
+    grad: Tensor,
+    x: Tensor,
+    weights: EMAXWeights,
+    noise: Tensor | None,
+    saved: list[Tensor],
+    mask: Tensor | None,
 ) -> dict[str, Tensor]:
     from .backward import backward
     from .gradients import named_gradients
@@ -133,8 +140,8 @@ def _backward(
             return {"x": grad_x, **named_gradients(gradients, x, weights)}
         except Exception as error:
             _give_way(error)
-            _, saved = PORTABLE.forward(x, weights, noise, True)
-    return PORTABLE.backward(grad, x, weights, noise, saved)
+            _, saved = PORTABLE.forward(x, weights, noise, True, mask)
+    return PORTABLE.backward(grad, x, weights, noise, saved, mask)
 
 
 def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
