@@ -14,7 +14,17 @@ from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 
-__all__ = ["GROUPS", "MEAN", "SAMPLE", "STD", "Items", "Scene", "compose", "load_items"]
+__all__ = [
+    "GROUPS",
+    "MEAN",
+    "SAMPLE",
+    "STD",
+    "Items",
+    "Scene",
+    "compose",
+    "load_items",
+    "load_sample",
+]
 
 SAMPLE = Path(__file__).parent / "fashion_mnist"
 MEAN, STD = 0.25, 0.3  # approximate mean and standard deviation of the pixels of scenes
@@ -56,11 +66,17 @@ class Scene(NamedTuple):
 
 def load_items(split: str) -> Items:
     """Load the items of the split "train" (4,000 items) or "test" (1,000)."""
+    pixels, labels = load_sample(split)
+    return Items(pixels, np.array([GROUP_OF[label] for label in labels.tolist()]))
+
+
+def load_sample(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Load the images [n, 28, 28] of the split "train" or "test", and their ten labels [n]."""
     dataset: Any = create_dataset("", root=str(SAMPLE), split=f"{split}.tar", input_img_mode="L")
     pixels, labels = zip(
         *((np.asarray(image), int(label)) for image, label in dataset), strict=True
     )
-    return Items(np.stack(pixels), np.array([GROUP_OF[label] for label in labels]))
+    return np.stack(pixels), np.array(labels)
 
 
 def compose(

@@ -22,7 +22,8 @@ class DataOptions:
     dataset: str = option(
         "",
         "TYPE/NAME of the data set: empty for a folder of class folders or tars, torch/…, hfds/…, "
-        "wds/…, tfds/… as in timm, or sample/fashion_mnist, which comes with the package",
+        "wds/…, tfds/… as in timm, sample/fashion_mnist, which comes with the package, or "
+        "scenes/fashion_mnist_96, scenes/fashion_mnist_48, composed of its items",
         "-d",
         metavar="TYPE/NAME",
     )

@@ -17,6 +17,7 @@ from ..config.options import DataOptions
 from .decoding import ConvertedImages, ImageFiles
 from .readers import LAYOUT, ImageReader, read_class_map
 from .scan import image_extensions
+from .scenes import FashionScenes, open_scenes
 from .streams import check_stream
 from .subset import Subset
 
@@ -53,6 +54,9 @@ def open_split(
     """
     kind, name, root = _source(options, split, must_exist or training)
     mode = options.input_img_mode or input_img_mode
+    if kind == "scenes":
+        scenes = open_scenes(name, root, split, training, options.dataset_download)
+        return ConvertedImages(scenes, mode)
     if not name:
         path = Path(_search_split(str(root), split)) if Path(root).is_dir() else Path(root)
         reader = open_folder(path, options.class_map, options.input_key)
@@ -129,7 +133,9 @@ def _source(options: DataOptions, split: str, must_exist: bool) -> tuple[str, st
     name, root = options.dataset, options.data_dir or options.data
     kind, _, rest = name.partition("/")
     kind = kind.lower()
-    if kind not in (kinds := ["", "torch", "hfds", "hfids", "tfds", "wds", "sample"]):
+    if kind not in (
+        kinds := ["", "torch", "hfds", "hfids", "tfds", "wds", "sample", "scenes"]
+    ):
         raise UsageError(
             f"unknown type of data set {kind}; the nearest of {', '.join(kinds[1:])} "
             f"is {nearest(kind, kinds)}"
@@ -139,12 +145,16 @@ def _source(options: DataOptions, split: str, must_exist: bool) -> tuple[str, st
         if root:
             raise UsageError(f"--dataset {name} has its own images; leave out it or {root}")
         name, root = "", folder
-    elif kind == "torch" and rest.lower() == "fashion_mnist" and root:
+    elif kind == "scenes" and rest.startswith("sample"):
+        return kind, rest, ""
+    elif root and (kind == "scenes" or (kind, rest.lower()) == ("torch", "fashion_mnist")):
         _unpack_debian_fashion_mnist(Path(root))
     if not root:
         raise UsageError("no data: give --data-dir DIR, or --dataset sample/fashion_mnist")
     if not name:
         _check_folder(Path(root), split, must_exist)
+    if kind == "scenes":
+        name = rest
     _check_keys(options, kind)
     return kind, name, root
 
@@ -216,4 +226,11 @@ def hold_out(dataset: Any, fraction: float) -> tuple[Subset, Subset]:
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     # Each part has a shallow copy, because their transforms differ.
     held_out, rest = sorted(order[:size]), sorted(order[size:])
-    return Subset(copy(dataset), rest), Subset(copy(dataset), held_out)
+    return Subset(copy(dataset), rest), Subset(_fixed(copy(dataset)), held_out)
+
+
+def _fixed(dataset: Any) -> Any:
+    """Make the scenes of a data set that composes them the same at every access."""
+    if isinstance(scenes := getattr(dataset, "dataset", None), FashionScenes):
+        dataset.dataset = scenes.fixed()
+    return dataset

@@ -1,0 +1,135 @@
+"""`emax compare STUDY.yaml`: make the runs of a study, and report what attention brings."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files import lock_folder, replace_file
+from ..runner import command
+from ..training.config import UsageError, from_mapping, option, parse_settings
+from ..training.distributed import find_device
+from ..training.signals import Stopped, catch_signals
+from .cells import Run, train_config
+from .plot import NEEDED, draw
+from .report import report
+from .results import check_folder, merge, read_results
+from .study import Study, read_study
+from .workers import Workers, has_result, open_workers
+
+__all__ = ["CompareConfig", "compare", "job_of", "make_runs"]
+
+REPORT = "report.md"
+
+
+@dataclass
+class CompareConfig:
+    """Compare methods over backbones and seeds, as a study file says."""
+
+    study: str | None = option(
+        None, "YAML file or name of a study", positional=True, metavar="STUDY"
+    )
+    output: str = option("runs", "folder for the folder of the study", metavar="DIR")
+    jobs: int = option(
+        0,
+        "runs at a time (default: on CPUs one on each core, pinned to it, with one thread; on a "
+        "GPU one)",
+        bounds=(0, 4096),
+    )
+    device: str = option("", "device to train on (default: cuda if available, else cpu)")
+    data_dir: str | None = option(None, "root folder of the data set, in place of the study's")
+    merge: list[str] = option(
+        [],
+        "make no runs; copy those of this study from the folders of studies on other machines",
+        nargs="+",
+        metavar="DIR",
+    )
+    report: bool = option(False, "make no runs; report those that there are")
+
+
+@command("emax compare")
+def compare(argv: Sequence[str], prog: str) -> int:
+    """Make the runs that are missing, write the report, and return the exit status."""
+    settings = parse_settings(CompareConfig, argv, prog)
+    config = from_mapping(CompareConfig, settings, "the command line")
+    if config.study is None:
+        raise UsageError("nothing to compare: give a study file")
+    study = read_study(config.study)
+    folder = Path(config.output) / study.name
+    check_folder(study, folder)
+    with lock_folder(folder) as held:
+        if not held:
+            raise UsageError(f"another process is making the runs of {folder}")
+        if config.merge:
+            count = merge(study, folder, [Path(name) for name in config.merge])
+            print(f"{count} results copied into {folder}")
+        elif not config.report:
+            try:
+                make_runs(study, folder, config)
+            except Stopped as stopped:
+                print(f"{prog}: {stopped}; the same command continues", file=sys.stderr)
+                return 128 + stopped.number
+        return _report(study, folder, shlex.join([*prog.split(), *argv]))
+
+
+def make_runs(study: Study, folder: Path, config: CompareConfig) -> None:
+    """Make the runs that have not ended yet.
+
+    Raises:
+        FailedRunError: If a run fails.
+        Stopped: If a signal asked for it; the runs have written checkpoints.
+    """
+    device = find_device(config.device).type
+    left = [run for run in study.runs() if not has_result(folder / run.folder)]
+    total, done = len(study.runs()), len(study.runs()) - len(left)
+    if done:
+        print(f"{done} of {total} runs have ended before", flush=True)
+    with catch_signals() as stop, open_workers(config.jobs, device, stop) as workers:
+        while left or workers.running:
+            while left and workers.free:
+                start(workers, folder, left.pop(0), study, config)
+            for path in workers.ended():
+                done += 1
+                print(f"{done}/{total} {path.relative_to(folder)}", flush=True)
+
+
+def start(workers: Workers, folder: Path, run: Run, study: Study, config: CompareConfig) -> None:
+    """Start the process of a run."""
+    workers.start(folder / run.folder, job_of(run, study.name, config.device, config.data_dir))
+
+
+def job_of(run: Run, study: str, device: str, data_dir: str | None) -> dict[str, Any]:
+    """Return what the process of a run needs to know, and what identifies its result."""
+    here: dict[str, Any] = {"seed": run.seed, "checkpoint_hist": 1, "recovery_minutes": 5.0}
+    if device:
+        here["device"] = device
+    if data_dir:
+        here["data_dir"] = data_dir
+    train_config(run.cell, **here)
+    return {
+        "study": study,
+        "backbone": run.cell.backbone,
+        "method": run.cell.method,
+        "seed": run.seed,
+        "hash": run.cell.hash,
+        "init": run.cell.init,
+        "config": {**run.cell.settings, **here},
+    }
+
+
+def _report(study: Study, folder: Path, made_by: str) -> int:
+    results = read_results(study, folder)
+    if not results:
+        raise UsageError(f"no run of {folder} has ended, so there is nothing to report")
+    text = report(study, results, made_by)
+    replace_file(folder / REPORT, lambda file: file.write_text(text, encoding="utf-8"))
+    print(text)
+    try:
+        for backbone in {key[0] for key in results}:
+            for suffix in ("svg", "png"):
+                draw(study, results, backbone, folder / f"{backbone}.{suffix}")
+    except ImportError:
+        print(f"there is no plot: {NEEDED}", file=sys.stderr)
+    return 0

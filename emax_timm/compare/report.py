@@ -1,0 +1,266 @@
+"""The report of a study in Markdown: the primary comparison first, then all methods."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..tables import heading, row
+from ..training.config import to_yaml
+from .results import Results
+from .statistics import Difference, holm, paired, unpaired
+from .study import Study
+
+__all__ = ["difference", "report", "values_of"]
+
+UNITS = {"top1": ("top-1 (%)", 2), "top5": ("top-5 (%)", 2), "loss": ("loss", 4)}
+
+
+def report(study: Study, results: Results, made_by: str) -> str:
+    """Write the report.
+
+    Args:
+        study: The study.
+        results: The results so far; there must be one.
+        made_by: The command, as it was typed.
+    """
+    wanted = len(study.runs())
+    parts = [f"# {study.name}", "", f"Made by `{made_by}`: {len(results)} of {wanted} runs."]
+    parts += ["", *_primary(study, results)]
+    for backbone in study.backbones:
+        if any(key[0] == backbone for key in results):
+            parts += ["", f"## {backbone}"]
+            for metric in study.file.metrics:
+                parts += ["", *_methods(study, results, backbone, metric)]
+            parts += ["", *_costs(study, results, backbone), *_slices(study, results, backbone)]
+    parts += ["", *_diverged(results), "## How it was made", "", *_origin(study, results)]
+    return "\n".join(parts) + "\n"
+
+
+def values_of(results: Results, backbone: str, method: str, metric: str) -> dict[int, float]:
+    """Return the test metric of each run of a cell, by its seed."""
+    return {
+        seed: content["test"][metric]
+        for (name, kind, seed), content in results.items()
+        if (name, kind) == (backbone, method)
+    }
+
+
+def difference(
+    study: Study,
+    results: Results,
+    backbone: str,
+    method: str,
+    reference: str,
+    value: Callable[[dict[str, Any]], float],
+) -> Difference | None:
+    """Compare a method with a reference over their common seeds; None without a common one."""
+    first, second = (
+        {seed: value(content) for (b, m, seed), content in results.items() if (b, m) == cell}
+        for cell in ((backbone, method), (backbone, reference))
+    )
+    seeds = [seed for seed in study.file.seeds if seed in first and seed in second]
+    if not seeds:
+        return None
+    together = all(_is_paired(study, backbone, name) for name in (method, reference))
+    if not together:
+        return unpaired(list(first.values()), list(second.values()))
+    return paired([first[seed] for seed in seeds], [second[seed] for seed in seeds])
+
+
+def _is_paired(study: Study, backbone: str, method: str) -> bool:
+    cell = study.cell(backbone, method)
+    return cell is not None and cell.paired
+
+
+def _of(metric: str) -> Callable[[dict[str, Any]], float]:
+    return lambda content: content["test"][metric]
+
+
+def _primary(study: Study, results: Results) -> list[str]:
+    declared = study.primary
+    title, digits = UNITS[declared.metric]
+    against = " and against ".join(declared.against)
+    lines = [
+        "## Primary comparison",
+        "",
+        f"Declared before the first run: {title} of {declared.method} against {against}, on "
+        f"{declared.backbone}, over {len(study.file.seeds)} seeds with the same initial weights of "
+        "the backbone and the same order of the data. The interval is Student's t over the "
+        f"differences of each seed, at 95 %; p is Holm's, over {len(declared.against)} "
+        f"comparison{'s' * (len(declared.against) > 1)}.",
+        "",
+        *heading(["against", "seeds", "difference", "95 % interval", "p"]),
+    ]
+    found = {
+        other: difference(
+            study, results, declared.backbone, declared.method, other, _of(declared.metric)
+        )
+        for other in declared.against
+    }
+    corrected = _corrected(found)
+    for other, result in found.items():
+        if result is None:
+            lines.append(row([other, "0", "no common seed yet", "", ""]))
+            continue
+        low_high = ""
+        if result.half_width is not None:
+            low, high = result.mean - result.half_width, result.mean + result.half_width
+            low_high = f"{low:+.{digits}f} to {high:+.{digits}f}"
+        cells = [other, str(result.count), f"{result.mean:+.{digits}f}", low_high]
+        lines.append(row([*cells, _p(corrected.get(other))]))
+    if any(r is None or r.count < len(study.file.seeds) for r in found.values()):
+        lines += ["", "**It is not complete: some of its runs have not been made yet.**"]
+    return lines
+
+
+def _corrected(found: dict[str, Difference | None]) -> dict[str, float]:
+    """Return Holm's p-values of the differences that have one."""
+    p_values = {k: d.p_value for k, d in found.items() if d is not None and d.p_value is not None}
+    return dict(zip(p_values, holm(list(p_values.values())), strict=True))
+
+
+def _methods(study: Study, results: Results, backbone: str, metric: str) -> list[str]:
+    title, digits = UNITS[metric]
+    present = _present(study, results, backbone)
+    references = [name for name in study.file.references if name in present]
+    columns: dict[str, dict[str, Difference | None]] = {
+        reference: {
+            method: difference(study, results, backbone, method, reference, _of(metric))
+            for method in present
+            if method != reference
+        }
+        for reference in references
+    }
+    corrected = {reference: _corrected(found) for reference, found in columns.items()}
+    lines = heading(["method", "runs", title, *(f"- {name} (p)" for name in references)])
+    for method in present:
+        values = list(values_of(results, backbone, method, metric).values())
+        cells = [_name(study, backbone, method), str(len(values)), _spread(values, digits)]
+        for reference in references:
+            found = columns[reference].get(method)
+            p_value = corrected[reference].get(method)
+            cells.append(_signed(found, digits) + (f" ({_p(p_value)})" if p_value else ""))
+        lines.append(row(cells))
+    if references:
+        lines += [
+            "",
+            f"Mean ± standard deviation of the runs; differences to {', '.join(references)} ± half "
+            "the width of their 95 % interval, which is Student's t over the seeds that both have, "
+            "not corrected. p is Holm's over the methods of the column.",
+        ]
+    return lines
+
+
+def _name(study: Study, backbone: str, method: str) -> str:
+    return method if _is_paired(study, backbone, method) else f"{method} (not paired: Welch's t)"
+
+
+def _present(study: Study, results: Results, backbone: str) -> list[str]:
+    return [name for name in study.methods if any(key[:2] == (backbone, name) for key in results)]
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _signed(found: Difference | None, digits: int) -> str:
+    if found is None:
+        return ""
+    mean = f"{found.mean:+.{digits}f}"
+    return mean if found.half_width is None else f"{mean} ± {found.half_width:.{digits}f}"
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _costs(study: Study, results: Results, backbone: str) -> list[str]:
+    names = ["parameters (M)", "MACs (M)", "images/s, training", "images/s, inference"]
+    lines = heading(["method", *names, "memory (MB)", "minutes a run", "training top-1 (%)"])
+    for method in _present(study, results, backbone):
+        runs = [content for key, content in results.items() if key[:2] == (backbone, method)]
+
+        def median(key: str, scale: float = 1.0, runs: Any = runs) -> str:
+            values = [content[key] / scale for content in runs if content[key] is not None]
+            return f"{statistics.median(values):.1f}" if values else ""
+
+        cells = [f"{runs[0]['parameters'] / 1e6:.3f}", f"{runs[0]['macs'] / 1e6:.1f}"]
+        cells += [median("training_images_per_second"), median("inference_images_per_second")]
+        cells += [median("memory_bytes", 1e6), median("seconds", 60), median("training_top1")]
+        lines.append(row([method, *cells]))
+    return lines
+
+
+def _slices(study: Study, results: Results, backbone: str) -> list[str]:
+    """Compare the accuracy on each slice of the test set, such as a size of the object."""
+    present = _present(study, results, backbone)
+    slices = next(c["slices"] for key, c in results.items() if key[0] == backbone)
+    if not slices:
+        return []
+    reference = next((name for name in study.file.references if name in present), None)
+    names = [f"{name} ({content['images']})" for name, content in slices.items()]
+    lines = ["", *heading(["top-1 (%) by slice (images)", *names])]
+    for method in present:
+        cells = []
+        for name in slices:
+
+            def top1(content: dict[str, Any], name: str = name) -> float:
+                return content["slices"][name]["top1"]
+
+            runs = [c for key, c in results.items() if key[:2] == (backbone, method)]
+            cell = _spread([top1(content) for content in runs], 2)
+            if reference is not None and method != reference:
+                found = difference(study, results, backbone, method, reference, top1)
+                cell += f" ({_signed(found, 2)})"
+            cells.append(cell)
+        lines.append(row([method, *cells]))
+    if reference is not None:
+        lines += ["", f"In parentheses: the difference to {reference}, as above, without a test."]
+    return lines
+
+
+def _diverged(results: Results) -> list[str]:
+    """Name the runs that diverged; they count with the best weights that they had until then."""
+    lines = [
+        f"- {'/'.join(key[:2])}, seed {key[2]}: {content['diverged']}"
+        for key, content in results.items()
+        if content["diverged"]
+    ]
+    if not lines:
+        return []
+    return [
+        "## Runs that diverged",
+        "",
+        "They are counted above, with the best weights that they had until then, and not repeated.",
+        "",
+        *lines,
+        "",
+    ]
+
+
+def _origin(study: Study, results: Results) -> list[str]:
+    contents = list(results.values())
+
+    def of(*keys: str) -> str:
+        return ", ".join(sorted({" ".join(str(c[key]) for key in keys) for c in contents}))
+
+    hours = sum(content["seconds"] for content in contents) / 3600
+    dates = sorted(content["date"] for content in contents)
+    facts = {
+        "training time of all runs": f"{hours:.2f} hours, each run on one device or core",
+        "finished between": f"{dates[0]} and {dates[-1]}",
+        "devices": of("device", "machine"),
+        "backends of EMAX": of("backend"),
+        "commits": of("commit"),
+        "versions": f"emax_timm {of('emax_timm')}; torch {of('torch')}; timm {of('timm')}",
+        "seeds": ", ".join(map(str, study.file.seeds)),
+    }
+    lines = [f"- {name}: {value}" for name, value in facts.items()]
+    lines += ["", "The configuration of each cell has the hash that its runs carry:", ""]
+    lines += heading(["cell", "hash"])
+    lines += [row([str(cell.folder), cell.hash]) for cell in study.cells]
+    lines += ["", "The study file:", "", "```yaml", to_yaml(study.file).rstrip(), "```"]
+    return lines

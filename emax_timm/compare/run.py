@@ -1,0 +1,199 @@
+"""One run of a study, in a process of its own: train, test once, and write result.json.
+
+    python -m emax_timm.compare.run RUN_DIRECTORY
+
+The run directory holds job.json: the options of train.py (`config`), constants to start parameters
+from (`init`), the processor that the process is pinned to (`core`), and what identifies the run.
+An interrupted run continues where it stood.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from ..attention import EMAX
+from ..files import remove, replace_file
+from ..models.cost import count_macs
+from ..ops import explain
+from ..runner import command
+from ..training import checkpoint
+from ..training.build import build_trainer
+from ..training.config import TrainConfig, UsageError, from_mapping
+from ..training.distributed import DistributedContext, open_distributed_context
+from ..training.guard import BadStepError
+from ..training.signals import Stopped, catch_signals
+from ..training.trainer import Trainer
+from ..version import __version__
+from .outcome import results
+
+__all__ = ["JOB", "RESULT", "make_run", "run"]
+
+JOB, RESULT = "job.json", "result.json"
+
+
+@command("python -m emax_timm.compare.run")
+def run(argv: list[str], prog: str) -> int:
+    """Make the run of the directory that `argv` names; returns the exit status."""
+    folder = Path(argv[0])
+    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    _settle_on(job["core"])
+    try:
+        make_run(folder, job)
+    except Stopped as stopped:
+        print(f"{prog}: {stopped}", file=sys.stderr)
+        return 128 + stopped.number
+    return 0
+
+
+def _settle_on(core: int | None) -> None:
+    """Use one thread of one core, and end with the process that has started this one."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG of linux/prctl.h
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+    if core is not None:
+        torch.set_num_threads(1)
+
+
+def make_run(folder: Path, job: dict[str, Any]) -> None:
+    """Train as the job says, test the best weights, and write `RESULT` into the folder.
+
+    Raises:
+        Stopped: If a signal asked for it; a checkpoint has been written.
+    """
+    settings = {**job["config"], "output": str(folder.parent), "experiment": folder.name}
+    settings["resume"] = str(folder) if checkpoint.checkpoints(folder) else "auto"
+    config = from_mapping(TrainConfig, settings, str(folder / JOB))
+    with open_distributed_context(config.device, config.dist_timeout) as context:
+        trainer = build_trainer(config, context)
+        loader, trainer.test_loader = trainer.test_loader, None  # tested below, with its slices
+        if trainer.step == 0:
+            start_from(trainer, job["init"])
+        diverged = None
+        try:
+            with catch_signals() as trainer.stop:
+                trainer.run()
+        except BadStepError as error:
+            diverged = str(error)
+        content = {**job, **_environment(context), **_cost(trainer), "diverged": diverged}
+        content |= results(trainer, loader)
+    text = json.dumps(content, indent=1) + "\n"
+    replace_file(folder / RESULT, lambda file: file.write_text(text, encoding="utf-8"))
+    if (folder / checkpoint.CHECKPOINTS).exists():
+        remove(folder / checkpoint.CHECKPOINTS)
+        (folder / checkpoint.LAST).unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def start_from(trainer: Trainer, init: dict[str, float]) -> None:
+    """Set the parameters whose names end so to constants.
+
+    Raises:
+        UsageError: If there are none for one of the ends.
+    """
+    models = [trainer.model, *([trainer.averaged.module] if trainer.averaged else [])]
+    for end, value in init.items():
+        found = [
+            parameter
+            for model in models
+            for name, parameter in model.named_parameters()
+            if f".{name}".endswith(f".{end}")
+        ]
+        if not found:
+            raise UsageError(f"init: no parameter's name ends with {end}")
+        for parameter in found:
+            parameter.fill_(value)
+
+
+def _environment(context: DistributedContext) -> dict[str, Any]:
+    device = context.device
+    cuda = device.type == "cuda"
+    layer = EMAX(32).to(device)
+    backends = explain(torch.zeros(1, 32, 4, 4, device=device), layer.weights())
+    return {
+        "backend": next(name for name, reason in backends.items() if reason is None),
+        "commit": commit(),
+        "emax_timm": __version__,
+        "torch": str(torch.__version__),
+        "timm": timm.__version__,
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "machine": f"{platform.machine()} {_processor()}",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that this package is in, with + for changes, if any."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        tracked = git("ls-files", "--error-unmatch", __file__)  # not a repository around a venv
+        if not tracked or not (name := git("rev-parse", "--short=12", "HEAD")):
+            return None
+        return name + ("+" if git("status", "--porcelain", "--", "..") else "")
+    except OSError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
+
+
+def _cost(trainer: Trainer) -> dict[str, Any]:
+    """Return parameters and MACs of the model, and how long training took."""
+    config = trainer.config
+    with torch.device("meta"):
+        model = timm.create_model(
+            config.model,
+            num_classes=config.num_classes,
+            in_chans=config.in_chans,
+            **config.model_kwargs,
+        )
+        macs = count_macs(model, torch.zeros(1, *trainer.data_config["input_size"]))
+    speeds = sorted(row["images_per_second"] for row in trainer.rows)
+    return {
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "macs": macs,
+        "steps": trainer.step,
+        "epochs": trainer.epoch,
+        "best_epoch": trainer.best_epoch,
+        "validation": trainer.best and trainer.best._asdict(),
+        "seconds": round(trainer.seconds, 1),
+        "training_images_per_second": speeds[len(speeds) // 2] if speeds else None,
+        "memory_bytes": _peak_memory(trainer.context),
+    }
+
+
+def _peak_memory(context: DistributedContext) -> int:
+    if context.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(context.device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    # In KiB on Linux, in bytes on macOS.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,210 @@
+"""Study files: which methods are compared, on which backbones, and how each run is configured.
+
+A cell is a backbone with a method; it has a run for each seed. All runs of a study share one
+recipe, so that for a seed they have the same order of the data and, where the method is an
+attention inserted into the backbone, the same initial weights of the backbone.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..training.config import UsageError, find_config, from_mapping, nearest, option, read_yaml
+from .cells import Backbone, Cell, Method, Run, make_cell
+
+__all__ = ["METRICS", "Primary", "Study", "StudyFile", "read_study"]
+
+METRICS = ("top1", "top5", "loss")
+
+
+@dataclass
+class Primary:
+    """The primary comparison, declared before the first run."""
+
+    method: str = option("", "the method of interest")
+    against: list[str] = option([], "the methods that it is compared with")
+    backbone: str = option("", "on which backbone (default: the first)")
+    metric: str = option("top1", "in which metric", choices=METRICS)
+
+
+@dataclass
+class StudyFile:
+    """The keys of a study file."""
+
+    name: str = option("", "name of the study and of its folder")
+    recipe: dict[str, Any] = option({}, "options of train.py for all runs")
+    backbones: dict[str, Any] = option({}, "the backbones by name")
+    methods: dict[str, Any] = option({}, "the methods by name")
+    references: list[str] = option([], "the methods to which differences are shown")
+    primary: dict[str, Any] = option({}, "the primary comparison")
+    seeds: list[int] = option([], "the seeds", bounds=(0, 2**32 - 1))
+    metrics: list[str] = option(["top1"], "what is shown", choices=METRICS)
+    tuned: str = option("", "file with the values that emax tune chose, beside the study file")
+    tune: dict[str, Any] = option({}, "what emax tune does")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that has been checked."""
+
+    path: Path
+    file: StudyFile
+    backbones: dict[str, Backbone]
+    methods: dict[str, Method]
+    primary: Primary
+    cells: tuple[Cell, ...]
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    def cell(self, backbone: str, method: str) -> Cell | None:
+        """Return the cell of a backbone and a method, if there is one."""
+        found = (c for c in self.cells if (c.backbone, c.method) == (backbone, method))
+        return next(found, None)
+
+    def runs(self) -> list[Run]:
+        """Return all runs in the order in which they are made.
+
+        The primary comparison comes first. The methods take turns within a seed, so that a study
+        that is cut short has treated them alike.
+        """
+        primary = {self.primary.method, *self.primary.against}
+
+        def place(cell: Cell) -> int:
+            return int(cell.method not in primary or cell.backbone != self.primary.backbone)
+
+        runs = [Run(cell, seed) for seed in self.file.seeds for cell in self.cells]
+        runs = [run for run in runs if run.seed in run.cell.seeds]
+        return sorted(runs, key=lambda run: place(run.cell))  # stable
+
+    def declared(self) -> dict[str, Any]:
+        """Return what must not change once there are runs."""
+        return {"primary": dataclasses.asdict(self.primary), "seeds": list(self.file.seeds)}
+
+
+def read_study(name: str) -> Study:
+    """Read a study file, and check every run that it asks for; nothing is trained.
+
+    Args:
+        name: A path, or the name of a study that comes with the package (studies/NAME).
+
+    Raises:
+        UsageError: If the file is invalid: an unknown key, method, metric or model, or a value that
+            train.py would refuse.
+    """
+    path = find_config(name)
+    file = from_mapping(StudyFile, read_yaml(path), str(path))
+    if not file.name or Path(file.name).name != file.name or file.name == "..":
+        raise UsageError(f"{path}: name must be the name of one folder, not {file.name!r}")
+    for key in ("backbones", "methods", "seeds"):
+        if not getattr(file, key):
+            raise UsageError(f"{path}: {key} must name at least one")
+    if len(set(file.seeds)) != len(file.seeds):
+        raise UsageError(f"{path}: a seed occurs twice")
+    backbones = {
+        key: from_mapping(Backbone, _mapping(value, f"{path}: backbones.{key}"), f"{path}: {key}")
+        for key, value in file.backbones.items()
+    }
+    methods = {key: _method(file.methods, str(key), path) for key in file.methods}
+    for method in file.references:
+        _known("reference", method, methods, path)
+    primary = _primary(file, backbones, methods, path)
+    tuned = _tuned(path, file.tuned, backbones, methods)
+    cells = tuple(
+        _cell(file, (name, backbone), (key, method), tuned, path)
+        for name, backbone in backbones.items()
+        for key, method in methods.items()
+    )
+    return Study(path, file, backbones, methods, primary, cells)
+
+
+def _mapping(value: Any, source: str) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise UsageError(f"{source} must hold key: value lines, not {value!r}")
+    return value or {}
+
+
+def _known(what: str, name: Any, valid: Mapping[str, Any], path: Path) -> None:
+    if name not in valid:
+        raise UsageError(
+            f"{path}: unknown {what} {name}; the nearest of {', '.join(valid)} "
+            f"is {nearest(str(name), valid)}"
+        )
+
+
+def _method(methods: dict[str, Any], name: str, path: Path) -> Method:
+    """Return a method with the keys of those that it is like."""
+    settings, seen = dict(_mapping(methods[name], f"{path}: methods.{name}")), {name}
+    while parent := settings.get("like"):
+        _known("method", parent, methods, path)
+        if parent in seen:
+            raise UsageError(f"{path}: method {name} is like itself")
+        seen.add(parent)
+        own = {key: value for key, value in settings.items() if key != "like"}
+        settings = dict(_mapping(methods[parent], f"{path}: methods.{parent}"))
+        for key, value in own.items():
+            both = isinstance(value, dict) and isinstance(settings.get(key), dict)
+            settings[key] = {**settings[key], **value} if both else value
+    method = from_mapping(Method, settings, f"{path}: method {name}")
+    if method.model and method.attention:
+        raise UsageError(f"{path}: method {name} has an attention and a model of its own")
+    if method.attention is None and (method.attn_kwargs or method.stages is not None):
+        raise UsageError(f"{path}: method {name} has attn_kwargs or stages, but no attention")
+    return method
+
+
+def _root(file: StudyFile, name: str) -> str:
+    """Return the method whose tuned values a method uses: the one that it is a variant of."""
+    while parent := (file.methods[name] or {}).get("like"):
+        name = parent
+    return name
+
+
+def _primary(
+    file: StudyFile, backbones: dict[str, Backbone], methods: dict[str, Method], path: Path
+) -> Primary:
+    settings = {"backbone": next(iter(backbones)), **_mapping(file.primary, f"{path}: primary")}
+    primary = from_mapping(Primary, settings, f"{path}: primary")
+    if not primary.method or not primary.against:
+        raise UsageError(
+            f"{path}: no primary comparison is declared: "
+            "give primary: {method: NAME, against: [NAME, ...]}"
+        )
+    for method in (primary.method, *primary.against):
+        _known("method", method, methods, path)
+    _known("backbone", primary.backbone, backbones, path)
+    if primary.method in primary.against:
+        raise UsageError(f"{path}: primary compares {primary.method} with itself")
+    return primary
+
+
+def _tuned(
+    path: Path, name: str, backbones: dict[str, Backbone], methods: dict[str, Method]
+) -> dict[str, dict[str, Any]]:
+    """Read what `emax tune` chose: by backbone/method, the values of its options."""
+    if not name:
+        return {}
+    file = path.parent / name
+    if not file.is_file():
+        raise UsageError(f"{path}: there is no file {file}; emax tune {path} makes it")
+    tuned = read_yaml(file)
+    for key, values in tuned.items():
+        backbone, _, method = str(key).partition("/")
+        _known("backbone", backbone, backbones, file)
+        _known("method", method, methods, file)
+        _mapping(values, f"{file}: {key}")
+    return tuned
+
+
+def _cell(
+    file: StudyFile,
+    backbone: tuple[str, Backbone],
+    method: tuple[str, Method],
+    tuned: dict[str, dict[str, Any]],
+    path: Path,
+) -> Cell:
+    values = tuned.get(f"{backbone[0]}/{_root(file, method[0])}", {})
+    return make_cell(file.recipe, file.seeds, backbone, method, values, {}, path)

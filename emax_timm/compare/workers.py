@@ -1,0 +1,127 @@
+"""Processes that make runs: on CPUs one on each core, pinned to it, with one thread."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..files import replace_file
+from ..runner import FailedRunError
+from ..training.config import UsageError
+from ..training.signals import Stop, Stopped
+from .run import JOB, RESULT
+
+__all__ = ["LOG", "Workers", "cores", "open_workers"]
+
+LOG = "log.txt"  # what the process of a run prints
+POLL = 0.1  # seconds between looks at the processes
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def cores() -> list[int]:
+    """Return the processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+class Workers:
+    """At most so many processes at a time, each making a run.
+
+    Args:
+        slots: For each process the core that it is pinned to; None leaves its threads alone.
+        stop: Holds the signal that asks this process to stop, if there was one.
+    """
+
+    def __init__(self, slots: list[int | None], stop: Stop) -> None:
+        self.free, self.stop = list(slots), stop
+        self.running: dict[Path, tuple[subprocess.Popen, int | None]] = {}
+        self.asked: set[Path] = set()  # to stop
+
+    def start(self, folder: Path, job: dict[str, Any]) -> None:
+        """Start the process of a run; there must be a free slot."""
+        core = self.free.pop(0)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**job, "core": core}, indent=1)
+        replace_file(folder / JOB, lambda file: file.write_text(text, encoding="utf-8"))
+        environment = os.environ | (ONE_THREAD if core is not None else {})
+        with (folder / LOG).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "emax_timm.compare.run", str(folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+        self.running[folder] = process, core
+
+    def ended(self) -> list[Path]:
+        """Wait a moment; return the runs that have ended well since the last call.
+
+        Raises:
+            FailedRunError: If a run failed; the other processes go on.
+            Stopped: If this process was asked to stop.
+        """
+        time.sleep(POLL)
+        if self.stop.number:
+            raise Stopped(self.stop.number)
+        done = []
+        for folder, (process, core) in list(self.running.items()):
+            status = process.poll()
+            if status is None:
+                continue
+            del self.running[folder]
+            self.free.append(core)
+            asked = folder in self.asked and status == 128 + signal.SIGTERM
+            if status and not asked:
+                raise FailedRunError(f"{folder} failed: {_last_line(folder / LOG)}")
+            done.append(folder)
+        return done
+
+    def end(self, folder: Path) -> None:
+        """Ask the process of a run to stop; it writes a checkpoint first."""
+        self.asked.add(folder)
+        self.running[folder][0].terminate()
+
+    def end_all(self) -> None:
+        """Ask all processes to stop, and wait for them."""
+        for process, _ in self.running.values():
+            process.terminate()
+        for process, _ in self.running.values():
+            process.wait()
+
+
+@contextlib.contextmanager
+def open_workers(jobs: int, device: str, stop: Stop) -> Iterator[Workers]:
+    """Open `jobs` workers, or on CPUs one for each core if it is 0; they end with the context.
+
+    Raises:
+        UsageError: If there are fewer cores than jobs.
+    """
+    slots: list[int | None] = [None] * (jobs or 1)
+    if device == "cpu":
+        here = cores()
+        if jobs > len(here):
+            raise UsageError(f"--jobs {jobs}: a run takes a core, and there are {len(here)}")
+        slots = list(here[: jobs or len(here)])
+    workers = Workers(slots, stop)
+    try:
+        yield workers
+    finally:
+        workers.end_all()
+
+
+def has_result(folder: Path) -> bool:
+    """Return whether a run has ended."""
+    return (folder / RESULT).exists()
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "it printed nothing")
