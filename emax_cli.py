@@ -26,6 +26,7 @@ COMMANDS = {
     "list": ("emax_timm.benchmark:list_models", "list the models, with their size and cost"),
     "benchmark": ("emax_timm.benchmark.command:benchmark", "measure what the attention costs"),
     "compare": ("emax_timm.compare.command:compare", "compare methods over backbones and seeds"),
+    "tune": ("emax_timm.compare.tune:tune", "choose the options of a study's methods"),
     "backends": ("emax_timm.backends:backends", "say what computes the attention here, or why not"),
     "kernels": ("emax_timm.backends:kernels", "build the attention's kernels for CPUs"),
     "export": ("emax_timm.hub:export", "export a model with torch.export or to ONNX"),

@@ -112,7 +112,7 @@ def read_study(name: str) -> Study:
     for method in file.references:
         _known("reference", method, methods, path)
     primary = _primary(file, backbones, methods, path)
-    tuned = _tuned(path, file.tuned, backbones, methods)
+    tuned = _tuned(path, file.tuned)
     cells = tuple(
         _cell(file, (name, backbone), (key, method), tuned, path)
         for name, backbone in backbones.items()
@@ -181,20 +181,15 @@ def _primary(
     return primary
 
 
-def _tuned(
-    path: Path, name: str, backbones: dict[str, Backbone], methods: dict[str, Method]
-) -> dict[str, dict[str, Any]]:
+def _tuned(path: Path, name: str) -> dict[str, dict[str, Any]]:
     """Read what `emax tune` chose: by backbone/method, the values of its options."""
     if not name:
         return {}
     file = path.parent / name
     if not file.is_file():
         raise UsageError(f"{path}: there is no file {file}; emax tune {path} makes it")
-    tuned = read_yaml(file)
+    tuned = read_yaml(file)  # it may hold the values of other studies' methods too
     for key, values in tuned.items():
-        backbone, _, method = str(key).partition("/")
-        _known("backbone", backbone, backbones, file)
-        _known("method", method, methods, file)
         _mapping(values, f"{file}: {key}")
     return tuned
 

@@ -17,7 +17,7 @@ from ..training.config import UsageError
 from ..training.signals import Stop, Stopped
 from .run import JOB, RESULT
 
-__all__ = ["LOG", "Workers", "cores", "open_workers"]
+__all__ = ["LOG", "Workers", "cores", "has_result", "open_workers"]
 
 LOG = "log.txt"  # what the process of a run prints
 POLL = 0.1  # seconds between looks at the processes

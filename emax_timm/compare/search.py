@@ -1,0 +1,177 @@
+"""The search of one method's options: its trials, kept by Optuna."""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..training.config import UsageError
+from ..training.journal import LOG, read_rows
+from .cells import Cell, Run
+from .command import job_of
+from .workers import Workers, has_result
+
+if TYPE_CHECKING:
+    import optuna
+
+__all__ = ["NEEDED", "Search", "candidates"]
+
+NEEDED = "emax tune needs the package optuna: pip install 'emax-timm[tune]'"
+
+
+def candidates(values: Any, source: str) -> list[Any]:
+    """Return the listed values of an option, or the two ends of its range.
+
+    Raises:
+        UsageError: If it is neither a list nor a range.
+    """
+    if isinstance(values, list) and values:
+        return values
+    if isinstance(values, dict) and {"low", "high"} <= values.keys() <= {"low", "high", "log"}:
+        low, high = values["low"], values["high"]
+        numbers = all(type(value) in (int, float) for value in (low, high))
+        if numbers and low < high and not (values.get("log") and low <= 0):
+            return [low, high]
+    raise UsageError(
+        f"{source} must be a list of values, or a range {{low: …, high: …, log: true or false}} "
+        f"with low < high, not {values!r}"
+    )
+
+
+class Search:
+    """The trials of a cell, one after the other.
+
+    Args:
+        cell: The folder of the cell: backbone/method.
+        space: By option a list of values, or a range.
+        cell_with: Makes the cell with given values, as a trial or (False) as in the study.
+        options: The `TuneOptions`.
+        folder: The folder of all trials.
+
+    Attributes:
+        folder: The run directory of the trial that is being made; None between trials.
+    """
+
+    def __init__(
+        self,
+        cell: Path,
+        space: dict[str, Any],
+        cell_with: Callable[..., Cell],
+        options: Any,
+        folder: Path,
+    ) -> None:
+        self.cell, self.space, self.cell_with = cell, space, cell_with
+        self.options, self.root = options, folder
+        self.folder: Path | None = None
+        self.study: optuna.Study
+        self.trial: optuna.Trial | None = None
+
+    def open(self, storage: str, prune: dict[str, Any]) -> None:
+        """Open the trials in Optuna's storage; a pruner stops them by the declared rule."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+        if prune["rule"] == "median":
+            pruner = optuna.pruners.MedianPruner(prune["trials"], prune["epochs"])
+        direction = "minimize" if self.options.metric == "loss" else "maximize"
+        self.study = optuna.create_study(
+            study_name=str(self.cell),
+            storage=storage,
+            pruner=pruner,
+            direction=direction,
+            load_if_exists=True,
+        )
+        if self.options.sampler == "grid":
+            for point in itertools.product(*self.space.values()):
+                values = map(_stored, point)
+                values = dict(zip(self.space, values, strict=True))
+                self.study.enqueue_trial(values, skip_if_exists=True)
+
+    def done(self) -> int:
+        """Return the number of trials that have ended, one way or another."""
+        return sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
+
+    def left(self) -> bool:
+        """Return whether there are trials to make."""
+        return self.done() < self.options.trials
+
+    def start(self, workers: Workers, device: str, data_dir: str | None) -> None:
+        """Start the next trial, or go on with the one that was interrupted."""
+        import optuna
+
+        running = self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
+        if running:
+            self.trial = optuna.Trial(self.study, running[0]._trial_id)
+        else:
+            # A sampler of its own for each trial, so that a search that is continued does not
+            # draw the same numbers again.
+            seed = self.options.seed + len(self.study.get_trials(deepcopy=False))
+            kind = optuna.samplers
+            tpe = self.options.sampler == "tpe"
+            self.study.sampler = kind.TPESampler(seed=seed) if tpe else kind.RandomSampler(seed)
+            self.trial = self.study.ask()
+        values = {key: self._suggest(key, choices) for key, choices in self.space.items()}
+        cell = self.cell_with(values)
+        self.folder = self.root / self.cell / f"trial-{self.trial.number:03}"
+        if has_result(self.folder):  # it had ended, but that was not noted
+            self.finish()
+        else:
+            job = job_of(Run(cell, self.options.seed), str(self.root), device, data_dir)
+            workers.start(self.folder, job)
+
+    def _suggest(self, key: str, values: Any) -> Any:
+        assert self.trial is not None
+        if isinstance(values, list):
+            chosen = self.trial.suggest_categorical(key, [_stored(value) for value in values])
+            return next(value for value in values if _stored(value) == chosen)
+        log = bool(values.get("log"))
+        if isinstance(values["low"], int) and isinstance(values["high"], int):
+            return self.trial.suggest_int(key, values["low"], values["high"], log=log)
+        return self.trial.suggest_float(key, values["low"], values["high"], log=log)
+
+    def watch(self, workers: Workers) -> None:
+        """Report the epochs that the trial has finished, and stop it if the rule says so."""
+        if self.folder is None or self.folder not in workers.running:
+            return
+        if self._report() and self.folder not in workers.asked and self._should_stop():
+            workers.end(self.folder)
+
+    def _should_stop(self) -> bool:
+        assert self.trial is not None
+        return self.trial.should_prune()
+
+    def _report(self) -> list[float]:
+        """Report the metric of the epochs so far to Optuna; returns them."""
+        assert self.trial is not None
+        assert self.folder is not None
+        rows = read_rows(self.folder / LOG)
+        metrics = [row[f"val_{self.options.metric}"] for row in rows]
+        known = self.study.get_trials(deepcopy=False)[self.trial.number].intermediate_values
+        for epoch, value in enumerate(metrics, 1):
+            if value is not None and epoch not in known:
+                self.trial.report(value, epoch)
+        return [value for value in metrics if value is not None]
+
+    def finish(self) -> None:
+        """Tell Optuna how the trial has ended."""
+        import optuna
+
+        assert self.folder is not None
+        values = self._report()
+        state = optuna.trial.TrialState
+        if not has_result(self.folder):
+            self.study.tell(self.trial, state=state.PRUNED)
+        elif not values:  # it diverged in its first epoch
+            self.study.tell(self.trial, state=state.FAIL)
+        else:
+            best = min(values) if self.options.metric == "loss" else max(values)
+            self.study.tell(self.trial, best)
+        print(f"{self.folder.relative_to(self.root)}: {values[-1] if values else 'diverged'}")
+        self.folder = self.trial = None
+
+
+def _stored(value: Any) -> Any:
+    """Return a value as Optuna stores it, which takes no lists."""
+    return json.dumps(value) if isinstance(value, (list, dict)) else value
