@@ -128,8 +128,7 @@ def _report(study: Study, folder: Path, made_by: str) -> int:
     print(text)
     try:
         for backbone in {key[0] for key in results}:
-            for suffix in ("svg", "png"):
-                draw(study, results, backbone, folder / f"{backbone}.{suffix}")
+            draw(study, results, backbone, folder / f"{backbone}.svg")
     except ImportError:
         print(f"there is no plot: {NEEDED}", file=sys.stderr)
     return 0

@@ -15,7 +15,7 @@ from ..training.distributed import DistributedContext
 from ..training.evaluate import evaluate
 from ..training.trainer import Trainer
 
-__all__ = ["results", "slices_of", "tested"]
+__all__ = ["outcomes", "results", "slices_of"]
 
 TIMED = 10  # forward passes whose fastest gives the images per second of inference
 
@@ -32,7 +32,7 @@ def results(trainer: Trainer, loader: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"test": None, "slices": {}, "training_top1": None}
     if loader is None:
         return found
-    metrics, right = tested(trainer, loader)
+    metrics, right = outcomes(trainer, loader)
     found["test"] = metrics
     for name, indices in slices_of(loader.dataset).items():
         chosen = right[torch.from_numpy(indices)]
@@ -42,13 +42,13 @@ def results(trainer: Trainer, loader: Any) -> dict[str, Any]:
         }
     training = _unaugmented(config, trainer.data_config, len(right), trainer.context)
     if training is not None:
-        found["training_top1"] = tested(trainer, training)[0]["top1"]
+        found["training_top1"] = outcomes(trainer, training)[0]["top1"]
     images = next(iter(loader))[0].to(trainer.context.device)
     found["inference_images_per_second"] = round(speed(model, images), 1)
     return found
 
 
-def tested(trainer: Trainer, loader: Any) -> tuple[dict[str, float], Tensor]:
+def outcomes(trainer: Trainer, loader: Any) -> tuple[dict[str, float], Tensor]:
     """Evaluate the model; returns the metrics, and for each image whether it is right [n]."""
     config, right = trainer.config, []
 

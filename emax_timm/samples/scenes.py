@@ -5,6 +5,7 @@ them at random, scales them, and puts them beside each other on a noisy canvas, 
 alone does not tell items from the canvas. Fragments of other items may clutter it.
 """
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,7 @@ def load_items(split: str) -> Items:
     return Items(pixels, np.array([GROUP_OF[label] for label in labels.tolist()]))
 
 
+@functools.cache
 def load_sample(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Load the images [n, 28, 28] of the split "train" or "test", and their ten labels [n]."""
     dataset: Any = create_dataset("", root=str(SAMPLE), split=f"{split}.tar", input_img_mode="L")

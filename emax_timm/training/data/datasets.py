@@ -145,7 +145,7 @@ def _source(options: DataOptions, split: str, must_exist: bool) -> tuple[str, st
         if root:
             raise UsageError(f"--dataset {name} has its own images; leave out it or {root}")
         name, root = "", folder
-    elif kind == "scenes" and rest.startswith("sample"):
+    elif kind == "scenes" and not rest.startswith("fashion_mnist"):
         return kind, rest, ""
     elif root and (kind == "scenes" or (kind, rest.lower()) == ("torch", "fashion_mnist")):
         _unpack_debian_fashion_mnist(Path(root))

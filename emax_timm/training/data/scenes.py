@@ -6,6 +6,7 @@ sampler seeds with (seed, epoch, sample), so that they are fresh in each epoch a
 place in the run; elsewhere they depend on the split and the index alone.
 """
 
+import functools
 import itertools
 import random
 from pathlib import Path
@@ -23,7 +24,7 @@ from ...samples.scenes import load_sample
 __all__ = ["NAMES", "FashionScenes", "open_scenes"]
 
 FRAGMENTS = 14  # in a scene
-POOL = 16_384  # fragments to choose from, cut in advance
+POOL = 4096  # fragments to choose from, cut in advance
 NOISE = 96  # the canvas is noise below this level of 255
 # The seeds of what does not depend on a run: the held-out items, the fragments, fixed scenes.
 _HELD_OUT, _POOL, _SIDES, _FIXED = range(4)
@@ -75,7 +76,6 @@ class FashionScenes(Dataset):
         self.sides = sides.integers(layout.least, layout.greatest, len(labels), endpoint=True)
         steps = np.arange(layout.fragment)
         self._offsets = (steps[:, None] * layout.canvas + steps).reshape(-1)
-        self._pool = self._cut_fragments(np.random.default_rng([seed, _POOL]))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,8 +104,10 @@ class FashionScenes(Dataset):
             for low, high in itertools.pairwise(bounds)
         }
 
-    def _cut_fragments(self, generator: np.random.Generator) -> np.ndarray:
-        """Cut fragments [n, side * side] of random items at random scales, 0 around them."""
+    @functools.cached_property
+    def _pool(self) -> np.ndarray:
+        """Fragments [n, side * side] of random items at random scales, 0 around them."""
+        generator = np.random.default_rng([self.seed, _POOL])
         _, least, greatest, part = self.layout
         pool = np.zeros((POOL, part, part), np.uint8)
         items = generator.integers(0, len(self), POOL)

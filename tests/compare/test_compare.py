@@ -1,0 +1,214 @@
+"""`emax compare`: the report on hand-made results, merging, refusals, and all of it at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from interpreters import ENVIRONMENT
+from study_testing import write_results_of, write_study
+from training_testing import only_line
+
+from emax_timm.compare.command import compare
+from emax_timm.compare.results import RESULT
+from emax_timm.compare.workers import cores
+
+# Differences of emax to none: 1, 2, 3, 2; to se: 1, 1, 1, 2.
+TOP1 = {
+    **{("none", seed): value for seed, value in enumerate((50.0, 51.0, 52.0, 53.0))},
+    **{("se", seed): value for seed, value in enumerate((50.0, 52.0, 54.0, 53.0))},
+    **{("emax", seed): value for seed, value in enumerate((51.0, 53.0, 55.0, 55.0))},
+    ("emax_finest", 0): 52.0,
+    ("emax_finest", 1): 52.5,
+}
+
+
+def reported(path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert compare([str(path), "--output", str(folder), "--report"]) == 0
+    return capsys.readouterr().out
+
+
+def test_report_has_the_declared_comparison_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    write_results_of(path, tmp_path / "runs", TOP1)
+    text = reported(path, tmp_path / "runs", capsys)
+    assert (tmp_path / "runs" / "small" / "report.md").read_text() == text.rstrip("\n") + "\n"
+    lines = text.splitlines()
+    primary = lines.index("## Primary comparison")
+    assert primary < lines.index("## tiny")
+    assert lines[primary + 2].startswith(
+        "Declared before the first run: top-1 (%) of emax against none and against se, on tiny, "
+        "over 4 seeds"
+    )
+    # By hand: means 2 and 1.25, deviations 0.816 and 0.5, t(3) 3.182; p 0.0163 and 0.0154, of
+    # which the smaller one counts twice, and the other not less than it.
+    assert "| none | 4 | +2.00 | +0.70 to +3.30 | 0.031 |" in lines
+    assert "| se | 4 | +1.25 | +0.45 to +2.05 | 0.031 |" in lines
+    assert "not complete" not in text
+    # The table of methods: a correction over the three methods of a column.
+    (row,) = [line for line in lines if line.startswith("| emax | 4 |") and " ± 1.91 |" in line]
+    assert row.startswith("| emax | 4 | 53.50 ± 1.91 | +2.00 ± 1.30 (")
+    (row,) = [line for line in lines if line.startswith("| emax_finest | 2 | 52.25")]
+    assert "| +1.75 ± 3.18 (" in row  # over the two seeds that both have
+    assert "| emax | 1.235 | 2.0 | 100.0 | 400.0 | 1000.0 | 1.0 | 54.5 |" in lines
+    assert "| emax | 48.50 ± 1.91 (+2.00 ± 1.30) | 90.00 ± 0.00 (+0.00 ± 0.00) |" in lines
+    plot = (tmp_path / "runs" / "small" / "tiny.svg").read_text()
+    assert all(f">{method}</text>" in plot for method in ("none", "se", "emax", "emax_finest"))
+
+
+def test_report_says_what_is_missing_and_names_what_diverged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    some = {key: value for key, value in TOP1.items() if key[1] < 2 and key[0] != "se"}
+    write_results_of(path, tmp_path / "runs", some, diverged="the loss is not finite")
+    text = reported(path, tmp_path / "runs", capsys)
+    assert "| se | 0 | no common seed yet |  |  |" in text
+    assert "**It is not complete" in text
+    assert "6 of 14 runs" in text
+    assert "- tiny/emax, seed 1: the loss is not finite" in text
+
+
+def refusal(path: Path, folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    assert compare([str(path), "--output", str(folder), *more]) == 2
+    return only_line(capsys.readouterr().err)
+
+
+def test_folder_with_other_runs_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    write_results_of(path, tmp_path / "runs", TOP1)
+    reported(path, tmp_path / "runs", capsys)
+    changes: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+        "recipe": (lambda s: s["recipe"].update(lr=0.1), "was made with another configuration"),
+        "method": (lambda s: s["methods"].pop("emax_finest"), "holds another study's runs: tiny/"),
+        "fewer seeds": (lambda s: s.update(seeds=[0, 1]), "holds another study's runs: tiny/"),
+        "more seeds": (lambda s: s["seeds"].append(4), "was started with seeds [0, 1, 2, 3], not"),
+        "primary": (lambda s: s["primary"].update(metric="loss"), "was started with primary {"),
+    }
+    for change, message in changes.values():
+        other = write_study(tmp_path, change, "other.yaml")
+        assert message in refusal(other, tmp_path / "runs", capsys)
+    # A further method is no other study.
+    more = write_study(tmp_path, lambda s: s["methods"].update(eca={"attention": "eca"}))
+    assert "16 runs" not in reported(more, tmp_path / "runs", capsys)
+
+
+def test_results_of_several_machines_are_merged_by_hash(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    parts = [{k: v for k, v in TOP1.items() if k[1] % 2 == odd} for odd in (0, 1)]
+    for number, part in enumerate(parts):
+        write_results_of(path, tmp_path / f"machine{number}", part)
+    write_results_of(path, tmp_path / "whole", TOP1)
+    folders = [str(tmp_path / f"machine{number}" / "small") for number in (0, 1)]
+    # The names of the other study do not matter.
+    renamed = write_study(tmp_path, lambda s: s.update(name="merged"), "renamed.yaml")
+    options = ["--output", str(tmp_path / "runs"), "--merge", *folders]
+    assert compare([str(renamed), *options]) == 0
+    merged = capsys.readouterr().out.splitlines()
+    assert merged[0] == f"14 results copied into {tmp_path / 'runs' / 'merged'}"
+    whole = reported(path, tmp_path / "whole", capsys).splitlines()
+    rows = [[line for line in text if line.startswith("| ")] for text in (merged, whole)]
+    assert rows[0] == rows[1]
+
+    other = write_study(tmp_path, lambda s: s["recipe"].update(lr=0.1), "other.yaml")
+    message = refusal(other, tmp_path / "new", capsys, "--merge", folders[0])
+    assert "holds no result of a run that" in message
+    twice = {key: value + 1 for key, value in parts[0].items()}
+    write_results_of(path, tmp_path / "again", twice)
+    again = str(tmp_path / "again" / "small")
+    message = refusal(path, tmp_path / "new", capsys, "--merge", folders[0], again)
+    assert "are of the same run, and differ" in message
+    assert not list((tmp_path / "new").rglob(RESULT))
+
+
+def test_command_line_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_study(tmp_path)
+    assert compare([]) == 2
+    assert "give a study file" in only_line(capsys.readouterr().err)
+    assert "there is no config file" in refusal(tmp_path / "x.yaml", tmp_path, capsys)
+    assert "nothing to report" in refusal(path, tmp_path / "runs", capsys, "--report")
+    jobs = str(len(cores()) + 1)
+    message = refusal(path, tmp_path / "runs", capsys, "--jobs", jobs, "--device", "cpu")
+    assert f"there are {len(cores())}" in message
+
+
+def two_methods(study: dict[str, Any]) -> None:
+    study["methods"] = {"none": {}, "emax": {"attention": "emax"}}
+    study["references"] = study["primary"]["against"] = ["none"]
+    study["seeds"] = [0, 1]
+
+
+def command(path: Path, folder: Path) -> list[str]:
+    main = "import sys; from emax_cli import main; sys.exit(main(sys.argv[1:]))"
+    options = ["--output", str(folder), "--device", "cpu"]
+    return [sys.executable, "-c", main, "compare", str(path), *options]
+
+
+@pytest.mark.slow
+def test_study_that_is_stopped_and_killed_ends_as_one_that_is_not(
+    images: Path, tmp_path: Path
+) -> None:
+    """The runs are processes on their own cores; weights and results are bitwise the same."""
+    path = write_study(tmp_path, two_methods, data_dir=str(images), epochs=12, recovery_interval=1)
+
+    def run(folder: Path) -> subprocess.Popen:
+        return subprocess.Popen(command(path, folder), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+
+    def wait_for(folder: Path, pattern: str) -> None:
+        for _ in range(1200):
+            if list(folder.glob(pattern)):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"no {pattern} in {folder}")
+
+    assert run(tmp_path / "whole").wait(240) == 0
+    for number, seed in ((signal.SIGTERM, 0), (signal.SIGKILL, 1)):
+        process = run(tmp_path / "stopped")
+        wait_for(tmp_path / "stopped", f"small/tiny/*/seed-{seed}/checkpoints/epoch-*")
+        process.send_signal(number)
+        assert process.wait(60) == (143 if number == signal.SIGTERM else -number)
+    for _ in range(200):  # the processes of the killed one end by themselves
+        if run(tmp_path / "stopped").wait(240) == 0:
+            break
+        time.sleep(0.5)
+    for whole in (tmp_path / "whole" / "small").glob("tiny/*/*"):
+        other = tmp_path / "stopped" / "small" / whole.relative_to(tmp_path / "whole" / "small")
+        assert (whole / "model.safetensors").read_bytes() == (
+            other / "model.safetensors"
+        ).read_bytes()
+        found = [json.loads((folder / RESULT).read_text()) for folder in (whole, other)]
+        assert found[0]["test"] == found[1]["test"]
+        assert found[0]["core"] in cores()
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "whole").rglob(RESULT)}
+    assert len(times) == 4
+    assert run(tmp_path / "whole").wait(240) == 0
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+
+
+@pytest.mark.slow
+def test_run_that_fails_is_named_with_its_last_words(tmp_path: Path, images: Path) -> None:
+    path = write_study(tmp_path, two_methods, data_dir=str(images))
+    folder = tmp_path / "runs"
+    environment = {**ENVIRONMENT, "EMAX_BACKEND": "triton"}
+    done = subprocess.run(
+        command(path, folder), env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 1
+    assert "emax/seed-0 failed: " in only_line(done.stderr)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are pinned on Linux alone")
+def test_cores_are_those_that_this_process_may_use() -> None:
+    assert set(cores()) == os.sched_getaffinity(0)

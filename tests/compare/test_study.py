@@ -1,0 +1,127 @@
+"""Study files: what is refused before anything is trained, the order of the runs, their hash."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from interpreters import ROOT
+from study_testing import write_study
+from training_testing import only_line
+
+from emax_timm.compare.cells import train_config
+from emax_timm.compare.command import compare
+from emax_timm.compare.study import read_study
+
+Change = Callable[[dict[str, Any]], object]
+
+BAD: dict[str, tuple[Change, str]] = {
+    "key": (lambda s: s.update(seed=[1]), "unknown key seed; the nearest valid one is seeds"),
+    "metric": (lambda s: s.update(metrics=["top2"]), "metrics has no choice top2"),
+    "attention": (
+        lambda s: s["methods"].update(new={"attention": "sse"}),
+        "attention has no choice sse; the nearest of emax, ema, cbam, se",
+    ),
+    "keyword": (
+        lambda s: s["methods"]["se"].update(attn_kwargs={"factr": 8}),
+        "tiny with se: model with_attention: ",
+    ),
+    "option": (lambda s: s["recipe"].update(epoch=1), "unknown key epoch; the nearest"),
+    "option of a method": (
+        lambda s: s["methods"]["se"].update(recipe={"lr": "fast"}),
+        "tiny with se: lr must be a number, not 'fast'",
+    ),
+    "own option": (lambda s: s["recipe"].update(seed=3), "seed is no key of a recipe here"),
+    "backbone": (
+        lambda s: s["backbones"]["tiny"].update(model="resnet10"),
+        "unknown model resnet10; the nearest is resnet10t",
+    ),
+    "like": (lambda s: s["methods"]["se"].update(like="see"), "unknown method see; the nearest"),
+    "circle": (lambda s: s["methods"]["emax"].update(like="emax_finest"), "is like itself"),
+    "reference": (lambda s: s.update(references=["sse"]), "unknown reference sse"),
+    "no primary": (lambda s: s.update(primary={}), "no primary comparison is declared"),
+    "primary": (
+        lambda s: s["primary"].update(against=["nothing"]),
+        "unknown method nothing; the nearest of none, se, emax, emax_finest is none",
+    ),
+    "primary metric": (lambda s: s["primary"].update(metric="speed"), "no choice speed"),
+    "itself": (lambda s: s["primary"].update(against=["emax"]), "compares emax with itself"),
+    "seeds": (lambda s: s.update(seeds=[1, 1]), "a seed occurs twice"),
+    "no seeds": (lambda s: s.update(seeds=[]), "seeds must name at least one"),
+    "name": (lambda s: s.update(name="../x"), "name must be the name of one folder"),
+    "tuned": (lambda s: s.update(tuned="no.yaml"), "emax tune "),
+    "kwargs without attention": (
+        lambda s: s["methods"]["none"].update(stages=[1]),
+        "has attn_kwargs or stages, but no attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_study_is_one_line_before_anything_is_written(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, message = BAD[case]
+    path = write_study(tmp_path, change)
+    assert compare([str(path), "--output", str(tmp_path / "runs")]) == 2
+    assert message in only_line(capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_primary_comparison_is_made_first_and_methods_take_turns(tmp_path: Path) -> None:
+    runs = read_study(str(write_study(tmp_path))).runs()
+    made = [(run.cell.method, run.seed) for run in runs]
+    primary = [(method, seed) for seed in range(4) for method in ("none", "se", "emax")]
+    assert made == [*primary, ("emax_finest", 0), ("emax_finest", 1)]
+
+
+def test_variant_takes_over_the_keys_and_the_tuned_values_of_its_method(tmp_path: Path) -> None:
+    (tmp_path / "tuned.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "tiny/emax": {"lr": 0.007, "attn_kwargs.factor": 8, "stages": [2]},
+                "other/emax": {"lr": 1.0},
+            }
+        )
+    )
+    change: Change = lambda s: (  # noqa: E731
+        s.update(tuned="tuned.yaml"),
+        s["methods"]["emax_finest"].update(recipe={"weight_decay": 0.5}),
+    )
+    study = read_study(str(write_study(tmp_path, change)))
+    found = {cell.method: train_config(cell) for cell in study.cells}
+    assert found["none"].lr == 0.003
+    for method in ("emax", "emax_finest"):
+        kwargs = found[method].model_kwargs
+        assert found[method].lr == 0.007
+        assert kwargs["attn_kwargs"]["factor"] == 8
+        assert kwargs["stages"] == [2]
+    assert found["emax_finest"].model_kwargs["attn_kwargs"]["group_counts"] == "finest"
+    assert found["emax_finest"].weight_decay == 0.5
+    assert "group_counts" not in found["emax"].model_kwargs["attn_kwargs"]
+
+
+def test_hash_is_of_what_is_computed_and_not_of_the_machine(tmp_path: Path) -> None:
+    def hashes(change: Change | None = None, **recipe: Any) -> dict[str, str]:
+        study = read_study(str(write_study(tmp_path, change, **recipe)))
+        return {cell.method: cell.hash for cell in study.cells}
+
+    first = hashes()
+    assert len(set(first.values())) == 4
+    assert hashes(data_dir="elsewhere", workers=3, log_interval=7) == first
+    assert hashes(lambda s: s.update(name="other", seeds=[7])) == first
+    # A default that is spelt out is no other configuration.
+    assert hashes(smoothing=0.1) == first
+    assert not set(hashes(lr=0.004).values()) & set(first.values())
+    changed = hashes(lambda s: s["methods"]["se"].update(attn_kwargs={"rd_ratio": 0.25}))
+    assert {method for method in first if changed[method] != first[method]} == {"se"}
+    changed = hashes(lambda s: s["methods"]["emax"].update(init={"conv3x3.bias": 0.0}))
+    assert {m for m in first if changed[m] != first[m]} == {"emax", "emax_finest"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=str)
+def test_study_that_comes_with_the_package_is_valid(path: Path) -> None:
+    study = read_study(f"studies/{path.stem}")
+    assert study.name == path.stem
+    assert study.path == path

@@ -1,0 +1,156 @@
+"""`emax tune`: trials that are equal in number, resumable, and end in a recipe for train.py."""
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from interpreters import ENVIRONMENT
+from study_testing import write_study
+from training_testing import only_line
+
+from emax_timm.compare.study import read_study
+from emax_timm.compare.tune import tune
+from emax_timm.training import TrainConfig
+from emax_timm.training.config import parse_settings
+
+MISSING = importlib.util.find_spec("optuna") is None
+needs_optuna = pytest.mark.skipif(MISSING, reason="needs emax-timm[tune]")
+
+
+def tuned(study: dict[str, Any]) -> None:
+    study["methods"] = {
+        "none": {},
+        "emax": {
+            "attention": "emax",
+            "space": {"attn_kwargs.factor": [4, 8], "stages": [[0], [1, 2]]},
+        },
+        "variant": {"like": "emax", "attn_kwargs": {"group_counts": "finest"}},
+    }
+    study["references"] = study["primary"]["against"] = ["none"]
+    study["tune"] = {
+        "trials": 5,
+        "space": {"lr": {"low": 0.0005, "high": 0.01, "log": True}},
+        "prune": {"rule": "median", "trials": 2, "epochs": 1},
+        "recipe": {"val_split": "validation", "epochs": 3},
+    }
+
+
+Change = Callable[[dict[str, Any]], object]
+BAD: dict[str, tuple[Change, str]] = {
+    "key": (lambda s: s["tune"].update(trial=3), "unknown key trial; the nearest"),
+    "trials": (lambda s: s["tune"].pop("trials"), "trials must be at least 1, not 0"),
+    "space": (lambda s: s["tune"].pop("space"), "tune.space is empty"),
+    "option": (lambda s: s["tune"]["space"].update(lrr=[1]), "unknown key lrr; the nearest"),
+    "range": (
+        lambda s: s["tune"]["space"].update(lr={"low": 1}),
+        "lr must be a list of values, or",
+    ),
+    "values": (lambda s: s["tune"]["space"].update(opt=["adam", "adim"]), "unknown optimizer adim"),
+    "argument": (
+        lambda s: s["methods"]["emax"]["space"].update({"attn_kwargs.factor": [0, 8]}),
+        "factor must be a positive integer",
+    ),
+    "no attention": (
+        lambda s: s["tune"]["space"].update({"attn_kwargs.factor": [8]}),
+        "attn_kwargs need an attention",
+    ),
+    "grid": (lambda s: s["tune"].update(sampler="grid"), "the grid of none has 2 points"),
+    "no validation": (lambda s: s["tune"]["recipe"].pop("val_split"), "have no validation split"),
+}
+
+
+@needs_optuna
+@pytest.mark.parametrize("case", BAD)
+def test_bad_search_is_one_line_before_anything_is_written(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(study: dict[str, Any]) -> None:
+        tuned(study)
+        BAD[case][0](study)
+
+    path = write_study(tmp_path, change)
+    assert tune([str(path), "--output", str(tmp_path / "runs")]) == 2
+    assert BAD[case][1] in only_line(capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(not MISSING, reason="optuna is installed")
+def test_missing_optuna_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_study(tmp_path, tuned)
+    assert tune([str(path), "--output", str(tmp_path / "runs")]) == 2
+    assert "pip install 'emax-timm[tune]'" in only_line(capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()
+
+
+def start(path: Path, folder: Path) -> subprocess.Popen:
+    main = "import sys; from emax_cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", main, "tune", str(path), "--output", str(folder)]
+    return subprocess.Popen([*command, "--device", "cpu"], env=ENVIRONMENT, stdout=subprocess.PIPE)
+
+
+@needs_optuna
+@pytest.mark.slow
+def test_search_continues_and_its_winner_is_a_recipe(images: Path, tmp_path: Path) -> None:
+    import optuna
+
+    path = write_study(tmp_path, tuned, data_dir=str(images))
+    process = start(path, tmp_path / "runs")
+    assert process.stdout is not None
+    process.stdout.readline()  # the first trial has ended
+    process.terminate()
+    assert process.wait(60) == 143
+    assert start(path, tmp_path / "runs").wait(280) == 0
+    folder = tmp_path / "runs" / "small" / "tune"
+    values = yaml.safe_load((folder / "tuned.yaml").read_text())
+    assert values.keys() == {"tiny/none", "tiny/emax"}
+    for name in ("none", "emax"):
+        found = optuna.load_study(
+            study_name=f"tiny/{name}", storage=f"sqlite:///{folder / 'trials.db'}"
+        )
+        assert [trial.state.is_finished() for trial in found.trials] == [True] * 5
+        rates = {trial.params["lr"] for trial in found.trials}
+        assert len(rates) == 5
+        assert found.best_trial.params["lr"] == values[f"tiny/{name}"]["lr"]
+        best = max(trial.value for trial in found.trials if trial.state.name == "COMPLETE")
+        assert found.best_value == best
+        settings = parse_settings(
+            TrainConfig, ["-c", str(folder / f"tiny-{name}.yaml")], "train.py"
+        )
+        assert settings["lr"] == found.best_trial.params["lr"]
+        assert settings["epochs"] == 2  # of the study, not of the trials
+    chosen = values["tiny/emax"]
+    assert chosen["stages"] in ([0], [1, 2])
+    assert (folder / "importance.png").stat().st_size > 3000
+    # The study uses the values, for the variants too.
+    (tmp_path / "tuned.yaml").write_text((folder / "tuned.yaml").read_text())
+
+    def use(study: dict[str, Any]) -> None:
+        tuned(study)
+        study["tuned"] = "tuned.yaml"
+
+    study = read_study(str(write_study(tmp_path, use, "second.yaml", data_dir=str(images))))
+    variant = study.cell("tiny", "variant")
+    assert variant is not None
+    assert variant.settings["lr"] == chosen["lr"]
+    assert variant.settings["model_kwargs"]["attn_kwargs"]["factor"] == chosen["attn_kwargs.factor"]
+    assert (
+        tune(
+            [
+                str(
+                    write_study(
+                        tmp_path,
+                        lambda s: (tuned(s), s["tune"].update(trials=9)),
+                        data_dir=str(images),
+                    )
+                ),
+                "--output",
+                str(tmp_path / "runs"),
+            ]
+        )
+        == 2
+    )

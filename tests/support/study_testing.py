@@ -1,0 +1,88 @@
+"""A study that is small enough to be made in a test, and results as its runs would leave them."""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from emax_timm.compare.results import JOB, RESULT
+from emax_timm.compare.study import Study, read_study
+
+__all__ = ["STUDY", "result_of", "write_results_of", "write_study"]
+
+STUDY: dict[str, Any] = {
+    "name": "small",
+    "recipe": {
+        "val_split": "",
+        "test_split": "validation",
+        "img_size": 32,
+        "batch_size": 8,
+        "epochs": 2,
+        "warmup_epochs": 0,
+        "opt": "adamw",
+        "lr": 0.003,
+    },
+    "backbones": {
+        "tiny": {"model": "resnet10t", "model_kwargs": {"channels": [8, 8, 8, 8]}},
+    },
+    "methods": {
+        "none": {},
+        "se": {"attention": "se"},
+        "emax": {"attention": "emax"},
+        "emax_finest": {"like": "emax", "attn_kwargs": {"group_counts": "finest"}, "seeds": 2},
+    },
+    "references": ["none", "se"],
+    "primary": {"method": "emax", "against": ["none", "se"]},
+    "seeds": [0, 1, 2, 3],
+    "metrics": ["top1", "loss"],
+}
+
+
+def write_study(
+    folder: Path,
+    change: Callable[[dict[str, Any]], object] | None = None,
+    name: str = "study.yaml",
+    **recipe: Any,
+) -> Path:
+    """Write the study with further options of its recipe, and changed as `change` does in place."""
+    content = copy.deepcopy(STUDY)
+    content["recipe"].update(recipe)
+    if change is not None:
+        change(content)
+    path = folder / name
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def result_of(study: Study, method: str, seed: int, top1: float, **more: Any) -> dict[str, Any]:
+    """The result of a run with this accuracy, as the process of a run writes it."""
+    cell = study.cell("tiny", method)
+    assert cell is not None
+    return {
+        **{"study": study.name, "backbone": "tiny", "method": method, "seed": seed},
+        **{"hash": cell.hash, "diverged": None, "training_top1": top1 + 1},
+        "test": {"top1": top1, "top5": 99.0, "loss": 2 - top1 / 100},
+        "slices": {"small": {"images": 10, "top1": top1 - 5}, "large": {"images": 5, "top1": 90.0}},
+        **{"parameters": 1_234_567, "macs": 2_000_000, "seconds": 60.0, "memory_bytes": 10**9},
+        **{"training_images_per_second": 100.0, "inference_images_per_second": 400.0},
+        **{"commit": "abc", "emax_timm": "0", "torch": "2", "timm": "1", "device": "cpu"},
+        **{"machine": "m", "backend": "portable", "date": f"2026-01-0{seed + 1}"},
+        **more,
+    }
+
+
+def write_results_of(
+    path: Path, folder: Path, top1: Mapping[tuple[str, int], float], **more: Any
+) -> Study:
+    """Write results by method and seed as if the runs of the study file had been made."""
+    study = read_study(str(path))
+    for (method, seed), value in top1.items():
+        content = json.dumps(result_of(study, method, seed, value, **more))
+        run = folder / study.name / "tiny" / method / f"seed-{seed}"
+        run.mkdir(parents=True)
+        for name in (JOB, RESULT):
+            (run / name).write_text(content)
+    return study
