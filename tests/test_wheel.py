@@ -54,6 +54,7 @@ def test_wheel_holds_the_package_its_data_and_nothing_else(wheel: Path) -> None:
         "emax_timm/demo/page.css",
         "emax_timm/demo/page.js",
         "emax_timm/training/config/timm_flags.yaml",
+        "emax_timm/configs/studies/scenes48.yaml",
         "emax_timm/models/weights.json",
         "emax_timm/models/pretrained/test_resnet_emax.fashion_mnist.safetensors",
         "emax_timm/models/pretrained/test_convnext_emax.fashion_mnist.safetensors",

@@ -168,7 +168,8 @@ class Search:
         else:
             best = min(values) if self.options.metric == "loss" else max(values)
             self.study.tell(self.trial, best)
-        print(f"{self.folder.relative_to(self.root)}: {values[-1] if values else 'diverged'}")
+        shown = f"{self.options.metric} {values[-1]:.4f}" if values else "diverged"
+        print(f"{self.folder.relative_to(self.root)}: {shown}", flush=True)
         self.folder = self.trial = None
 
 

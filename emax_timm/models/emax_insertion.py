@@ -137,7 +137,8 @@ def with_attention(
     # weights are those of `base_model`.
     overlay = dict(pretrained_cfg_overlay or {})
     own = resolve_pretrained_cfg("with_attention", pretrained_cfg, overlay)
-    base_weights = pretrained and not own.has_weights
+    given = own.has_weights or overlay.get("state_dict") is not None
+    base_weights = pretrained and not given
     base_cfg = None
     if not own.has_weights:
         base_cfg = _cfg_of_base(base_model)

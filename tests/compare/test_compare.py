@@ -64,6 +64,7 @@ def test_report_has_the_declared_comparison_first(
     assert all(f">{method}</text>" in plot for method in ("none", "se", "emax", "emax_finest"))
 
 
+@pytest.mark.slow
 def test_report_says_what_is_missing_and_names_what_diverged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,6 +104,7 @@ def test_folder_with_other_runs_is_refused(
     assert "16 runs" not in reported(more, tmp_path / "runs", capsys)
 
 
+@pytest.mark.slow
 def test_results_of_several_machines_are_merged_by_hash(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from study_testing import write_study
+from tiers import mostly_slow
 from training_testing import SMALL_MODEL, rows_without_seconds
 
 from emax_timm.compare.cells import Cell, Run, train_config
@@ -54,7 +55,7 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", mostly_slow(BACKBONES, 0))
 def test_runs_of_a_seed_have_the_same_backbone_and_the_same_batches(
     backbone: str, images: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from interpreters import ROOT
 from study_testing import write_study
+from tiers import mostly_slow
 from training_testing import only_line
 
 from emax_timm.compare.cells import train_config
@@ -58,7 +59,7 @@ BAD: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", mostly_slow(BAD, 0, 1, 2, 3, 11))
 def test_bad_study_is_one_line_before_anything_is_written(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,7 +121,10 @@ def test_hash_is_of_what_is_computed_and_not_of_the_machine(tmp_path: Path) -> N
     assert {m for m in first if changed[m] != first[m]} == {"emax", "emax_finest"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_study_that_comes_with_the_package_is_valid(path: Path) -> None:
     study = read_study(f"studies/{path.stem}")
     assert study.name == path.stem

@@ -17,6 +17,8 @@ from emax_timm.training.config import from_mapping, parse_settings, read_yaml
 from emax_timm.training.config.checks import check_config
 
 FOLDER = ROOT / "configs"
+STUDIES = FOLDER / "studies"  # tests/compare/test_study.py
+RECIPES = [path for path in sorted(FOLDER.rglob("*.yaml")) if STUDIES not in path.parents]
 IMAGENET = sorted((FOLDER / "imagenet").glob("*.yaml"))
 SLURM = FOLDER / "imagenet" / "slurm.sh"
 BATCH = re.compile(r"(\d+) GPUs x (\d+) images x (\d+) = (\d+)(?:, with (-.+?)\.$)?", re.MULTILINE)
@@ -35,7 +37,7 @@ def head(path: Path) -> str:
     return "\n".join(line[2:] for line in lines[:end])
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_read_and_its_model_built(path: Path) -> None:
     config = load(path)
     check_config(config)

@@ -1,0 +1,111 @@
+"""Attention inserted into a real pretrained network leaves its outputs as they are, to the bit."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from emax_timm.attention import ATTENTIONS
+from emax_timm.compare import lite0
+from emax_timm.runner import FailedRunError
+from emax_timm.samples.scenes import load_sample
+from emax_timm.training import TrainConfig
+from emax_timm.training.build import build_trainer
+from emax_timm.training.distributed import DistributedContext
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lite0") / "lite0.safetensors"
+    try:
+        lite0.fetch()
+    except FailedRunError as error:
+        pytest.skip(str(error))
+    assert lite0.lite0([str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    items = torch.from_numpy(load_sample("test")[0][:8]).float().unsqueeze(1) / 127.5 - 1
+    return nn.functional.interpolate(items, size=96, mode="bilinear").expand(-1, 3, -1, -1)
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model.eval()(images)
+
+
+@pytest.fixture(scope="module")
+def plain(weights: Path, images: Tensor) -> Tensor:
+    overlay = {"file": str(weights)}
+    model = timm.create_model(lite0.MODEL, pretrained=True, pretrained_cfg_overlay=overlay)
+    return logits(model, images)
+
+
+def test_weights_are_those_of_a_trained_network(plain: Tensor) -> None:
+    # Fashion items: most of the network's answers are clothes of ImageNet.
+    clothes = {
+        *(399, 411, 414, 433, 434, 445, 452, 459, 474, 502, 514, 568, 578, 601, 608, 610, 614),
+        *(617, 630, 636, 638, 639, 643, 652, 655, 658, 689, 697, 735, 748, 770, 774, 775, 788),
+        *(797, 806, 824, 834, 836, 837, 841, 842, 869, 883, 887, 893, 903, 907),
+    }
+    best = plain.topk(5).indices.tolist()
+    assert sum(bool(clothes & set(five)) for five in best) >= 5
+    assert plain.softmax(1).amax(1).median() > 0.05
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_closed_attention_leaves_the_logits_to_the_bit(
+    attention: str, weights: Path, images: Tensor, plain: Tensor, tmp_path: Path
+) -> None:
+    config = TrainConfig(
+        dataset="sample/fashion_mnist",
+        train_split="train.tar",
+        val_split="test.tar",
+        model="with_attention",
+        model_kwargs={"base_model": lite0.MODEL, "attention": attention, "where": "block"},
+        pretrained_path=str(weights),
+        num_classes=1000,
+        img_size=96,
+        output=str(tmp_path),
+        experiment="run",
+        device="cpu",
+        workers=0,
+    )
+    model = build_trainer(config, DistributedContext(torch.device("cpu"))).model
+    gates = [p for name, p in model.named_parameters() if name.endswith("residual_gate")]
+    assert len(gates) == 16
+    assert torch.equal(logits(model, images), plain)
+    with torch.no_grad():
+        for gate in gates:
+            gate.fill_(0.1)
+    assert not torch.equal(logits(model, images), plain)
+
+
+def test_head_is_adapted_to_the_classes(weights: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        dataset="scenes/sample_96",
+        val_split="validation",
+        model="with_attention",
+        model_kwargs={"base_model": lite0.MODEL, "attention": "emax", "where": "block"},
+        pretrained_path=str(weights),
+        img_size=96,
+        output=str(tmp_path),
+        experiment="run",
+        device="cpu",
+        workers=0,
+        no_aug=True,
+    )
+    trainer = build_trainer(config, DistributedContext(torch.device("cpu")))
+    assert trainer.model.num_classes == 10
+    import safetensors.torch
+
+    own, stored = trainer.model.state_dict(), safetensors.torch.load_file(weights)
+    assert torch.equal(own["conv_stem.weight"], stored["conv_stem.weight"])
+    images, labels = next(iter(trainer.train_loader))
+    assert trainer.model(images).shape == (len(labels), 10)
