@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import yaml
 from interpreters import ROOT
 from study_testing import write_study
@@ -13,7 +14,9 @@ from training_testing import only_line
 
 from emax_timm.compare.cells import train_config
 from emax_timm.compare.command import compare
+from emax_timm.compare.lite0 import MODEL
 from emax_timm.compare.study import read_study
+from emax_timm.training.checkpoint import serialized
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -125,7 +128,14 @@ def test_hash_is_of_what_is_computed_and_not_of_the_machine(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda path: path.stem
 )
-def test_study_that_comes_with_the_package_is_valid(path: Path) -> None:
+def test_study_that_comes_with_the_package_is_valid(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = yaml.safe_load(path.read_text())["recipe"]
+    if weights := recipe.get("pretrained_path"):  # stands in for what is downloaded
+        Path(weights).parent.mkdir()
+        Path(weights).write_bytes(serialized(timm.create_model(MODEL).state_dict()))
     study = read_study(f"studies/{path.stem}")
     assert study.name == path.stem
     assert study.path == path
