@@ -45,7 +45,7 @@ def test_imports_point_downwards(copy: Path) -> None:
     ("module", "line"),
     [
         ("hub/card.py", "from ..benchmark import timing"),  # sideways
-        ("compare/accuracy.py", "import emax_timm.interpret.figures"),
+        ("compare/statistics.py", "import emax_timm.interpret.figures"),
         ("models/cost.py", "from ..training.config import TrainConfig"),  # upwards
         ("ops/weights.py", "from ..attention.emax import EMAX"),
         ("training/plan.py", "def late():\n    from ..hub import card"),

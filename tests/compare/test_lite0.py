@@ -47,16 +47,17 @@ def plain(weights: Path, images: Tensor) -> Tensor:
     return logits(model, images)
 
 
-def test_weights_are_those_of_a_trained_network(plain: Tensor) -> None:
-    # Fashion items: most of the network's answers are clothes of ImageNet.
-    clothes = {
-        *(399, 411, 414, 433, 434, 445, 452, 459, 474, 502, 514, 568, 578, 601, 608, 610, 614),
-        *(617, 630, 636, 638, 639, 643, 652, 655, 658, 689, 697, 735, 748, 770, 774, 775, 788),
-        *(797, 806, 824, 834, 836, 837, 841, 842, 869, 883, 887, 893, 903, 907),
-    }
-    best = plain.topk(5).indices.tolist()
-    assert sum(bool(clothes & set(five)) for five in best) >= 5
-    assert plain.softmax(1).amax(1).median() > 0.05
+def test_weights_are_those_of_a_trained_network(weights: Path) -> None:
+    """It finds ImageNet's words for a pullover, a coat and an ankle boot of Fashion-MNIST."""
+    items = torch.from_numpy(load_sample("test")[0][[200, 400, 900]]).float().unsqueeze(1)
+    large = nn.functional.interpolate(items / 127.5 - 1, size=160, mode="bilinear")
+    overlay = {"file": str(weights)}
+    model = timm.create_model(lite0.MODEL, pretrained=True, pretrained_cfg_overlay=overlay)
+    best = logits(model, large.expand(-1, 3, -1, -1)).topk(5).indices.tolist()
+    sweatshirt, trench_coat, cowboy_boot = 841, 869, 514
+    assert sweatshirt in best[0]
+    assert trench_coat in best[1]
+    assert cowboy_boot in best[2]
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
