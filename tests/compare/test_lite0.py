@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
@@ -62,23 +63,16 @@ def test_weights_are_those_of_a_trained_network(weights: Path) -> None:
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_closed_attention_leaves_the_logits_to_the_bit(
-    attention: str, weights: Path, images: Tensor, plain: Tensor, tmp_path: Path
+    attention: str, weights: Path, images: Tensor, plain: Tensor
 ) -> None:
-    config = TrainConfig(
-        dataset="sample/fashion_mnist",
-        train_split="train.tar",
-        val_split="test.tar",
-        model="with_attention",
-        model_kwargs={"base_model": lite0.MODEL, "attention": attention, "where": "block"},
-        pretrained_path=str(weights),
-        num_classes=1000,
-        img_size=96,
-        output=str(tmp_path),
-        experiment="run",
-        device="cpu",
-        workers=0,
+    model = timm.create_model(
+        "with_attention",
+        pretrained=True,
+        pretrained_cfg_overlay={"state_dict": safetensors.torch.load_file(weights)},
+        base_model=lite0.MODEL,
+        attention=attention,
+        where="block",
     )
-    model = build_trainer(config, DistributedContext(torch.device("cpu"))).model
     gates = [p for name, p in model.named_parameters() if name.endswith("residual_gate")]
     assert len(gates) == 16
     assert torch.equal(logits(model, images), plain)
@@ -88,25 +82,28 @@ def test_closed_attention_leaves_the_logits_to_the_bit(
     assert not torch.equal(logits(model, images), plain)
 
 
-def test_head_is_adapted_to_the_classes(weights: Path, tmp_path: Path) -> None:
-    config = TrainConfig(
-        dataset="scenes/sample_96",
-        val_split="validation",
-        model="with_attention",
-        model_kwargs={"base_model": lite0.MODEL, "attention": "emax", "where": "block"},
-        pretrained_path=str(weights),
-        img_size=96,
-        output=str(tmp_path),
-        experiment="run",
-        device="cpu",
-        workers=0,
-        no_aug=True,
-    )
-    trainer = build_trainer(config, DistributedContext(torch.device("cpu")))
-    assert trainer.model.num_classes == 10
-    import safetensors.torch
-
-    own, stored = trainer.model.state_dict(), safetensors.torch.load_file(weights)
-    assert torch.equal(own["conv_stem.weight"], stored["conv_stem.weight"])
-    images, labels = next(iter(trainer.train_loader))
-    assert trainer.model(images).shape == (len(labels), 10)
+@pytest.mark.parametrize("attention", ["emax", "se"])
+def test_fine_tuning_starts_where_the_plain_network_starts(
+    attention: str, weights: Path, images: Tensor, tmp_path: Path
+) -> None:
+    inserted = {"base_model": lite0.MODEL, "attention": attention, "where": "block"}
+    models = []
+    for name, arguments in ((lite0.MODEL, {}), ("with_attention", inserted)):
+        config = TrainConfig(
+            dataset="scenes/sample_96",
+            val_split="validation",
+            model=name,
+            model_kwargs=arguments,
+            pretrained_path=str(weights),
+            img_size=96,
+            output=str(tmp_path),
+            experiment=name,
+            device="cpu",
+            workers=0,
+        )
+        trainer = build_trainer(config, DistributedContext(torch.device("cpu")))
+        assert trainer.model.num_classes == 10
+        models.append(trainer.model)
+    stored = safetensors.torch.load_file(weights)
+    assert torch.equal(models[1].state_dict()["conv_stem.weight"], stored["conv_stem.weight"])
+    assert torch.equal(*(logits(model, images) for model in models))

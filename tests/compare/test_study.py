@@ -1,5 +1,8 @@
 """Study files: what is refused before anything is trained, the order of the runs, their hash."""
 
+import dataclasses
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,12 @@ from tiers import mostly_slow
 from training_testing import only_line
 
 from emax_timm.compare.cells import train_config
-from emax_timm.compare.command import compare
+from emax_timm.compare.command import CompareConfig, compare
 from emax_timm.compare.lite0 import MODEL
-from emax_timm.compare.study import read_study
+from emax_timm.compare.study import StudyFile, read_study
+from emax_timm.compare.tune import Prune, TuneConfig, TuneOptions
 from emax_timm.training.checkpoint import serialized
+from emax_timm.training.config import find_config, from_mapping, parse_settings
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -139,3 +144,32 @@ def test_study_that_comes_with_the_package_is_valid(
     study = read_study(f"studies/{path.stem}")
     assert study.name == path.stem
     assert study.path == path
+
+
+PAGE = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+
+
+def test_page_has_a_row_for_every_key_of_a_study_file() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE)
+    assert set(rows) == {field.name for field in dataclasses.fields(StudyFile)}
+
+
+def test_commands_of_the_page_are_understood() -> None:
+    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
+    kinds = {"compare": CompareConfig, "tune": TuneConfig}
+    commands = [words[1:] for words in lines if words[0] == "emax"]
+    assert len(commands) == 4
+    for name, *arguments in commands:
+        settings = parse_settings(kinds[name], arguments, name)
+        assert find_config(settings["study"]).parent.name == "studies"
+    assert [words[:3] for words in lines if words[0] != "emax"] == [
+        ["python", "-m", "emax_timm.compare.lite0"]
+    ]
+
+
+def test_search_of_the_page_is_read() -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    options = from_mapping(TuneOptions, yaml.safe_load(block)["tune"], "the page")
+    assert options.trials == len(options.space["lr"]) == 6
+    assert from_mapping(Prune, options.prune, "the page").rule == "median"
