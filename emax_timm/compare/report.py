@@ -106,9 +106,9 @@ def _primary(study: Study, results: Results) -> list[str]:
         if result.half_width is not None:
             low, high = result.mean - result.half_width, result.mean + result.half_width
             low_high = f"{low:+.{digits}f} to {high:+.{digits}f}"
-        cells = [other, str(result.count), f"{result.mean:+.{digits}f}", low_high]
+        cells = [other, str(result.size), f"{result.mean:+.{digits}f}", low_high]
         lines.append(row([*cells, _p(corrected.get(other))]))
-    if any(r is None or r.count < len(study.file.seeds) for r in found.values()):
+    if any(r is None or r.size < len(study.file.seeds) for r in found.values()):
         lines += ["", "**It is not complete: some of its runs have not been made yet.**"]
     return lines
 

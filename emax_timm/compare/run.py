@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ JOB, RESULT = "job.json", "result.json"
 
 
 @command("python -m emax_timm.compare.run")
-def run(argv: list[str], prog: str) -> int:
+def run(argv: Sequence[str], prog: str) -> int:
     """Make the run of the directory that `argv` names; returns the exit status."""
     folder = Path(argv[0])
     job = json.loads((folder / JOB).read_text(encoding="utf-8"))

@@ -1,10 +1,11 @@
 """The search of one method's options: its trials, kept by Optuna."""
 
+import importlib
 import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..training.config import UsageError
 from ..training.journal import LOG, read_rows
@@ -12,12 +13,21 @@ from .cells import Cell, Run
 from .command import job_of
 from .workers import Workers, has_result
 
-if TYPE_CHECKING:
-    import optuna
-
-__all__ = ["NEEDED", "Search", "candidates"]
+__all__ = ["Search", "candidates", "load_optuna"]
 
 NEEDED = "emax tune needs the package optuna: pip install 'emax-timm[tune]'"
+
+
+def load_optuna() -> Any:
+    """Import Optuna, which is an extra.
+
+    Raises:
+        UsageError: If it is missing.
+    """
+    try:
+        return importlib.import_module("optuna")
+    except ImportError:
+        raise UsageError(NEEDED) from None
 
 
 def candidates(values: Any, source: str) -> list[Any]:
@@ -64,15 +74,14 @@ class Search:
         self.cell, self.space, self.cell_with = cell, space, cell_with
         self.options, self.root = options, folder
         self.folder: Path | None = None
-        self.study: optuna.Study
-        self.trial: optuna.Trial | None = None
+        self.study: Any = None  # of Optuna, as is the trial
+        self.trial: Any = None
 
     def open(self, storage: str, prune: dict[str, Any]) -> None:
         """Open the trials in Optuna's storage; a pruner stops them by the declared rule."""
-        import optuna
-
+        optuna = load_optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+        pruner = optuna.pruners.NopPruner()
         if prune["rule"] == "median":
             pruner = optuna.pruners.MedianPruner(prune["trials"], prune["epochs"])
         direction = "minimize" if self.options.metric == "loss" else "maximize"
@@ -99,8 +108,7 @@ class Search:
 
     def start(self, workers: Workers, device: str, data_dir: str | None) -> None:
         """Start the next trial, or go on with the one that was interrupted."""
-        import optuna
-
+        optuna = load_optuna()
         running = self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
         if running:
             self.trial = optuna.Trial(self.study, running[0]._trial_id)
@@ -122,7 +130,6 @@ class Search:
             workers.start(self.folder, job)
 
     def _suggest(self, key: str, values: Any) -> Any:
-        assert self.trial is not None
         if isinstance(values, list):
             chosen = self.trial.suggest_categorical(key, [_stored(value) for value in values])
             return next(value for value in values if _stored(value) == chosen)
@@ -139,12 +146,10 @@ class Search:
             workers.end(self.folder)
 
     def _should_stop(self) -> bool:
-        assert self.trial is not None
         return self.trial.should_prune()
 
     def _report(self) -> list[float]:
         """Report the metric of the epochs so far to Optuna; returns them."""
-        assert self.trial is not None
         assert self.folder is not None
         rows = read_rows(self.folder / LOG)
         metrics = [row[f"val_{self.options.metric}"] for row in rows]
@@ -156,8 +161,7 @@ class Search:
 
     def finish(self) -> None:
         """Tell Optuna how the trial has ended."""
-        import optuna
-
+        optuna = load_optuna()
         assert self.folder is not None
         values = self._report()
         state = optuna.trial.TrialState

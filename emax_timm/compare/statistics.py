@@ -9,7 +9,7 @@ __all__ = ["Difference", "holm", "paired", "t_p_value", "t_quantile", "unpaired"
 
 
 class Difference(NamedTuple):
-    """A mean difference, half the width of its 95 % interval, and its two-sided p-value.
+    """A mean difference, half the width of its 95 % interval, its two-sided p-value, its seeds.
 
     With a single pair there are neither interval nor p-value.
     """
@@ -17,7 +17,7 @@ class Difference(NamedTuple):
     mean: float
     half_width: float | None
     p_value: float | None
-    count: int
+    size: int
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:

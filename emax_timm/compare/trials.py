@@ -9,7 +9,7 @@ import yaml
 from ..files import replace_file
 from ..tables import heading, row
 from .plot import NEEDED
-from .search import Search, candidates
+from .search import Search, candidates, load_optuna
 from .study import Study
 
 __all__ = ["TUNED", "write_results"]
@@ -102,15 +102,17 @@ def _at_the_end(search: Search, params: dict[str, Any]) -> str:
 def _draw(searches: Sequence[Search], path: Path) -> None:
     """Draw how much each option mattered to each method (PED-ANOVA), as far as it can be told."""
     from matplotlib.figure import Figure
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
+    importance = load_optuna().importance
     figure = Figure(figsize=(7, 1 + 1.2 * len(searches)), layout="constrained")
     axes = figure.subplots(len(searches), 1, squeeze=False, sharex=True)[:, 0]
     for axis, search in zip(axes, searches, strict=True):
         axis.set_title(search.cell.as_posix(), fontsize=9)
         axis.set_xlim(0, 1)
         try:
-            found = get_param_importances(search.study, evaluator=PedAnovaImportanceEvaluator())
+            found = importance.get_param_importances(
+                search.study, evaluator=importance.PedAnovaImportanceEvaluator()
+            )
         except (RuntimeError, ValueError):  # too few trials were made to their ends
             found = {}
         axis.barh(list(found), list(found.values()))

@@ -20,7 +20,7 @@ from ..training.config.checks import check_config
 from ..training.distributed import find_device
 from ..training.signals import Stopped, catch_signals
 from .cells import Cell, make_cell, train_config
-from .search import NEEDED, Search, candidates
+from .search import Search, candidates, load_optuna
 from .study import METRICS, Study, read_study
 from .trials import write_results
 from .workers import open_workers
@@ -83,10 +83,7 @@ def tune(argv: Sequence[str], prog: str) -> int:
     study = read_study(config.study)
     options = from_mapping(TuneOptions, study.file.tune, f"{study.path}: tune")
     prune = from_mapping(Prune, options.prune, f"{study.path}: tune.prune")
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise UsageError(NEEDED) from None
+    load_optuna()
     folder = Path(config.output) / study.name / "tune"
     searches = _searches(study, options, folder)
     _declare(study, searches, options, folder)

@@ -58,7 +58,7 @@ def test_report_has_the_declared_comparison_first(
     assert row.startswith("| emax | 4 | 53.50 ± 1.91 | +2.00 ± 1.30 (")
     (row,) = [line for line in lines if line.startswith("| emax_finest | 2 | 52.25")]
     assert "| +1.75 ± 3.18 (" in row  # over the two seeds that both have
-    assert "| emax | 1.235 | 2.0 | 100.0 | 400.0 | 1000.0 | 1.0 | 54.5 |" in lines
+    assert "| emax | 1.235 | 2.0 | 100.0 | 400.0 | 1000.0 | 1.0 | 55.0 |" in lines
     assert "| emax | 48.50 ± 1.91 (+2.00 ± 1.30) | 90.00 ± 0.00 (+0.00 ± 0.00) |" in lines
     plot = (tmp_path / "runs" / "small" / "tiny.svg").read_text()
     assert all(f">{method}</text>" in plot for method in ("none", "se", "emax", "emax_finest"))

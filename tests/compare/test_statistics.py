@@ -23,7 +23,7 @@ def test_paired_difference() -> None:
     assert found.mean == pytest.approx((a - b).mean())
     assert found.half_width == pytest.approx((high - low) / 2)
     assert found.p_value == pytest.approx(expected.pvalue)
-    assert found.count == 10
+    assert found.size == 10
 
 
 def test_unpaired_difference_has_rather_too_wide_an_interval() -> None:

@@ -13,6 +13,7 @@ from interpreters import ENVIRONMENT
 from study_testing import write_study
 from training_testing import only_line
 
+from emax_timm.compare.search import load_optuna
 from emax_timm.compare.study import read_study
 from emax_timm.compare.tune import tune
 from emax_timm.training import TrainConfig
@@ -97,7 +98,7 @@ def start(path: Path, folder: Path) -> subprocess.Popen:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_search_continues_and_its_winner_is_a_recipe(images: Path, tmp_path: Path) -> None:
-    import optuna
+    optuna = load_optuna()
 
     path = write_study(tmp_path, tuned, data_dir=str(images))
     process = start(path, tmp_path / "runs")
