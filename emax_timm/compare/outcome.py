@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 from ..training import checkpoint
 from ..training.config import TrainConfig
 from ..training.data import evaluation_loader, image_mode, open_split
-from ..training.data.datasets import Subset
+from ..training.data.subset import Subset
 from ..training.distributed import DistributedContext
 from ..training.evaluate import evaluate
 from ..training.trainer import Trainer

@@ -133,9 +133,7 @@ def _source(options: DataOptions, split: str, must_exist: bool) -> tuple[str, st
     name, root = options.dataset, options.data_dir or options.data
     kind, _, rest = name.partition("/")
     kind = kind.lower()
-    if kind not in (
-        kinds := ["", "torch", "hfds", "hfids", "tfds", "wds", "sample", "scenes"]
-    ):
+    if kind not in (kinds := ["", "torch", "hfds", "hfids", "tfds", "wds", "sample", "scenes"]):
         raise UsageError(
             f"unknown type of data set {kind}; the nearest of {', '.join(kinds[1:])} "
             f"is {nearest(kind, kinds)}"
@@ -146,6 +144,7 @@ def _source(options: DataOptions, split: str, must_exist: bool) -> tuple[str, st
             raise UsageError(f"--dataset {name} has its own images; leave out it or {root}")
         name, root = "", folder
     elif kind == "scenes" and not rest.startswith("fashion_mnist"):
+        _check_keys(options, kind)
         return kind, rest, ""
     elif root and (kind == "scenes" or (kind, rest.lower()) == ("torch", "fashion_mnist")):
         _unpack_debian_fashion_mnist(Path(root))
@@ -161,11 +160,11 @@ def _source(options: DataOptions, split: str, must_exist: bool) -> tuple[str, st
 
 def _check_keys(options: DataOptions, kind: str) -> None:
     """Refuse options that the type of the data set has no use for."""
-    if options.target_key and kind in ("", "sample", "torch"):
+    if options.target_key and kind in ("", "sample", "scenes", "torch"):
         raise UsageError("--target-key is for hfds, hfids, wds and tfds data")
-    if options.input_key and kind == "torch":
-        raise UsageError("--input-key is not for torch data")
-    if options.class_map and kind in ("torch", "wds"):
+    if options.input_key and kind in ("scenes", "torch"):
+        raise UsageError(f"--input-key is not for {kind} data")
+    if options.class_map and kind in ("scenes", "torch", "wds"):
         raise UsageError(f"--class-map names class folders; the labels of {kind} data are numbers")
 
 

@@ -70,6 +70,7 @@ class FashionScenes(Dataset):
         self, pixels: np.ndarray, labels: np.ndarray, layout: Layout, seed: int, fresh: bool
     ) -> None:
         self.pixels, self.labels, self.layout = pixels, labels, layout
+        self.targets = labels  # as other data sets call them
         self.seed, self.fresh = seed, fresh
         self.class_to_idx = {name: label for label, name in enumerate(CLASSES)}
         sides = np.random.default_rng([seed, _SIDES])
