@@ -471,7 +471,8 @@ def test_validate_refuses_a_spoilt_description_of_the_run(
 def test_validate_without_a_description_asks_for_the_model(
     refused: Refused, run_copy: Path, images: Path
 ) -> None:
-    (run_copy / "config.json").unlink()
+    for name in ("config.json", "config.yaml"):
+        (run_copy / name).unlink()
     line = refused(VALIDATE, images, "--checkpoint", run_copy / "model.safetensors")
     assert "--model" in line
 

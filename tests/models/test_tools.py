@@ -22,6 +22,7 @@ ONE = pytest.mark.parametrize("name", mostly_slow(NAMES, 0))
 
 def model_named(name: str) -> Any:
     """In eval mode, with attention whose parts are all random."""
+    torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5).eval()
     for layer in model.modules():
         if isinstance(layer, EMAX | EMA):
