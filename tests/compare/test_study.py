@@ -26,7 +26,10 @@ from emax_timm.training.config import find_config, from_mapping, parse_settings
 Change = Callable[[dict[str, Any]], object]
 
 BAD: dict[str, tuple[Change, str]] = {
-    "key": (lambda s: s.update(seed=[1]), "unknown key seed; the nearest valid one is seeds"),
+    "key": (
+        lambda s: s.update(metric=["top1"]),
+        "unknown key metric; the nearest valid one is metrics",
+    ),
     "metric": (lambda s: s.update(metrics=["top2"]), "metrics has no choice top2"),
     "attention": (
         lambda s: s["methods"].update(new={"attention": "sse"}),
