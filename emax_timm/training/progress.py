@@ -110,7 +110,7 @@ class Progress:
                 self._open_bar()
             self._talking.start()
 
-    def step(self, count: int = 1, **values: float) -> None:
+    def step(self, count: int = 1, /, **values: float) -> None:
         """Count `count` steps as done and show `values`."""
         self.done += count
         if self.bar is not None:

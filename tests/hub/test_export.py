@@ -17,6 +17,7 @@ from emax_timm.attention import EMAX
 from emax_timm.hub import ExportError, export, export_model
 from emax_timm.models.export_check import verify
 from emax_timm.training import checkpoint
+from emax_timm.training.model_config import save_model_config
 
 SLOW = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -310,7 +311,7 @@ def test_command_exports_the_folder_of_a_run_and_says_nothing_else(
     checkpoint.save_best(small, folder)
     arguments = {**SMALL, "attn_stages": [3]}
     data_config = {"input_size": SIZE}
-    checkpoint.save_model_config(small, folder / "config.json", arguments, data_config, None)
+    save_model_config(small, folder / "config.json", arguments, data_config, None)
     program = "import sys; from emax_timm.hub import export; sys.exit(export(sys.argv[1:]))"
     result = subprocess.run(
         [sys.executable, "-c", program, "local-dir:run", "--output", "model.onnx"],
