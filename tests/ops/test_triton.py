@@ -192,7 +192,11 @@ def test_a_gpu_without_it_is_told_why_once(
     monkeypatch.setattr(triton, "_device_problem", lambda device: None)
     triton._report.cache_clear()
     on_a_gpu: Any = SimpleNamespace(
-        is_cuda=True, device=torch.device("cuda"), dtype=torch.float64, shape=(1, 4, 2, 2)
+        is_cuda=True,
+        device=torch.device("cuda"),
+        dtype=torch.float64,
+        shape=(1, 4, 2, 2),
+        ndim=4,
     )
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
