@@ -17,7 +17,7 @@ from .plot import NEEDED, draw
 from .report import report
 from .results import check_folder, merge, read_results
 from .study import Study, read_study
-from .workers import Workers, has_result, open_workers
+from .workers import StudyOptions, Workers, has_result, open_workers
 
 __all__ = ["CompareConfig", "compare", "job_of", "make_runs"]
 
@@ -25,21 +25,9 @@ REPORT = "report.md"
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(StudyOptions):
     """Compare methods over backbones and seeds, as a study file says."""
 
-    study: str | None = option(
-        None, "YAML file or name of a study", positional=True, metavar="STUDY"
-    )
-    output: str = option("runs", "folder for the folder of the study", metavar="DIR")
-    jobs: int = option(
-        0,
-        "runs at a time (default: on CPUs one on each core, pinned to it, with one thread; on a "
-        "GPU one)",
-        bounds=(0, 4096),
-    )
-    device: str = option("", "device to train on (default: cuda if available, else cpu)")
-    data_dir: str | None = option(None, "root folder of the data set, in place of the study's")
     merge: list[str] = option(
         [],
         "make no runs; copy those of this study from the folders of studies on other machines",

@@ -23,27 +23,14 @@ from .cells import Cell, make_cell, train_config
 from .search import Search, candidates, load_optuna
 from .study import METRICS, Study, read_study
 from .trials import write_results
-from .workers import open_workers
+from .workers import StudyOptions, open_workers
 
 __all__ = ["TuneConfig", "TuneOptions", "tune"]
 
 
 @dataclass
-class TuneConfig:
+class TuneConfig(StudyOptions):
     """Choose the options of a study's methods, as the study file says."""
-
-    study: str | None = option(
-        None, "YAML file or name of a study", positional=True, metavar="STUDY"
-    )
-    output: str = option("runs", "folder for the folder of the study", metavar="DIR")
-    jobs: int = option(
-        0,
-        "trials at a time (default: on CPUs one on each core, pinned to it, with one thread; on a "
-        "GPU one)",
-        bounds=(0, 4096),
-    )
-    device: str = option("", "device to train on (default: cuda if available, else cpu)")
-    data_dir: str | None = option(None, "root folder of the data set, in place of the study's")
 
 
 @dataclass

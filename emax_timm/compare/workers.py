@@ -8,20 +8,39 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import replace_file
 from ..runner import FailedRunError
-from ..training.config import UsageError
+from ..training.config import UsageError, option
 from ..training.signals import Stop, Stopped
 from .run import JOB, RESULT
 
-__all__ = ["LOG", "Workers", "cores", "has_result", "open_workers"]
+__all__ = ["LOG", "StudyOptions", "Workers", "cores", "has_result", "open_workers"]
 
 LOG = "log.txt"  # what the process of a run prints
 POLL = 0.1  # seconds between looks at the processes
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@dataclass
+class StudyOptions:
+    """The options of the commands that make the runs of a study."""
+
+    study: str | None = option(
+        None, "YAML file or name of a study", positional=True, metavar="STUDY"
+    )
+    output: str = option("runs", "folder for the folder of the study", metavar="DIR")
+    jobs: int = option(
+        0,
+        "runs or trials at a time (default: on CPUs one on each core, pinned to it, with one "
+        "thread; on a GPU one)",
+        bounds=(0, 4096),
+    )
+    device: str = option("", "device to train on (default: cuda if available, else cpu)")
+    data_dir: str | None = option(None, "root folder of the data set, in place of the study's")
 
 
 def cores() -> list[int]:

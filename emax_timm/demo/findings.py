@@ -73,7 +73,7 @@ class DemoModel:
 
 @dataclass
 class Findings:
-    """What a model finds in one image.
+    """This is what a model finds in one image.
 
     Args:
         picture: The image as the model sees it, [h, w, 3] in 0 to 1.

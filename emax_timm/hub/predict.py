@@ -68,7 +68,7 @@ class PredictConfig:
 
 
 class Outputs(NamedTuple):
-    """What a model computes of an image."""
+    """This is what a model computes of an image."""
 
     logits: Tensor
     """[classes]; empty for a model without a classifier."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import SpaceCardData
 
-from ..files import write_folder
+from ..files import check_target, write_folder
 from ..training.config import UsageError
 from ..version import __version__
 
@@ -62,18 +62,12 @@ def check_space(folder: Path) -> None:
     """Check that a Space can be written to a folder, which must not exist.
 
     Raises:
-        UsageError: If it exists, or cannot be made.
+        UsageError: If it exists.
+        TargetError: If it cannot be made.
     """
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"{folder} is there already; choose another folder for the Space")
-    try:
-        # A folder is made beside it and removed, so that it is known now whether that is possible.
-        parent = next(parent for parent in folder.absolute().parents if parent.exists())
-        probe = parent / f".{folder.name}.partial"
-        probe.mkdir(exist_ok=True)
-        probe.rmdir()
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror or error}") from None
+    check_target(folder, folder=True)
 
 
 def write_space(folder: Path, repo: str, license: str) -> None:

@@ -19,7 +19,7 @@ _LOCAL = "local-dir:"
 
 
 class Source(NamedTuple):
-    """What a name stands for."""
+    """This is what a name stands for."""
 
     model: str
     """The model as timm names it; `local-dir:FOLDER` for a run."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import UsageError
-from ...files import replace_file, writing_to
+from ...files import check_target, replace_file, writing_to
 from ...runner import command
 from ..config import AT_LEAST_0, from_mapping, option, parse_settings
 from ..progress import Progress
@@ -51,6 +51,8 @@ def data(argv: Sequence[str], prog: str) -> int:
     sheet = Path(options.contact_sheet) if options.contact_sheet else None
     if sheet is not None and (sheet.suffix.lower() != ".png" or not sheet.parent.is_dir()):
         raise UsageError(f"--contact-sheet {sheet} must be a .png file in a folder that is there")
+    if sheet is not None:
+        check_target(sheet)
     reports: dict[str, SplitReport] = {}
     readers: dict[str, ImageReader] = {}
     files: dict[str, dict[bytes, list[str]]] = {}

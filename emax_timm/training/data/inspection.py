@@ -21,7 +21,7 @@ __all__ = ["Inspection", "SplitReport", "duplicates_across", "inspect", "inspect
 
 
 class Inspection(NamedTuple):
-    """What an image file holds.
+    """This is what an image file holds.
 
     Attributes:
         error: Why it cannot be read; "" if it can. The other fields are then empty.
@@ -111,7 +111,7 @@ def inspections(reader: ImageReader, workers: int) -> Iterator[Inspection]:
 
 @dataclass
 class SplitReport:
-    """What is in a split.
+    """This is what a split holds.
 
     Attributes:
         source: Its folder or tar.
