@@ -93,7 +93,14 @@ def test_readme_python_runs(quickstart: Path, monkeypatch: pytest.MonkeyPatch) -
     exec(compile(source, "README.md", "exec"), {})
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+DOCS = [
+    # The page on deployment exports models, which takes long.
+    pytest.param(page, marks=[pytest.mark.slow] * (page.stem == "deployment"))
+    for page in sorted((ROOT / "docs").glob("*.md"))
+]
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_python_of_the_docs_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

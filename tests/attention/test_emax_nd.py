@@ -391,8 +391,7 @@ def test_trace_equals_eager(kind: type[EMAX], size: tuple[int, ...]) -> None:
             (EMAX1d, (9,), True),
             (EMAX3d, (3, 4, 5), False),
             (EMAX3d, (3, 4, 5), True),
-        ],
-        0,
+        ]
     ),
 )
 def test_export_with_dynamic_sizes_equals_eager(

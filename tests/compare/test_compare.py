@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from interpreters import ENVIRONMENT
 from study_testing import write_results_of, write_study
+from tiers import mostly_slow
 from training_testing import only_line
 
 from emax_timm.compare.command import compare
@@ -83,25 +84,36 @@ def refusal(path: Path, folder: Path, capsys: pytest.CaptureFixture[str], *more:
     return only_line(capsys.readouterr().err)
 
 
+OTHER_STUDIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "recipe": (lambda s: s["recipe"].update(lr=0.1), "was made with another configuration"),
+    "method": (lambda s: s["methods"].pop("emax_finest"), "holds another study's runs: tiny/"),
+    "fewer seeds": (lambda s: s.update(seeds=[0, 1]), "holds another study's runs: tiny/"),
+    "more seeds": (lambda s: s["seeds"].append(4), "was started with seeds [0, 1, 2, 3], not"),
+    "primary": (lambda s: s["primary"].update(metric="loss"), "was started with primary {"),
+}
+
+
+@pytest.mark.parametrize("case", mostly_slow(OTHER_STUDIES, 0))
 def test_folder_with_other_runs_is_refused(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    write_results_of(path, tmp_path / "runs", TOP1)
+    reported(path, tmp_path / "runs", capsys)
+    change, message = OTHER_STUDIES[case]
+    other = write_study(tmp_path, change, "other.yaml")
+    assert message in refusal(other, tmp_path / "runs", capsys)
+
+
+@pytest.mark.slow
+def test_a_further_method_is_no_other_study(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_study(tmp_path)
     write_results_of(path, tmp_path / "runs", TOP1)
     reported(path, tmp_path / "runs", capsys)
-    changes: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-        "recipe": (lambda s: s["recipe"].update(lr=0.1), "was made with another configuration"),
-        "method": (lambda s: s["methods"].pop("emax_finest"), "holds another study's runs: tiny/"),
-        "fewer seeds": (lambda s: s.update(seeds=[0, 1]), "holds another study's runs: tiny/"),
-        "more seeds": (lambda s: s["seeds"].append(4), "was started with seeds [0, 1, 2, 3], not"),
-        "primary": (lambda s: s["primary"].update(metric="loss"), "was started with primary {"),
-    }
-    for change, message in changes.values():
-        other = write_study(tmp_path, change, "other.yaml")
-        assert message in refusal(other, tmp_path / "runs", capsys)
-    # A further method is no other study.
     more = write_study(tmp_path, lambda s: s["methods"].update(eca={"attention": "eca"}))
-    assert "16 runs" not in reported(more, tmp_path / "runs", capsys)
+    assert "14 of 18 runs" in reported(more, tmp_path / "runs", capsys)
 
 
 @pytest.mark.slow

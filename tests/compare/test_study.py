@@ -114,22 +114,33 @@ def test_variant_takes_over_the_keys_and_the_tuned_values_of_its_method(tmp_path
     assert "group_counts" not in found["emax"].model_kwargs["attn_kwargs"]
 
 
-def test_hash_is_of_what_is_computed_and_not_of_the_machine(tmp_path: Path) -> None:
-    def hashes(change: Change | None = None, **recipe: Any) -> dict[str, str]:
-        study = read_study(str(write_study(tmp_path, change, **recipe)))
-        return {cell.method: cell.hash for cell in study.cells}
+def hashes(folder: Path, change: Change | None = None, **recipe: Any) -> dict[str, str]:
+    """The hash of each method's configuration in the small study with a change."""
+    study = read_study(str(write_study(folder, change, **recipe)))
+    return {cell.method: cell.hash for cell in study.cells}
 
-    first = hashes()
+
+def test_hash_is_of_what_is_computed_and_not_of_the_machine(tmp_path: Path) -> None:
+    first = hashes(tmp_path)
     assert len(set(first.values())) == 4
-    assert hashes(data_dir="elsewhere", workers=3, log_interval=7) == first
-    assert hashes(lambda s: s.update(name="other", seeds=[7])) == first
     # A default that is spelt out is no other configuration.
-    assert hashes(smoothing=0.1) == first
-    assert not set(hashes(lr=0.004).values()) & set(first.values())
-    changed = hashes(lambda s: s["methods"]["se"].update(attn_kwargs={"rd_ratio": 0.25}))
-    assert {method for method in first if changed[method] != first[method]} == {"se"}
-    changed = hashes(lambda s: s["methods"]["emax"].update(init={"conv3x3.bias": 0.0}))
-    assert {m for m in first if changed[m] != first[m]} == {"emax", "emax_finest"}
+    machine: dict[str, Any] = {"data_dir": "elsewhere", "workers": 3, "log_interval": 7}
+    rename: Change = lambda s: s.update(name="other", seeds=[7])  # noqa: E731
+    assert hashes(tmp_path, rename, smoothing=0.1, **machine) == first
+    assert not set(hashes(tmp_path, lr=0.004).values()) & set(first.values())
+
+
+@pytest.mark.slow
+def test_hash_of_a_method_follows_its_own_keys(tmp_path: Path) -> None:
+    first = hashes(tmp_path)
+
+    def differing(change: Change) -> set[str]:
+        changed = hashes(tmp_path, change)
+        return {method for method in first if changed[method] != first[method]}
+
+    assert differing(lambda s: s["methods"]["se"].update(attn_kwargs={"rd_ratio": 0.25})) == {"se"}
+    start = {"conv3x3.bias": 0.0}
+    assert differing(lambda s: s["methods"]["emax"].update(init=start)) == {"emax", "emax_finest"}
 
 
 @pytest.mark.slow

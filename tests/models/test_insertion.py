@@ -257,12 +257,16 @@ def state(model: nn.Module) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     ("name", "kwargs", "error", "match"),
     [
+        *mostly_slow(
+            [
+                ("naflexvit_base_patch16_gap", {}, ValueError, "packed patches"),
+                ("crossvit_9_240", {}, ValueError, "not a stage that is run once"),
+                ("vgg11", {"where": "block"}, ValueError, 'where="stage"'),
+            ]
+        ),
         ("test_vit", {"where": "block"}, ValueError, "no slot for attention"),
-        ("naflexvit_base_patch16_gap", {}, ValueError, "packed patches"),
         ("hrnet_w18_small", {}, ValueError, "which modules are its stages"),
         ("selecsls42", {}, ValueError, "does not map one tensor to one"),
-        ("crossvit_9_240", {}, ValueError, "not a stage that is run once"),
-        ("vgg11", {"where": "block"}, ValueError, 'where="stage"'),
         ("resnet10t", {"where": "blocks"}, ValueError, '"stage" or "block"'),
         ("resnet10t", {"stages": [4]}, ValueError, r"0 to 3, not \[4\]"),
         ("resnet10t", {"stages": [-1]}, ValueError, r"0 to 3, not \[-1\]"),
