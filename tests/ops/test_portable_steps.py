@@ -13,7 +13,8 @@ from emax_timm.ops import EMAXConfig
 from emax_timm.ops.dispatch import draw_noise
 from emax_timm.ops.portable.fine_maps import border_means, correlate
 from emax_timm.ops.portable.fine_maps_nd import border_means_nd, correlate_nd
-from emax_timm.ops.portable.forward import choose_groups, mix_groups, squeeze_excite
+from emax_timm.ops.portable.gates import squeeze_excite
+from emax_timm.ops.portable.grouping import choose_groups, mix_groups
 
 # The pass over x --------------------------------------------------------------------------------
 

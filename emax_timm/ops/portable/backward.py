@@ -6,7 +6,8 @@ from torch import Tensor
 from ..weights import TENSORS, EMAXWeights, present
 from .fine_maps import FineMaps, weigh_channels
 from .fine_maps_backward import FineGrads, fine_maps_backward
-from .forward import Attended, attend_again, emax_plain, mix_groups, prepare, score_groups
+from .forward import Attended, attend_again, emax_plain, prepare
+from .grouping import mix_groups, score_groups
 
 __all__ = ["backward", "plain_gradients"]
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..weights import EMAXWeights
 from .fine_maps import FineMaps, border_means, deviations, row_and_column_gates, weigh_channels
-from .forward import Attended, output_factor
+from .forward import Attended
+from .gates import output_factor
 
 __all__ = ["FineGrads", "fine_maps_backward"]
 

@@ -10,66 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weights import EMAXConfig, EMAXMaps, EMAXWeights, in_dtype, present
+from ..weights import EMAXMaps, EMAXWeights, in_dtype
 from .fine_maps import FineMaps, fine_maps, ungroup
 from .fine_maps_nd import fine_maps_nd, mean_of_sum
+from .gates import Gates, mean_gates, output_factor
+from .grouping import GroupChoice, controlled_choice, mix_groups, score_groups
 
-__all__ = [
-    "Attended",
-    "Gates",
-    "GroupChoice",
-    "Mixing",
-    "attend_again",
-    "choose_groups",
-    "emax_plain",
-    "forward",
-    "maps_plain",
-    "mix_groups",
-    "output_factor",
-    "prepare",
-    "score_groups",
-    "squeeze_excite",
-]
-
-
-class GroupChoice(NamedTuple):
-    """The choice of a group count by each sample, as weights of the candidates, [b, K] each."""
-
-    logits: Tensor
-    """The output of the group controller."""
-    soft: Tensor
-    """The softmax of (logits + noise) / temperature."""
-    choice: Tensor
-    """One-hot rows with the gradient of `soft`."""
-
-
-class Mixing(NamedTuple):
-    """The matrices that make the maps of a mixture over group counts from the fine maps."""
-
-    first: Tensor
-    """The row-stochastic matrix on the first terms, [b, F, F]."""
-    second: Tensor
-    """The row-stochastic matrix on the second terms, [b, F, F]."""
-    equal: Tensor
-    """The first matrix of each candidate, [K, F, F]."""
-    weighted: Tensor
-    """The second matrix of each candidate, [b, K, F, F]."""
-
-
-class Gates(NamedTuple):
-    """The gates from the means of x and of x * S, [b, c] each; hidden units are [b, r]."""
-
-    channel: Tensor
-    """The channel attention w_c; 0 without the channel gate."""
-    channel_hidden: Tensor
-    fused: Tensor
-    """The mean over the image of the fused features Y_f."""
-    global_: Tensor
-    """The global attention w_g; 1 without the global gate."""
-    global_hidden: Tensor
-    scale: Tensor
-    """The output is x * (scale * S + offset)."""
-    offset: Tensor
+__all__ = ["Attended", "attend_again", "emax_plain", "forward", "maps_plain", "prepare"]
 
 
 class Attended(NamedTuple):
@@ -82,9 +29,6 @@ class Attended(NamedTuple):
     pooled: Tensor
     """The mean over the image of x * S, [b, F, d]; that of x without the global gate."""
     gates: Gates
-
-
-# Entry points ------------------------------------------------------------------------------------
 
 
 def forward(
@@ -178,7 +122,7 @@ def _attend(
     groups, spatial = _choose_and_mix(fine, weights, noise, mask)
     if weights.global_reduce_weight is not None:
         pooled = _pool_attended(x, spatial, mask)
-    gates = _mean_gates(fine.mean.flatten(1), pooled.flatten(1), weights)
+    gates = mean_gates(fine.mean.flatten(1), pooled.flatten(1), weights)
     return Attended(fine, groups, spatial, pooled, gates)
 
 
@@ -187,17 +131,14 @@ def attend_again(
 ) -> Attended:
     """Compute what follows from the saved tensors of the forward pass, without reading x."""
     groups, spatial = _choose_and_mix(fine, weights, noise, None)
-    gates = _mean_gates(fine.mean.flatten(1), pooled.flatten(1), weights)
+    gates = mean_gates(fine.mean.flatten(1), pooled.flatten(1), weights)
     return Attended(fine, groups, spatial, pooled, gates)
-
-
-# The choice of a group count, and the mixture of the fine maps that it makes ----------------------
 
 
 def _choose_and_mix(
     fine: FineMaps, weights: EMAXWeights, noise: Tensor | None, mask: Tensor | None
 ) -> tuple[GroupChoice, Tensor]:
-    groups = _controlled_choice(fine.mean.flatten(1), weights, noise, mask)
+    groups = controlled_choice(fine.mean.flatten(1), weights, noise, mask)
     warmup = weights.warmup
     if warmup is None or weights.config.candidates == [weights.config.groups]:
         return groups, torch.sigmoid(fine.first + fine.second)
@@ -207,175 +148,10 @@ def _choose_and_mix(
     return groups, torch.sigmoid(mixed).view_as(fine.first)  # [b, F, ...]
 
 
-def _controlled_choice(
-    mean: Tensor, weights: EMAXWeights, noise: Tensor | None, mask: Tensor | None
-) -> GroupChoice:
-    """Choose a candidate by the group controller, from the means of x, [b, c]."""
-    controller_weight = weights.controller_weight
-    if controller_weight is None:
-        nothing = torch.zeros_like(mean[:, :1])
-        return GroupChoice(nothing, nothing + 1, nothing + 1)
-    logits = F.linear(mean, controller_weight, weights.controller_bias)
-    temperature = present(weights.temperature)
-    voters: Tensor | None = None
-    if mask is not None:
-        voters = mask.any(1)  # a sequence without tokens has no vote
-    choice, soft = choose_groups(logits, temperature, noise, weights.config.batch_vote, voters)
-    return GroupChoice(logits, soft, choice)
-
-
-def choose_groups(
-    logits: Tensor,
-    temperature: Tensor,
-    noise: Tensor | None,
-    batch_vote: bool,
-    voters: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Choose one candidate per sample by argmax, with the gradient of a softmax.
-
-    This is the straight-through Gumbel-softmax (arXiv 1611.01144), and a straight-through softmax
-    without noise. Of equal values the first candidate is taken, which is the smallest count.
-
-    Args:
-        logits: The output of the group controller, [b, K].
-        temperature: A scalar tensor, > 0.
-        noise: Gumbel noise, [b, K], or None.
-        batch_vote: Whether all samples take the most frequent choice of the batch.
-        voters: Which samples have a vote, [b]; None for all of them.
-
-    Returns:
-        The choice as one-hot rows, and the softmax, [b, K] each.
-    """
-    if noise is not None:
-        logits = logits + noise
-    soft = torch.softmax(logits / temperature, dim=-1)
-    candidates = torch.arange(soft.shape[1], device=soft.device)
-    hard = (candidates == soft.argmax(dim=-1, keepdim=True)).to(soft.dtype)
-    if batch_vote:
-        votes = hard if voters is None else hard * voters.unsqueeze(1)
-        hard = (candidates == votes.sum(0).argmax()).to(soft.dtype).expand_as(soft)
-    return hard + (soft - soft.detach()), soft
-
-
-def score_groups(fine: FineMaps) -> Tensor:
-    """Compute the score [b, F] that weights the second term of a fine group in a coarser group.
-
-    It is the logsumexp of the means of the channels. Some tools that read ONNX files do not know
-    that operator, so it is computed as the difference of a mean and its log-softmax, which is the
-    same for every channel up to rounding; the rounding is least where the softmax is large.
-    """
-    log_share = torch.log_softmax(fine.conv_means, dim=-1)
-    return (log_share.exp().detach() * (fine.conv_means - log_share)).sum(-1)
-
-
-def mix_groups(score: Tensor, choice: Tensor, config: EMAXConfig, warmup: Tensor) -> Mixing:
-    """Compute the matrices that make the maps of a mixture over group counts from the fine maps.
-
-    The terms of a coarse group are convex combinations of those of its fine groups: with equal
-    weights for the first term, and with softmax(score) within the group for the second. A mixture
-    over candidates is therefore a row-stochastic matrix on the fine maps.
-
-    Args:
-        score: The scores of the fine groups, [b, F].
-        choice: The weights of the candidates, [b, K].
-        config: The constants of the layer.
-        warmup: A scalar tensor in [0, 1]; 0 is the finest grouping whatever `choice` is.
-    """
-    fine = torch.arange(config.groups, device=score.device)
-    group = torch.stack([fine // (config.groups // count) for count in config.candidates])
-    same_group = group.unsqueeze(-1) == group.unsqueeze(-2)  # [K, F, F]
-    # Neither 1 / 3 nor 1 - 0.1f is exact in float32, so float64 inputs need float64 quotients.
-    equal = same_group.to(score.dtype)
-    equal = equal / equal.sum(-1, keepdim=True)  # [K, F, F]
-    warmup = warmup.to(score.dtype)
-    # A softmax per row is normalised by the maximum of its group: with one maximum for all groups,
-    # those far below it would underflow to 0 / 0.
-    scores = score[:, None, None, :].masked_fill(~same_group, float("-inf"))  # [b, K, F, F]
-    weighted = torch.softmax(scores, dim=-1)
-    rest = (1 - warmup) * torch.eye(score.shape[1], device=score.device, dtype=score.dtype)
-    choice = warmup * choice
-    first = rest + torch.matmul(choice, equal.flatten(1)).view_as(scores[:, 0])
-    second = rest + (choice[:, :, None, None] * weighted).sum(1)
-    return Mixing(first, second, equal, weighted)
-
-
-# The gates, and the factor on x that follows from them and the spatial attention ------------------
-
-
 def _pool_attended(x: Tensor, spatial: Tensor, mask: Tensor | None) -> Tensor:
     """Compute the mean over the pixels of x [b, F, d, ...] times S [b, F, ...]: [b, F, d]."""
     products = torch.matmul(x.flatten(3), spatial.flatten(2).unsqueeze(-1))
     return mean_of_sum(products.squeeze(-1), x, mask)
-
-
-def _mean_gates(mean: Tensor, pooled: Tensor, weights: EMAXWeights) -> Gates:
-    """Compute the gates from the means of x and of x * S, [b, c] each."""
-    channel = torch.zeros_like(mean)
-    global_ = torch.ones_like(mean)
-    channel_hidden, global_hidden = channel, global_
-    fused = pooled
-    gamma = weights.gamma
-    if gamma is not None:
-        channel, channel_hidden = squeeze_excite(
-            mean,
-            present(weights.channel_reduce_weight),
-            present(weights.channel_reduce_bias),
-            present(weights.channel_expand_weight),
-            present(weights.channel_expand_bias),
-        )
-        # The mean of the fused features follows from these two; they are never written.
-        fused = fused + gamma * channel * mean
-    global_reduce_weight = weights.global_reduce_weight
-    if global_reduce_weight is not None:
-        global_, global_hidden = squeeze_excite(
-            fused,
-            global_reduce_weight,
-            present(weights.global_reduce_bias),
-            present(weights.global_expand_weight),
-            present(weights.global_expand_bias),
-        )
-    # x + alpha * (x * (S + gamma * w_c) * w_g - x) is one factor on x: x is read once, and
-    # alpha = 0 gives a factor of exactly 1.
-    scale, offset = global_, torch.zeros_like(global_)
-    residual_gate = weights.residual_gate
-    if residual_gate is not None:
-        scale = residual_gate * global_
-        offset = (1 - residual_gate).expand_as(scale)
-    if gamma is not None:
-        offset = offset + scale * gamma * channel
-    return Gates(channel, channel_hidden, fused, global_, global_hidden, scale, offset)
-
-
-def squeeze_excite(
-    mean: Tensor,
-    reduce_weight: Tensor,
-    reduce_bias: Tensor,
-    expand_weight: Tensor,
-    expand_bias: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Compute the gate of squeeze-and-excitation (arXiv 1709.01507).
-
-    Args:
-        mean: The mean over the image of the features, [b, c].
-        reduce_weight: The weight of the first 1x1 convolution, [r, c, 1, 1].
-        reduce_bias: The bias of the first 1x1 convolution, [r].
-        expand_weight: The weight of the second 1x1 convolution, [c, r, 1, 1].
-        expand_bias: The bias of the second 1x1 convolution, [c].
-
-    Returns:
-        The gate in (0, 1), [b, c], and the hidden units that it follows from, [b, r].
-    """
-    hidden = torch.relu(F.linear(mean, reduce_weight.flatten(1), reduce_bias))
-    return torch.sigmoid(F.linear(hidden, expand_weight.flatten(1), expand_bias)), hidden
-
-
-def output_factor(gates: Gates, spatial: Tensor) -> Tensor:
-    """Compute scale * S + offset, [b, F, d, ...], for S [b, F, ...]."""
-    groups = spatial.shape[1]
-    scale, offset = gates.scale.unflatten(1, [groups, -1]), gates.offset.unflatten(1, [groups, -1])
-    for _ in range(2, spatial.dim()):
-        scale, offset = scale.unsqueeze(-1), offset.unsqueeze(-1)
-    return torch.addcmul(offset, scale, spatial.unsqueeze(2))
 
 
 def _apply_attention(x: Tensor, attended: Attended) -> Tensor:
