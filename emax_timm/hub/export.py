@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.models._features import FeatureGetterNet
 
-from ..models.export_file import FORMATS, check_target, export_model
+from ..models.export_file import FORMATS, check_export, export_model
 from ..runner import command
 from ..training.config import (
     AT_LEAST_0,
@@ -73,7 +73,7 @@ def export(argv: Sequence[str], prog: str) -> int:
         raise UsageError("nothing to export: give MODEL --output FILE")
     path = Path(config.output)
     # Check the target before any weights are downloaded.
-    file_format = check_target(path, config.format, config.overwrite)
+    file_format = check_export(path, config.format, config.overwrite)
     with working(f"loading {config.model}") as progress:
         model, input_size, trained = _build(config)
         report = export_model(

@@ -34,7 +34,7 @@ from .export_check import (
 )
 from .onnx_shapes import take_sizes_from_tensors
 
-__all__ = ["FORMATS", "ExportReport", "check_target", "export_model"]
+__all__ = ["FORMATS", "ExportReport", "check_export", "export_model"]
 
 FORMATS = {".onnx": "onnx", ".pt2": "torch"}
 # The opset that torch's ONNX translations are written for; it converts from it to later ones.
@@ -101,7 +101,7 @@ def export_model(
         UsageError: If the path is refused, or a package is missing.
         ExportError: If the model cannot be exported, or the file does not compute what it does.
     """
-    file_format = check_target(path, format, overwrite)
+    file_format = check_export(path, format, overwrite)
     _check_model(model, file_format)
     if input_size is None:
         config: Any = model.pretrained_cfg
@@ -155,7 +155,7 @@ def _count_outputs(model: nn.Module, example: torch.Tensor) -> int:
         ) from error
 
 
-def check_target(path: Path, format: str | None, overwrite: bool) -> str:
+def check_export(path: Path, format: str | None, overwrite: bool) -> str:
     """Check that a file can be written to `path` with the installed packages; return its format.
 
     Raises:
@@ -178,7 +178,7 @@ def check_target(path: Path, format: str | None, overwrite: bool) -> str:
             raise UsageError(f"{path} exists already; --overwrite replaces it")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
-    files.check_target(path)
+    files.check_export(path)
     for package in ONNX_PACKAGES if (format or by_suffix) == "onnx" else ():
         try:
             importlib.import_module(package)
