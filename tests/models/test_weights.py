@@ -221,7 +221,7 @@ def changed(tensors: dict[str, Tensor], how: str) -> dict[str, Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("num_classes", [1000, 5])
+@pytest.mark.parametrize("num_classes", mostly_slow([1000, 5], 0))
 @pytest.mark.parametrize(
     ("how", "message"),
     [
