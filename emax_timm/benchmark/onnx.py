@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..models.export_file import check_target, export_model
+from ..models.export_file import check_export, export_model
 from ..tables import heading, row
 from ..training.config import UsageError
 from .layers import IN_CPP
@@ -49,7 +49,7 @@ def measure_onnx(
     models: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "network.onnx")
-        check_target(file, None, overwrite=True)
+        check_export(file, None, overwrite=True)
         version = _check_provider(setting.device)
         for base in bases:
             calls: dict[tuple[str, str], Callable[[], Any]] = {}
