@@ -4,18 +4,17 @@
     python examples/text.py [--words Schmetterling papillon] [--seeds 3]
 
 The words are the names of territories and languages in 30 languages, from the package Babel (data
-of the Unicode CLDR, under the Unicode licence). A network sees one character after another. The
-names of a batch differ in length, so the shorter ones are padded and a mask says where their
-characters are: a word gives the same logits alone and in any batch.
+of the Unicode CLDR, under the Unicode licence). The names of a batch differ in length, so all but
+the longest are padded, and a mask says where characters are: a word has the same logits alone and
+in any batch. Names that are written alike in two of the languages are left out.
 
-A fifth of the territories and of the languages is the test split, in every language at once: no
-network is tested on the name of a country whose name in a related language it has seen. Stems can
-still be shared ("Polen" may be for training and "Polnisch" for the test). Names that are written
-alike in two of the languages are left out, as they have no answer.
+A fifth of the territories and of the languages is for the test, in every language at once: no
+network is tested on a country whose name in a related language it has seen. Stems can be shared
+("Polen" may be for training and "Polnisch" for the test).
 
-The three networks differ in nothing but the attention: the same epochs, order of the data, first
-weights of the other layers and learning rate (that of segmentation.py, chosen before any run). The
-intervals are Student's t at 95 % over seeds, for one split of the names.
+The networks differ in nothing but the attention: the same epochs, order of the names, first weights
+of the other layers, and learning rate (that of segmentation.py, chosen before any run). Intervals
+are Student's t at 95 % over seeds, for one split of the names.
 """
 
 import argparse
@@ -25,7 +24,6 @@ import unicodedata
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -44,13 +42,9 @@ except ImportError as error:
 LANGUAGES = (
     *("ca", "cs", "de", "en", "es", "et", "fi", "fr", "hr", "hu", "it", "nl"),  # Latin script
     *("pl", "pt", "ro", "sk", "sv", "tr"),
-    *("bg", "ru", "sr", "uk"),  # Cyrillic
-    *("ar", "fa", "ur"),  # Arabic
-    *("hi", "mr", "ne"),  # Devanagari
-    *("el", "ja"),
+    *("bg", "ru", "sr", "uk", "ar", "fa", "ur", "hi", "mr", "ne", "el", "ja"),  # other scripts
 )
-LONGEST = 24
-"""Longer names are left out: few are, and every batch would be padded to their length."""
+LONGEST = 24  # one name in forty is longer, and left out: a phrase rather than a word
 PADDING, UNKNOWN = 0, 1
 BUTTERFLIES = ("Schmetterling", "papillon", "motýl", "kelebek", "бабочка", "метелик", "πεταλούδα")
 
@@ -87,6 +81,12 @@ def load_names() -> tuple[Names, Names]:
     return train, test
 
 
+def some(names: Names, limit: int | None) -> Names:
+    """Take about so many of the names, evenly, or all."""
+    step = max(1, len(names.texts) // limit) if limit else 1
+    return Names(names.texts[::step], names.labels[::step])
+
+
 class Alphabet:
     """The characters that occur at least twice in some texts, numbered; others are unknown."""
 
@@ -94,9 +94,7 @@ class Alphabet:
         counts = Counter(character for text in texts for character in text)
         known = sorted(character for character, count in counts.items() if count > 1)
         self.numbers = {character: number for number, character in enumerate(known, UNKNOWN + 1)}
-
-    def __len__(self) -> int:
-        return len(self.numbers) + UNKNOWN + 1
+        self.size = len(self.numbers) + UNKNOWN + 1
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Number the characters of the texts, [n, longest text], with `PADDING` after each."""
@@ -105,17 +103,16 @@ class Alphabet:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Average x [b, c, l] over its tokens, where the mask [b, l] is true: [b, c]."""
-    total = x.masked_fill(~mask[:, None], 0).sum(dim=2)
-    return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    """Average x [b, c, l] over its characters, where the mask [b, l] is true: [b, c]."""
+    return x.masked_fill(~mask[:, None], 0).sum(dim=2) / mask.sum(dim=1, keepdim=True)
 
 
 class SE1d(nn.Module):
     """Squeeze-and-excite for padded sequences [b, c, l]; timm's serves images alone."""
 
-    def __init__(self, channels: int, reduction: int = 8) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        hidden = channels // reduction  # as many as timm's SE has at 64 channels
+        hidden = channels // 8  # as many as timm's SE has at 64 channels
         self.fc1, self.fc2 = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -124,11 +121,7 @@ class SE1d(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A convolution and a layer norm over channels, for padded sequences x [b, c, l].
-
-    The convolution reads zeros in the padding, as it does beyond the ends of a sequence; the norm
-    is of each position apart.
-    """
+    """A convolution that reads zeros in the padding, and a norm of each position apart."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -158,7 +151,7 @@ class Block(nn.Module):
 ATTENTIONS: dict[str, Callable[[int], nn.Module] | None] = {
     "none": None,
     "se": SE1d,
-    "emax": partial(create_attention, "emax", dims=1, factor=8),
+    "emax": lambda channels: create_attention("emax", channels, dims=1, factor=8),
 }
 
 
@@ -200,14 +193,13 @@ def train(model: nn.Module, names: Names, alphabet: Alphabet, epochs: int, seed:
     """Train a network, in an order of the names that follows from the seed."""
     batches = make_batches(names.texts, epochs, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
-    total = len(batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=total)
+    steps = len(batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
     model.train()
     for step, batch in enumerate(batches):
-        # The schedule of EMAX's grouping that train.py has; it does nothing to other layers.
-        progress = step / total
-        rise = min(1.0, max(0.0, (progress - 0.05) / 0.15))
-        set_grouping(model, warmup=rise, temperature=1 - progress / 2)
+        # The schedule of EMAX's grouping that train.py has; other layers have none.
+        rise = min(1.0, max(0.0, (step / steps - 0.05) / 0.15))
+        set_grouping(model, warmup=rise, temperature=1 - step / steps / 2)
         tokens = alphabet.encode([names.texts[index] for index in batch.tolist()])
         loss = nn.functional.cross_entropy(model(tokens), names.labels[batch])
         optimizer.zero_grad()
@@ -232,11 +224,9 @@ def naive_bayes(train: Names, texts: Sequence[str], parts: Callable[[str], list[
             counts[part][label] += 1
     total = torch.stack(list(counts.values())).sum(dim=0).log()
     prior = train.labels.bincount(minlength=len(LANGUAGES)).log()
-    logits = []
-    for text in texts:
-        known = [counts[part] for part in parts(text) if part in counts]
-        logits.append(sum((count.log() - total for count in known), prior))
-    return torch.stack(logits).argmax(dim=1)
+    scores = {part: count.log() - total for part, count in counts.items()}
+    known = ([scores[part] for part in parts(text) if part in scores] for text in texts)
+    return torch.stack([sum(found, prior) for found in known]).argmax(dim=1)
 
 
 BASELINES: dict[str, Callable[[str], list[str]]] = {
@@ -254,29 +244,25 @@ def interval(first: Sequence[float], second: Sequence[float] | None = None, sign
     return f"{difference.mean:{sign}6.3f} {half}"
 
 
-def confusions(labels: Tensor, predicted: Tensor, most: int = 5) -> str:
-    """Name the pairs of languages that are most often confused, with their share of the first's."""
-    counts = torch.zeros(len(LANGUAGES), len(LANGUAGES))
-    counts.index_put_((labels, predicted), torch.tensor(1.0), accumulate=True)
-    totals, errors = counts.sum(dim=1), counts.fill_diagonal_(0)
-    found = []
-    for place in errors.flatten().argsort(descending=True, stable=True)[:most].tolist():
-        true, other = divmod(place, len(LANGUAGES))
-        share = errors[true, other] / totals[true]
-        found.append(f"{LANGUAGES[true]} as {LANGUAGES[other]} {share:.0%}")
-    return ", ".join(found)
+def confusions(labels: Tensor, predicted: Tensor) -> str:
+    """Name the five most frequent errors, each with its share of the language's names."""
+    pairs = Counter(zip(labels.tolist(), predicted.tolist(), strict=True)).most_common()
+    errors = [(true, other, count) for (true, other), count in pairs if true != other][:5]
+    totals = labels.bincount().tolist()
+    return ", ".join(f"{LANGUAGES[a]} as {LANGUAGES[b]} {n / totals[a]:.0%}" for a, b, n in errors)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Which language is this word?")
     parser.add_argument("--seeds", type=int, default=3, help="networks of each kind")
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--limit", type=int, help="use about this many names to train on")
+    parser.add_argument("--limit", type=int, help="use about this many names of each split")
     parser.add_argument("--words", nargs="+", default=BUTTERFLIES, help="to name the language of")
     arguments = parser.parse_args()
     for name in ("seeds", "epochs", "limit"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, not {value}")
     if not all(arguments.words):
         parser.error("--words must have characters, and one has none")
     return arguments
@@ -284,12 +270,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    names, test = load_names()
-    step = max(1, len(names.texts) // (arguments.limit or len(names.texts)))
-    names = Names(names.texts[::step], names.labels[::step])
+    names, test = (some(split, arguments.limit) for split in load_names())
     alphabet = Alphabet(names.texts)
     print(f"{len(LANGUAGES)} languages, {len(names.texts)} names to train on, ", end="")
-    print(f"{len(test.texts)} to test on, {len(alphabet)} characters")
+    print(f"{len(test.texts)} to test on, {alphabet.size} characters")
     print("          accuracy         minus none       parameters  seconds a seed")
     for name, parts in BASELINES.items():
         hits = naive_bayes(names, test.texts, parts) == test.labels
@@ -300,7 +284,7 @@ def main() -> None:
         start, predictions = time.perf_counter(), []
         for seed in range(arguments.seeds):
             torch.manual_seed(seed)
-            model = TextNet(len(alphabet), attention)
+            model = TextNet(alphabet.size, attention)
             train(model, names, alphabet, arguments.epochs, seed)
             predictions.append(predict(model, test.texts, alphabet).argmax(dim=1))
             values.append((predictions[-1] == test.labels).double().mean().item())
@@ -313,10 +297,10 @@ def main() -> None:
     errors = confusions(test.labels.repeat(arguments.seeds), torch.cat(predictions))
     print(f"most frequent errors of {attention}: {errors}")
     shown = predict(model, [normalise(word) for word in arguments.words], alphabet).topk(3)
-    for word, values, labels in zip(arguments.words, *shown, strict=True):
-        found = zip(labels.tolist(), values.tolist(), strict=True)
-        english = (f"{Locale.parse(LANGUAGES[k]).english_name} {value:.3f}" for k, value in found)
-        print(f"{word}: {', '.join(english)}")
+    english = [Locale.parse(language).english_name for language in LANGUAGES]
+    for word, values, labels in zip(arguments.words, *(x.tolist() for x in shown), strict=True):
+        best = (f"{english[k]} {value:.3f}" for k, value in zip(labels, values, strict=True))
+        print(f"{word}: {', '.join(best)}")
 
 
 if __name__ == "__main__":
