@@ -50,7 +50,7 @@ BUTTERFLIES = ("Schmetterling", "papillon", "motýl", "kelebek", "бабочка
 
 
 class Names(NamedTuple):
-    """Names in lower case, and the indices in `LANGUAGES` of what they are in."""
+    """Names in lower case, and the place in `LANGUAGES` of what each is in, [n]."""
 
     texts: list[str]
     labels: Tensor
@@ -61,15 +61,14 @@ def normalise(text: str) -> str:
     return unicodedata.normalize("NFC", text).lower()
 
 
-def load_names() -> tuple[Names, Names]:
-    """Load the names for training and for the test."""
+def load_names(limit: int | None = None) -> list[Names]:
+    """Load the names for training and those for the test, all or about so many of each."""
     places: dict[str, set[tuple[int, bool]]] = defaultdict(set)
     for label, language in enumerate(LANGUAGES):
         locale = Locale.parse(language)
         for kind, names in ("territory", locale.territories), ("language", locale.languages):
             for code, name in names.items():
-                # Variants of a language, such as en_US, belong to its split. A checksum stays the
-                # same whatever other codes a version of Babel has.
+                # en_US goes where en goes, whatever other codes this version of Babel has.
                 is_test = zlib.crc32(f"{kind} {code.split('_')[0]}".encode()) % 5 == 0
                 places[normalise(name)].add((label, is_test))
     splits: tuple[dict[str, int], dict[str, int]] = {}, {}
@@ -77,14 +76,11 @@ def load_names() -> tuple[Names, Names]:
         if len(found) == 1 and len(text) <= LONGEST:
             ((label, is_test),) = found
             splits[is_test][text] = label
-    train, test = (Names(list(split), torch.tensor(list(split.values()))) for split in splits)
-    return train, test
-
-
-def some(names: Names, limit: int | None) -> Names:
-    """Take about so many of the names, evenly, or all."""
-    step = max(1, len(names.texts) // limit) if limit else 1
-    return Names(names.texts[::step], names.labels[::step])
+    sides = []
+    for split in splits:
+        texts = list(split)[:: max(1, len(split) // (limit or len(split)))]
+        sides.append(Names(texts, torch.tensor([split[text] for text in texts])))
+    return sides
 
 
 class Alphabet:
@@ -116,8 +112,7 @@ class SE1d(nn.Module):
         self.fc1, self.fc2 = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        gate = self.fc2(self.fc1(masked_mean(x, mask)).relu()).sigmoid()
-        return x * gate[:, :, None]
+        return x * self.fc2(self.fc1(masked_mean(x, mask)).relu()).sigmoid()[:, :, None]
 
 
 class Convolution(nn.Module):
@@ -200,8 +195,8 @@ def train(model: nn.Module, names: Names, alphabet: Alphabet, epochs: int, seed:
         # The schedule of EMAX's grouping that train.py has; other layers have none.
         rise = min(1.0, max(0.0, (step / steps - 0.05) / 0.15))
         set_grouping(model, warmup=rise, temperature=1 - step / steps / 2)
-        tokens = alphabet.encode([names.texts[index] for index in batch.tolist()])
-        loss = nn.functional.cross_entropy(model(tokens), names.labels[batch])
+        logits = model(alphabet.encode([names.texts[index] for index in batch.tolist()]))
+        loss = nn.functional.cross_entropy(logits, names.labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -259,9 +254,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="use about this many names of each split")
     parser.add_argument("--words", nargs="+", default=BUTTERFLIES, help="to name the language of")
     arguments = parser.parse_args()
-    for name in ("seeds", "epochs", "limit"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
+    for name, value in vars(arguments).items():
+        if isinstance(value, int) and value < 1:
             parser.error(f"--{name} must be at least 1, not {value}")
     if not all(arguments.words):
         parser.error("--words must have characters, and one has none")
@@ -270,7 +264,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    names, test = (some(split, arguments.limit) for split in load_names())
+    names, test = load_names(arguments.limit)
     alphabet = Alphabet(names.texts)
     print(f"{len(LANGUAGES)} languages, {len(names.texts)} names to train on, ", end="")
     print(f"{len(test.texts)} to test on, {alphabet.size} characters")
@@ -279,24 +273,25 @@ def main() -> None:
         hits = naive_bayes(names, test.texts, parts) == test.labels
         print(f"{name:8}  {hits.double().mean():6.3f}", flush=True)
 
+    models: list[nn.Module] = []
+    predictions: list[Tensor] = []
     accuracies: dict[str, list[float]] = {name: [] for name in ATTENTIONS}
-    for attention, values in accuracies.items():
-        start, predictions = time.perf_counter(), []
+    for name, values in accuracies.items():
+        start = time.perf_counter()
         for seed in range(arguments.seeds):
             torch.manual_seed(seed)
-            model = TextNet(alphabet.size, attention)
-            train(model, names, alphabet, arguments.epochs, seed)
-            predictions.append(predict(model, test.texts, alphabet).argmax(dim=1))
+            models.append(TextNet(alphabet.size, name))
+            train(models[-1], names, alphabet, arguments.epochs, seed)
+            predictions.append(predict(models[-1], test.texts, alphabet).argmax(dim=1))
             values.append((predictions[-1] == test.labels).double().mean().item())
         seconds = (time.perf_counter() - start) / arguments.seeds
-        size = sum(parameter.numel() for parameter in model.parameters())
-        against = "" if attention == "none" else interval(values, accuracies["none"], "+")
-        print(f"{attention:8}  {interval(values)}  {against:15}  {size:10,}", end="")
-        print(f"  {seconds:14.1f}", flush=True)
+        size = sum(parameter.numel() for parameter in models[-1].parameters())
+        gain = "" if name == "none" else interval(values, accuracies["none"], "+")
+        print(f"{name:8}  {interval(values)}  {gain:15}  {size:10,}  {seconds:14.1f}", flush=True)
 
-    errors = confusions(test.labels.repeat(arguments.seeds), torch.cat(predictions))
-    print(f"most frequent errors of {attention}: {errors}")
-    shown = predict(model, [normalise(word) for word in arguments.words], alphabet).topk(3)
+    last = torch.cat(predictions[-arguments.seeds :])
+    print(f"most frequent errors of emax: {confusions(test.labels.repeat(arguments.seeds), last)}")
+    shown = predict(models[-1], [normalise(word) for word in arguments.words], alphabet).topk(3)
     english = [Locale.parse(language).english_name for language in LANGUAGES]
     for word, values, labels in zip(arguments.words, *(x.tolist() for x in shown), strict=True):
         best = (f"{english[k]} {value:.3f}" for k, value in zip(labels, values, strict=True))
