@@ -188,7 +188,8 @@ def test_example_prints_its_table(
 def test_networks_learn(
     text: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(monkeypatch, "--seeds", "1", "--epochs", "2", "--words", "Schmetterling", "πεταλούδα")
+    options = "--seeds 1 --epochs 2 --limit 6000 --words papillon πεταλούδα"
+    run(monkeypatch, *options.split())
     printed = capsys.readouterr().out
     script, letters, _ = map(float, re.findall(rf"^[a-z]+ +({NUMBER})$", printed, re.MULTILINE))
     assert 1 / 30 < script < letters
