@@ -124,6 +124,7 @@ def test_scene_leaves_out_what_has_no_place(items: Any) -> None:
     ("name", "package"),
     [
         ("segmentation", "segmentation_models_pytorch"),
+        ("text", "babel"),
         ("transformers_timm", "transformers"),
     ],
 )
