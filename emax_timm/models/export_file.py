@@ -178,7 +178,7 @@ def check_export(path: Path, format: str | None, overwrite: bool) -> str:
             raise UsageError(f"{path} exists already; --overwrite replaces it")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
-    files.check_export(path)
+    files.check_target(path)
     for package in ONNX_PACKAGES if (format or by_suffix) == "onnx" else ():
         try:
             importlib.import_module(package)
