@@ -103,6 +103,7 @@ def job_of(run: Run, study: str, device: str, data_dir: str | None) -> dict[str,
         "seed": run.seed,
         "hash": run.cell.hash,
         "init": run.cell.init,
+        "experiment": run.cell.experiment,
         "config": {**run.cell.settings, **here},
     }
 

@@ -3,7 +3,8 @@
     python -m emax_timm.compare.run RUN_DIRECTORY
 
 The run directory holds job.json: the options of train.py (`config`), constants to start parameters
-from (`init`), the processor that the process is pinned to (`core`), and what identifies the run.
+from (`init`), a change of the model (`experiment`), the processor that the process is pinned to
+(`core`), and what identifies the run.
 An interrupted run continues where it stood.
 """
 
@@ -33,6 +34,8 @@ from ..training.guard import BadStepError
 from ..training.signals import Stopped, catch_signals
 from ..training.trainer import Trainer
 from ..version import __version__
+from .experiments import EXPERIMENTS
+from .gradients import record_gradients
 from .outcome import results
 
 __all__ = ["JOB", "RESULT", "make_run", "run"]
@@ -77,10 +80,12 @@ def make_run(folder: Path, job: dict[str, Any]) -> None:
     settings["resume"] = str(folder) if checkpoint.checkpoints(folder) else "auto"
     config = from_mapping(TrainConfig, settings, str(folder / JOB))
     with open_distributed_context(config.device, config.dist_timeout) as context:
-        trainer = build_trainer(config, context)
+        experiment = job.get("experiment")  # earlier versions had none
+        trainer = build_trainer(config, context, EXPERIMENTS[experiment] if experiment else None)
         loader, trainer.test_loader = trainer.test_loader, None  # tested below, with its slices
         if trainer.step == 0:
             start_from(trainer, job["init"])
+        record_gradients(trainer, folder)
         diverged = None
         try:
             with catch_signals() as trainer.stop:
@@ -160,8 +165,7 @@ def _processor() -> str:
 
 
 def _cost(trainer: Trainer) -> dict[str, Any]:
-    """Return parameters and MACs of the model, and how long training took."""
-    config = trainer.config
+    """Return parameters and MACs of the model (without its experiment's), and training's time."""
     with torch.device("meta"):
         model = timm.create_model(
             config.model,

@@ -153,6 +153,8 @@ def _method(methods: dict[str, Any], name: str, path: Path) -> Method:
         raise UsageError(f"{path}: method {name} has an attention and a model of its own")
     if method.attention is None and (method.attn_kwargs or method.stages is not None):
         raise UsageError(f"{path}: method {name} has attn_kwargs or stages, but no attention")
+    if method.experiment and method.attention != "emax":
+        raise UsageError(f"{path}: the experiment of method {name} needs attention: emax")
     return method
 
 
