@@ -13,6 +13,7 @@ from ..training.config import UsageError, from_mapping, option, parse_settings
 from ..training.distributed import find_device
 from ..training.signals import Stopped, catch_signals
 from .cells import Run, train_config
+from .costs import measure, read_costs
 from .plot import NEEDED, draw
 from .report import report
 from .results import check_folder, merge, read_results
@@ -35,6 +36,11 @@ class CompareConfig(StudyOptions):
         metavar="DIR",
     )
     report: bool = option(False, "make no runs; report those that there are")
+    measure: bool = option(
+        False,
+        "make no runs; measure the speed of all methods in turns, when the machine does nothing "
+        "else, for the report",
+    )
 
 
 @command("emax compare")
@@ -53,12 +59,16 @@ def compare(argv: Sequence[str], prog: str) -> int:
         if config.merge:
             count = merge(study, folder, [Path(name) for name in config.merge])
             print(f"{count} results copied into {folder}")
+        elif config.measure:
+            measure(study, folder, config.device, config.data_dir)
         elif not config.report:
             try:
                 make_runs(study, folder, config)
             except Stopped as stopped:
                 print(f"{prog}: {stopped}; the same command continues", file=sys.stderr)
                 return 128 + stopped.number
+        if config.measure and not read_results(study, folder):
+            return 0
         return _report(study, folder, shlex.join([*prog.split(), *argv]))
 
 
@@ -112,12 +122,13 @@ def _report(study: Study, folder: Path, made_by: str) -> int:
     results = read_results(study, folder)
     if not results:
         raise UsageError(f"no run of {folder} has ended, so there is nothing to report")
-    text = report(study, results, made_by)
+    costs = read_costs(folder)
+    text = report(study, results, costs, made_by)
     replace_file(folder / REPORT, lambda file: file.write_text(text, encoding="utf-8"))
     print(text)
     try:
         for backbone in {key[0] for key in results}:
-            draw(study, results, backbone, folder / f"{backbone}.svg")
+            draw(study, results, costs, backbone, folder / f"{backbone}.svg")
     except ImportError:
         print(f"there is no plot: {NEEDED}", file=sys.stderr)
     return 0

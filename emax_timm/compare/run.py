@@ -38,7 +38,7 @@ from .experiments import EXPERIMENTS
 from .gradients import record_gradients
 from .outcome import results
 
-__all__ = ["JOB", "RESULT", "make_run", "run"]
+__all__ = ["JOB", "RESULT", "environment", "make_run", "run"]
 
 JOB, RESULT = "job.json", "result.json"
 
@@ -92,7 +92,7 @@ def make_run(folder: Path, job: dict[str, Any]) -> None:
                 trainer.run()
         except BadStepError as error:
             diverged = str(error)
-        content = {**job, **_environment(context), **_cost(trainer), "diverged": diverged}
+        content = {**job, **environment(context), **_cost(trainer), "diverged": diverged}
         content |= results(trainer, loader)
     text = json.dumps(content, indent=1) + "\n"
     replace_file(folder / RESULT, lambda file: file.write_text(text, encoding="utf-8"))
@@ -122,7 +122,8 @@ def start_from(trainer: Trainer, init: dict[str, float]) -> None:
             parameter.fill_(value)
 
 
-def _environment(context: DistributedContext) -> dict[str, Any]:
+def environment(context: DistributedContext) -> dict[str, Any]:
+    """Return what a measurement was made with: versions, commit, machine, and when."""
     device = context.device
     cuda = device.type == "cuda"
     layer = EMAX(32).to(device)
@@ -166,6 +167,7 @@ def _processor() -> str:
 
 def _cost(trainer: Trainer) -> dict[str, Any]:
     """Return parameters and MACs of the model (without its experiment's), and training's time."""
+    config = trainer.config
     with torch.device("meta"):
         model = timm.create_model(
             config.model,

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from emax_timm.compare.results import JOB, RESULT
+from emax_timm.compare.results import RESULT
 from emax_timm.compare.study import Study, read_study
 
 __all__ = ["STUDY", "result_of", "write_results_of", "write_study"]
@@ -77,12 +77,14 @@ def result_of(study: Study, method: str, seed: int, top1: float, **more: Any) ->
 def write_results_of(
     path: Path, folder: Path, top1: Mapping[tuple[str, int], float], **more: Any
 ) -> Study:
-    """Write results by method and seed as if the runs of the study file had been made."""
+    """Write results by method and seed as if the runs of the study file had been made.
+
+    They are all that is there: neither weights nor logs, nor what the processes were told.
+    """
     study = read_study(str(path))
     for (method, seed), value in top1.items():
         content = json.dumps(result_of(study, method, seed, value, **more))
         run = folder / study.name / "tiny" / method / f"seed-{seed}"
         run.mkdir(parents=True)
-        for name in (JOB, RESULT):
-            (run / name).write_text(content)
+        (run / RESULT).write_text(content)
     return study
