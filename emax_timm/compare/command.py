@@ -14,6 +14,8 @@ from ..training.distributed import find_device
 from ..training.signals import Stopped, catch_signals
 from .cells import Run, train_config
 from .costs import measure, read_costs
+from .grouping import analyse
+from .grouping_report import draw_grouping, read_groupings
 from .plot import NEEDED, draw
 from .report import report
 from .results import check_folder, merge, read_results
@@ -36,6 +38,13 @@ class CompareConfig(StudyOptions):
         metavar="DIR",
     )
     report: bool = option(False, "make no runs; report those that there are")
+    grouping: list[str] = option(
+        [],
+        "make no runs; find out what the dynamic grouping of these methods does in the runs that "
+        "have ended",
+        nargs="+",
+        metavar="METHOD",
+    )
     measure: bool = option(
         False,
         "make no runs; measure the speed of all methods in turns, when the machine does nothing "
@@ -59,6 +68,8 @@ def compare(argv: Sequence[str], prog: str) -> int:
         if config.merge:
             count = merge(study, folder, [Path(name) for name in config.merge])
             print(f"{count} results copied into {folder}")
+        elif config.grouping:
+            analyse(study, folder, config.grouping, config.device, config.data_dir)
         elif config.measure:
             measure(study, folder, config.device, config.data_dir)
         elif not config.report:
@@ -122,13 +133,16 @@ def _report(study: Study, folder: Path, made_by: str) -> int:
     results = read_results(study, folder)
     if not results:
         raise UsageError(f"no run of {folder} has ended, so there is nothing to report")
-    costs = read_costs(folder)
-    text = report(study, results, costs, made_by)
+    costs, backbones = read_costs(folder), dict.fromkeys(key[0] for key in results)
+    groupings = {backbone: read_groupings(study, folder, backbone) for backbone in backbones}
+    text = report(study, results, costs, groupings, made_by)
     replace_file(folder / REPORT, lambda file: file.write_text(text, encoding="utf-8"))
     print(text)
     try:
-        for backbone in {key[0] for key in results}:
+        for backbone in backbones:
             draw(study, results, costs, backbone, folder / f"{backbone}.svg")
+            if found := groupings[backbone]:
+                draw_grouping(study, backbone, found, folder / f"{backbone}-grouping.svg")
     except ImportError:
         print(f"there is no plot: {NEEDED}", file=sys.stderr)
     return 0

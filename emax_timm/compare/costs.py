@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from ..tables import heading, row
-from ..training.build import build_trainer
 from ..training.config import UsageError
 from ..training.distributed import open_distributed_context
 from ..training.trainer import Trainer
 from .cells import Cell, train_config
-from .experiments import EXPERIMENTS
 from .results import Results, read_json, write_json
-from .run import environment
+from .run import environment, trainer_of
 from .study import Study
 from .workers import cores
 
@@ -55,8 +53,7 @@ def measure(study: Study, folder: Path, device: str, data_dir: str | None) -> No
             if data_dir:
                 here["data_dir"] = data_dir
             config = train_config(cell, seed=cell.seeds[0], output=str(folder), **here)
-            change = EXPERIMENTS[cell.experiment] if cell.experiment else None
-            trainer = build_trainer(config, context, change)  # writes nothing
+            trainer = trainer_of(config, cell.experiment, context)
             if (loader := trainer.test_loader or trainer.val_loader) is None:
                 raise UsageError(f"{cell.folder} has no test split, so no images to measure with")
             timed.append((cell, trainer, next(iter(trainer.train_loader)), next(iter(loader))[0]))

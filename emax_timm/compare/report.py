@@ -7,6 +7,7 @@ from typing import Any
 from ..tables import heading, row
 from ..training.config import to_yaml
 from .costs import cost_table
+from .grouping_report import Groupings, grouping_report
 from .results import Results
 from .statistics import Difference, holm, paired, unpaired
 from .study import Study
@@ -16,13 +17,20 @@ __all__ = ["difference", "report", "values_of"]
 UNITS = {"top1": ("top-1 (%)", 2), "top5": ("top-5 (%)", 2), "loss": ("loss", 4)}
 
 
-def report(study: Study, results: Results, costs: dict[str, Any], made_by: str) -> str:
+def report(
+    study: Study,
+    results: Results,
+    costs: dict[str, Any],
+    groupings: dict[str, Groupings],
+    made_by: str,
+) -> str:
     """Write the report.
 
     Args:
         study: The study.
         results: The results so far; there must be one.
         costs: What `costs.measure` has measured, if it has.
+        groupings: For each backbone what `grouping.analyse` has found.
         made_by: The command, as it was typed.
     """
     wanted = len(study.runs())
@@ -35,6 +43,7 @@ def report(study: Study, results: Results, costs: dict[str, Any], made_by: str) 
                 parts += ["", *_methods(study, results, backbone, metric)]
             parts += ["", *cost_table(study, results, costs, backbone)]
             parts += _slices(study, results, backbone)
+            parts += grouping_report(groupings.get(backbone, {}))
     parts += ["", *_diverged(results), "## How it was made", "", *_origin(study, results)]
     return "\n".join(parts) + "\n"
 

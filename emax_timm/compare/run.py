@@ -38,7 +38,7 @@ from .experiments import EXPERIMENTS
 from .gradients import record_gradients
 from .outcome import results
 
-__all__ = ["JOB", "RESULT", "environment", "make_run", "run"]
+__all__ = ["JOB", "RESULT", "environment", "make_run", "run", "trainer_of"]
 
 JOB, RESULT = "job.json", "result.json"
 
@@ -80,8 +80,8 @@ def make_run(folder: Path, job: dict[str, Any]) -> None:
     settings["resume"] = str(folder) if checkpoint.checkpoints(folder) else "auto"
     config = from_mapping(TrainConfig, settings, str(folder / JOB))
     with open_distributed_context(config.device, config.dist_timeout) as context:
-        experiment = job.get("experiment")  # earlier versions had none
-        trainer = build_trainer(config, context, EXPERIMENTS[experiment] if experiment else None)
+        # A job of an earlier version has no experiment.
+        trainer = trainer_of(config, job.get("experiment"), context)
         loader, trainer.test_loader = trainer.test_loader, None  # tested below, with its slices
         if trainer.step == 0:
             start_from(trainer, job["init"])
@@ -99,6 +99,11 @@ def make_run(folder: Path, job: dict[str, Any]) -> None:
     if (folder / checkpoint.CHECKPOINTS).exists():
         remove(folder / checkpoint.CHECKPOINTS)
         (folder / checkpoint.LAST).unlink(missing_ok=True)
+
+
+def trainer_of(config: TrainConfig, experiment: str | None, context: DistributedContext) -> Trainer:
+    """Build the trainer of a run; nothing is written."""
+    return build_trainer(config, context, EXPERIMENTS[experiment] if experiment else None)
 
 
 @torch.no_grad()

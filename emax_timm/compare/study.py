@@ -54,6 +54,8 @@ class Study:
     backbones: dict[str, Backbone]
     methods: dict[str, Method]
     primary: Primary
+    tuned: dict[str, dict[str, Any]]
+    """The values that `emax tune` has chosen, by backbone/method."""
     cells: tuple[Cell, ...]
 
     @property
@@ -118,7 +120,7 @@ def read_study(name: str) -> Study:
         for name, backbone in backbones.items()
         for key, method in methods.items()
     )
-    return Study(path, file, backbones, methods, primary, cells)
+    return Study(path, file, backbones, methods, primary, tuned, cells)
 
 
 def _mapping(value: Any, source: str) -> dict[str, Any]:
