@@ -18,6 +18,7 @@ from torch import Tensor
 from ..tables import heading, row
 from ..training.config import UsageError
 from ..training.distributed import open_distributed_context
+from ..training.progress import Progress
 from ..training.trainer import Trainer
 from .cells import Cell, train_config
 from .results import Results, read_json, write_json
@@ -58,12 +59,14 @@ def measure(study: Study, folder: Path, device: str, data_dir: str | None) -> No
                 raise UsageError(f"{cell.folder} has no test split, so no images to measure with")
             timed.append((cell, trainer, next(iter(trainer.train_loader)), next(iter(loader))[0]))
             seconds[cell.hash] = {"training": [], "inference": []}
-        for number in range(1 + ROUNDS):
-            for cell, trainer, batch, images in timed:
-                found = _step(trainer, batch), _pass(trainer, images)
-                if number:
-                    for key, value in zip(("training", "inference"), found, strict=True):
-                        seconds[cell.hash][key].append(value)
+        with Progress("measuring", (1 + ROUNDS) * len(timed), 0, True) as progress:
+            for number in range(1 + ROUNDS):
+                for cell, trainer, batch, images in timed:
+                    found = _step(trainer, batch), _pass(trainer, images)
+                    progress.step()
+                    if number:
+                        for key, value in zip(("training", "inference"), found, strict=True):
+                            seconds[cell.hash][key].append(value)
         content = {**environment(context), "load": load, "rounds": ROUNDS, "cells": {}}
         for cell, _, batch, images in timed:
             content["cells"][cell.hash] = {
@@ -75,7 +78,10 @@ def measure(study: Study, folder: Path, device: str, data_dir: str | None) -> No
 
 
 def _step(trainer: Trainer, batch: Any) -> float:
-    trainer.step = 0  # the schedules know no steps beyond their end
+    # The same step each time: the schedules know none beyond their end, and nothing diverges.
+    trainer.step = 0
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0
     trainer.network.train()
     return _timed(trainer, lambda: trainer.train_step([batch]))
 

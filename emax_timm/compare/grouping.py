@@ -20,6 +20,7 @@ from ..training import checkpoint
 from ..training.config import UsageError, nearest
 from ..training.distributed import DistributedContext, open_distributed_context
 from ..training.journal import read_rows
+from ..training.progress import working
 from ..training.trainer import Trainer
 from .cells import Run, train_config
 from .gradients import GRADIENTS
@@ -56,7 +57,8 @@ def analyse(
             path = folder / run.folder
             settings = {"device": device} if device else {}
             settings |= {"data_dir": data_dir} if data_dir else {}
-            content = _of_run(run, path, settings, context)
+            with working(f"{run}: group counts"):
+                content = _of_run(run, path, settings, context)
             write_json(path / GROUPING, content, indent=None)
             print(f"{number}/{len(todo)} {run}: group counts", flush=True)
 

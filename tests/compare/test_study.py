@@ -186,7 +186,7 @@ def test_commands_of_the_page_are_understood() -> None:
     lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
     kinds = {"compare": CompareConfig, "tune": TuneConfig}
     commands = [words[1:] for words in lines if words[0] == "emax"]
-    assert len(commands) == 4
+    assert len(commands) == 6
     for name, *arguments in commands:
         settings = parse_settings(kinds[name], arguments, name)
         assert find_config(settings["study"]).parent.name == "studies"
