@@ -179,7 +179,7 @@ def _draw_shares(axis: Any, method: str, contents: list[dict[str, Any]]) -> None
     axis.set(title=f"{method}: chosen group counts", xlabel="% of test images", xlim=(0, 100))
     axis.tick_params(axis="y", labelsize=7)
     axis.invert_yaxis()
-    axis.legend(fontsize=7, ncols=3)
+    axis.legend(fontsize=7, ncols=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _draw_forced(axis: Any, contents: list[dict[str, Any]]) -> None:
@@ -189,7 +189,8 @@ def _draw_forced(axis: Any, contents: list[dict[str, Any]]) -> None:
         assert found is not None
         axis.errorbar(place, found.mean, yerr=found.half_width or 0, marker="o", capsize=4)
     axis.axhline(0, color="grey", linewidth=0.8)
-    axis.set_xticks(range(len(names)), names, fontsize=7)
+    labels = [name.replace("layer's ", "layer's\n") for name in names]
+    axis.set_xticks(range(len(names)), labels, fontsize=7)
     axis.set(title="all layers forced to one count", ylabel=f"top-1 - {AS_TRAINED} (points)")
 
 
