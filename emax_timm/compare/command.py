@@ -14,7 +14,7 @@ from ..training.distributed import find_device
 from ..training.signals import Stopped, catch_signals
 from .cells import Run, train_config
 from .costs import measure, read_costs
-from .grouping import analyse
+from .grouping import analyse, check_methods
 from .grouping_report import draw_grouping, read_groupings
 from .plot import NEEDED, draw
 from .report import report
@@ -60,6 +60,7 @@ def compare(argv: Sequence[str], prog: str) -> int:
     if config.study is None:
         raise UsageError("nothing to compare: give a study file")
     study = read_study(config.study)
+    check_methods(study, config.grouping)
     folder = Path(config.output) / study.name
     check_folder(study, folder)
     with lock_folder(folder) as held:

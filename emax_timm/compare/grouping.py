@@ -29,9 +29,30 @@ from .results import GROUPING, read_json, write_json
 from .run import RESULT, environment, trainer_of
 from .study import Study
 
-__all__ = ["AS_TRAINED", "MOST_FREQUENT", "analyse", "choosing_layers", "force_counts"]
+__all__ = [
+    "AS_TRAINED",
+    "MOST_FREQUENT",
+    "analyse",
+    "check_methods",
+    "choosing_layers",
+    "force_counts",
+]
 
 AS_TRAINED, MOST_FREQUENT = "as trained", "each layer's most frequent"
+
+
+def check_methods(study: Study, methods: list[str]) -> None:
+    """Check that the study has the methods.
+
+    Raises:
+        UsageError: If it does not.
+    """
+    for name in methods:
+        if name not in study.methods:
+            raise UsageError(
+                f"--grouping: unknown method {name}; the nearest of {', '.join(study.methods)} "
+                f"is {nearest(name, study.methods)}"
+            )
 
 
 def analyse(
@@ -42,14 +63,8 @@ def analyse(
     A run whose file is of the same weights is left out.
 
     Raises:
-        UsageError: If the study has no such method, or a run has no weights.
+        UsageError: If a run has no weights, or no layer that chooses its group count.
     """
-    for name in methods:
-        if name not in study.methods:
-            raise UsageError(
-                f"--grouping: unknown method {name}; the nearest of {', '.join(study.methods)} "
-                f"is {nearest(name, study.methods)}"
-            )
     ended = [run for run in study.runs() if (folder / run.folder / RESULT).exists()]
     todo = [run for run in ended if run.cell.method in methods and _is_due(folder / run.folder)]
     with open_distributed_context(device) as context:

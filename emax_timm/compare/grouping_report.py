@@ -196,7 +196,7 @@ def _draw_forced(axis: Any, contents: list[dict[str, Any]]) -> None:
 
 def _draw_norms(axis: Any, contents: list[dict[str, Any]]) -> None:
     recorded = [content["gradients"] for content in contents if content["gradients"]]
-    axis.set(title="controllers' share of their layers' gradient", xlabel="step", yscale="log")
+    axis.set(title="gradients of the controllers", xlabel="step", yscale="log")
     if not recorded:
         axis.text(0.5, 0.5, "not recorded", ha="center", transform=axis.transAxes)
         return

@@ -154,10 +154,11 @@ def test_grouping_of_what_is_not_there_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_study(tmp_path)
-    write_results_of(path, tmp_path / "runs", {("emax", 0): 51.0})
     command = [str(path), "--output", str(tmp_path / "runs"), "--device", "cpu", "--grouping"]
     assert compare([*command, "emx"]) == 2
     assert "unknown method emx; the nearest of" in only_line(capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()
+    write_results_of(path, tmp_path / "runs", {("emax", 0): 51.0})
     assert compare([*command, "emax"]) == 2
     assert "has no model.safetensors" in only_line(capsys.readouterr().err)
 
