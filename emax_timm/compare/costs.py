@@ -5,6 +5,7 @@ makes steps of all cells in turns, at a time when the machine is quiet, and the 
 """
 
 import contextlib
+import io
 import os
 import statistics
 import time
@@ -54,7 +55,8 @@ def measure(study: Study, folder: Path, device: str, data_dir: str | None) -> No
             if data_dir:
                 here["data_dir"] = data_dir
             config = train_config(cell, seed=cell.seeds[0], output=str(folder), **here)
-            trainer = trainer_of(config, cell.experiment, context)
+            with contextlib.redirect_stdout(io.StringIO()):  # what each one's data are
+                trainer = trainer_of(config, cell.experiment, context)
             if (loader := trainer.test_loader or trainer.val_loader) is None:
                 raise UsageError(f"{cell.folder} has no test split, so no images to measure with")
             timed.append((cell, trainer, next(iter(trainer.train_loader)), next(iter(loader))[0]))

@@ -5,6 +5,8 @@ slice of the test set, the accuracy with every layer forced to a count, and the 
 controllers that the run has recorded.
 """
 
+import contextlib
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,8 @@ def _of_run(
     run: Run, folder: Path, settings: dict[str, Any], context: DistributedContext
 ) -> dict[str, Any]:
     config = train_config(run.cell, seed=run.seed, output=str(folder), **settings)
-    trainer = trainer_of(config, run.cell.experiment, context)
+    with contextlib.redirect_stdout(io.StringIO()):  # what its data are
+        trainer = trainer_of(config, run.cell.experiment, context)
     weights = folder / checkpoint.BEST
     checkpoint.load_weights(trainer.model, weights)
     layers = choosing_layers(trainer.model)
