@@ -5,6 +5,7 @@ compute without.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,6 @@ def _norm(module: nn.Module) -> float:
     return _norm_of(list(module.parameters()))
 
 
-def _norm_of(parameters: list[Tensor]) -> float:
+def _norm_of(parameters: Sequence[Tensor]) -> float:
     gradients = [p.grad for p in parameters if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients).item() if gradients else 0.0

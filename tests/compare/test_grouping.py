@@ -38,16 +38,16 @@ def on_scenes(study: dict[str, Any]) -> None:
     study["recipe"].pop("img_size")
 
 
-def open_up(trainer: Trainer) -> None:
+def open_up(model: torch.nn.Module) -> None:
     """Give values to what starts at 0: a norm that ends a block lets nothing pass."""
-    for parameter in trainer.model.parameters():
+    for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter)
 
 
 def undecided(trainer: Trainer) -> None:
-    """Give the controllers weights with which the images of a batch choose differently."""
-    open_up(trainer)
+    """Give the model weights with which the images of a batch choose and are classed differently."""
+    open_up(trainer.model)
     images = next(iter(trainer.test_loader))[0]
     for layer in choosing_layers(trainer.model).values():
         controller: Any = layer.group_controller
@@ -59,8 +59,9 @@ def undecided(trainer: Trainer) -> None:
         torch.nn.init.normal_(controller.weight, std=100.0)
         handle = controller.register_forward_pre_hook(centre)
         with torch.no_grad():
-            trainer.model.eval()(images)
+            logits = trainer.model.eval()(images)
         handle.remove()
+    trainer.model.get_classifier().bias.data -= logits.mean(0)
 
 
 @pytest.mark.parametrize("scenes", mostly_slow([False, True], 0))
@@ -82,11 +83,11 @@ def test_choices_are_counted_and_accuracy_is_that_of_networks_with_one_count(
     found = json.loads((folder / GROUPING).read_text())
 
     # The choices: from the logits that the controllers give.
-    logits: dict[str, list[torch.Tensor]] = {}
     layers = choosing_layers(trainer.model)
+    logits: Any = {name: [] for name in layers}
     handles = [
         layer.group_controller.register_forward_hook(  # type: ignore[union-attr]
-            lambda _, inputs, output, name=name: logits.setdefault(name, []).append(output)
+            lambda _, inputs, output, name=name: logits[name].append(output)
         )
         for name, layer in layers.items()
     ]
@@ -147,7 +148,30 @@ def test_layer_without_the_forced_count_gets_the_next_below() -> None:
     force_counts(model, {"few": 8, "many": 8})
     for name, count in (("few", 4), ("many", 8)):
         x = torch.randn(3, layers[name], 5, 5)
-        assert model[name].eval().attention(x).group_count.tolist() == [count] * 3
+        layer: Any = model[name].eval()
+        assert layer.attention(x).group_count.tolist() == [count] * 3
+
+
+def test_forced_network_computes_what_one_with_that_count_alone_computes() -> None:
+    def network(**attention: Any) -> Any:
+        settings = {**STUDY["backbones"]["tiny"]["model_kwargs"], "base_model": "resnet10t"}
+        attention["gate_init"] = 1.0
+        return timm.create_model(
+            "with_attention", where="block", attn_kwargs=attention, num_classes=3, **settings
+        ).eval()
+
+    torch.manual_seed(0)
+    model, x, found = network(), torch.randn(4, 3, 32, 32), []
+    open_up(model)
+    for count in (1, 4):
+        force_counts(model, dict.fromkeys(choosing_layers(model), count))
+        alone = network(group_counts=[count])
+        state = {k: v for k, v in model.state_dict().items() if "group_controller" not in k}
+        alone.load_state_dict(state)
+        with torch.no_grad():
+            found.append(model(x))
+            torch.testing.assert_close(found[-1], alone(x), rtol=1e-4, atol=1e-4)
+    assert (found[0] - found[1]).abs().max() > 0.01 * found[0].abs().max()
 
 
 def test_grouping_of_what_is_not_there_is_refused(
@@ -184,7 +208,7 @@ def test_gradients_are_those_that_the_optimizer_gets(images: Path, tmp_path: Pat
             parameter.register_hook(
                 lambda grad, name=name: seen.update({name: seen[name] + grad.square().sum().item()})
             )
-    open_up(trainer)
+    open_up(trainer.model)
     record_gradients(trainer, tmp_path)
     trainer.network.train()
     trainer.step = 3  # after the warm-up
