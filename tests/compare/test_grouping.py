@@ -46,7 +46,7 @@ def open_up(model: torch.nn.Module) -> None:
 
 
 def undecided(trainer: Trainer) -> None:
-    """Give the model weights with which the images of a batch choose and are classed differently."""
+    """Give the model weights with which images choose and are classed differently."""
     open_up(trainer.model)
     images = next(iter(trainer.test_loader))[0]
     for layer in choosing_layers(trainer.model).values():
