@@ -59,9 +59,10 @@ def undecided(trainer: Trainer) -> None:
         torch.nn.init.normal_(controller.weight, std=100.0)
         handle = controller.register_forward_pre_hook(centre)
         with torch.no_grad():
-            logits = trainer.model.eval()(images)
+            trainer.model.eval()(images)
         handle.remove()
-    trainer.model.get_classifier().bias.data -= logits.mean(0)
+    with torch.no_grad():
+        trainer.model.get_classifier().bias -= trainer.model(images).mean(0)
 
 
 @pytest.mark.parametrize("scenes", mostly_slow([False, True], 0))
