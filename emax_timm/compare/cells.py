@@ -22,6 +22,7 @@ from ..training.config import (
     option,
 )
 from ..training.config.checks import check_config
+from .experiments import EXPERIMENTS
 
 __all__ = ["Backbone", "Cell", "Method", "Run", "make_cell", "train_config"]
 
@@ -64,6 +65,9 @@ class Method:
     init: dict[str, float] = option(
         {}, "constants to start parameters from, by the ends of their names"
     )
+    experiment: str | None = option(
+        None, "a change of the model that the package does not offer", choices=tuple(EXPERIMENTS)
+    )
     model: str = option("", "another timm model instead of the backbone; its runs are not paired")
     model_kwargs: dict[str, Any] = option({}, "the keyword arguments of that model")
     recipe: dict[str, Any] = option({}, "options of train.py for this method")
@@ -82,6 +86,7 @@ class Cell(NamedTuple):
     method: str
     settings: dict[str, Any]
     init: dict[str, float]
+    experiment: str | None
     seeds: tuple[int, ...]
     paired: bool
     hash: str
@@ -179,8 +184,9 @@ def make_cell(
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from None
     seeds = tuple(seeds if kind.seeds is None else seeds[: kind.seeds])
-    digest = _hash(config, kind.init)
-    return Cell(backbone[0], method[0], settings, kind.init, seeds, not kind.model, digest)
+    digest = _hash(config, kind)
+    more = (kind.init, kind.experiment, seeds, not kind.model, digest)
+    return Cell(backbone[0], method[0], settings, *more)
 
 
 def _model(backbone: Backbone, method: Method, settings: dict[str, Any]) -> dict[str, Any]:
@@ -203,10 +209,12 @@ def _model(backbone: Backbone, method: Method, settings: dict[str, Any]) -> dict
     return {"model": "with_attention", "model_kwargs": {**backbone.model_kwargs, **inserted}}
 
 
-def _hash(config: TrainConfig, init: dict[str, float]) -> str:
+def _hash(config: TrainConfig, method: Method) -> str:
     content: dict[str, Any] = dataclasses.asdict(config)
     content = {key: value for key, value in content.items() if key not in MACHINE}
-    content["init"] = init
+    content["init"] = method.init
+    if method.experiment:
+        content["experiment"] = method.experiment
     if config.pretrained_path:
         content["weights"] = sha256_of(Path(config.pretrained_path))
     text = json.dumps(content, sort_keys=True)

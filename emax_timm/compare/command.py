@@ -13,6 +13,9 @@ from ..training.config import UsageError, from_mapping, option, parse_settings
 from ..training.distributed import find_device
 from ..training.signals import Stopped, catch_signals
 from .cells import Run, train_config
+from .costs import measure, read_costs
+from .grouping import analyse, check_methods
+from .grouping_report import draw_grouping, read_groupings
 from .plot import NEEDED, draw
 from .report import report
 from .results import check_folder, merge, read_results
@@ -35,6 +38,18 @@ class CompareConfig(StudyOptions):
         metavar="DIR",
     )
     report: bool = option(False, "make no runs; report those that there are")
+    grouping: list[str] = option(
+        [],
+        "make no runs; find out what the dynamic grouping of these methods does in the runs that "
+        "have ended",
+        nargs="+",
+        metavar="METHOD",
+    )
+    measure: bool = option(
+        False,
+        "make no runs; measure the speed of all methods in turns, when the machine does nothing "
+        "else, for the report",
+    )
 
 
 @command("emax compare")
@@ -45,6 +60,7 @@ def compare(argv: Sequence[str], prog: str) -> int:
     if config.study is None:
         raise UsageError("nothing to compare: give a study file")
     study = read_study(config.study)
+    check_methods(study, config.grouping)
     folder = Path(config.output) / study.name
     check_folder(study, folder)
     with lock_folder(folder) as held:
@@ -53,12 +69,18 @@ def compare(argv: Sequence[str], prog: str) -> int:
         if config.merge:
             count = merge(study, folder, [Path(name) for name in config.merge])
             print(f"{count} results copied into {folder}")
+        elif config.grouping:
+            analyse(study, folder, config.grouping, config.device, config.data_dir)
+        elif config.measure:
+            measure(study, folder, config.device, config.data_dir)
         elif not config.report:
             try:
                 make_runs(study, folder, config)
             except Stopped as stopped:
                 print(f"{prog}: {stopped}; the same command continues", file=sys.stderr)
                 return 128 + stopped.number
+        if config.measure and not read_results(study, folder):
+            return 0
         return _report(study, folder, shlex.join([*prog.split(), *argv]))
 
 
@@ -103,6 +125,7 @@ def job_of(run: Run, study: str, device: str, data_dir: str | None) -> dict[str,
         "seed": run.seed,
         "hash": run.cell.hash,
         "init": run.cell.init,
+        "experiment": run.cell.experiment,
         "config": {**run.cell.settings, **here},
     }
 
@@ -111,12 +134,16 @@ def _report(study: Study, folder: Path, made_by: str) -> int:
     results = read_results(study, folder)
     if not results:
         raise UsageError(f"no run of {folder} has ended, so there is nothing to report")
-    text = report(study, results, made_by)
+    costs, backbones = read_costs(folder), dict.fromkeys(key[0] for key in results)
+    groupings = {backbone: read_groupings(study, folder, backbone) for backbone in backbones}
+    text = report(study, results, costs, groupings, made_by)
     replace_file(folder / REPORT, lambda file: file.write_text(text, encoding="utf-8"))
     print(text)
     try:
-        for backbone in {key[0] for key in results}:
-            draw(study, results, backbone, folder / f"{backbone}.svg")
+        for backbone in backbones:
+            draw(study, results, costs, backbone, folder / f"{backbone}.svg")
+            if found := groupings[backbone]:
+                draw_grouping(study, backbone, found, folder / f"{backbone}-grouping.svg")
     except ImportError:
         print(f"there is no plot: {NEEDED}", file=sys.stderr)
     return 0

@@ -1,9 +1,10 @@
 """The plot of a study: accuracy against the time that a network takes for an image."""
 
-import statistics
 from pathlib import Path
+from typing import Any
 
 from ..files import replace_file
+from .costs import speeds
 from .report import UNITS, values_of
 from .results import Results
 from .statistics import paired
@@ -14,7 +15,7 @@ __all__ = ["NEEDED", "draw"]
 NEEDED = "the plots need the package matplotlib: pip install 'emax-timm[viz]'"
 
 
-def draw(study: Study, results: Results, backbone: str, path: Path) -> None:
+def draw(study: Study, results: Results, costs: dict[str, Any], backbone: str, path: Path) -> None:
     """Draw the primary metric of every method over its inference time, with 95 % intervals.
 
     Raises:
@@ -26,17 +27,10 @@ def draw(study: Study, results: Results, backbone: str, path: Path) -> None:
     metric = study.primary.metric
     figure = Figure(figsize=(7, 5), layout="constrained")
     axis = figure.subplots()
-    for method in study.methods:
+    for method, speed in speeds(study, results, costs, backbone)[0].items():
         values = list(values_of(results, backbone, method, metric).values())
-        if not values:
-            continue
-        speeds = [
-            content["inference_images_per_second"]
-            for key, content in results.items()
-            if key[:2] == (backbone, method)
-        ]
         interval = paired(values, [0.0] * len(values))  # of the mean itself
-        time = 1000 / statistics.median(speeds)
+        time = 1000 / speed.inference
         axis.errorbar(time, interval.mean, yerr=interval.half_width or 0, marker="o", capsize=4)
         axis.annotate(
             method, (time, interval.mean), textcoords="offset points", xytext=(6, 4), fontsize=8

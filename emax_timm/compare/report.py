@@ -6,6 +6,8 @@ from typing import Any
 
 from ..tables import heading, row
 from ..training.config import to_yaml
+from .costs import cost_table
+from .grouping_report import Groupings, grouping_report
 from .results import Results
 from .statistics import Difference, holm, paired, unpaired
 from .study import Study
@@ -15,12 +17,20 @@ __all__ = ["difference", "report", "values_of"]
 UNITS = {"top1": ("top-1 (%)", 2), "top5": ("top-5 (%)", 2), "loss": ("loss", 4)}
 
 
-def report(study: Study, results: Results, made_by: str) -> str:
+def report(
+    study: Study,
+    results: Results,
+    costs: dict[str, Any],
+    groupings: dict[str, Groupings],
+    made_by: str,
+) -> str:
     """Write the report.
 
     Args:
         study: The study.
         results: The results so far; there must be one.
+        costs: What `costs.measure` has measured, if it has.
+        groupings: For each backbone what `grouping.analyse` has found.
         made_by: The command, as it was typed.
     """
     wanted = len(study.runs())
@@ -31,7 +41,9 @@ def report(study: Study, results: Results, made_by: str) -> str:
             parts += ["", f"## {backbone}"]
             for metric in study.file.metrics:
                 parts += ["", *_methods(study, results, backbone, metric)]
-            parts += ["", *_costs(study, results, backbone), *_slices(study, results, backbone)]
+            parts += ["", *cost_table(study, results, costs, backbone)]
+            parts += _slices(study, results, backbone)
+            parts += grouping_report(groupings.get(backbone, {}))
     parts += ["", *_diverged(results), "## How it was made", "", *_origin(study, results)]
     return "\n".join(parts) + "\n"
 
@@ -175,23 +187,6 @@ def _p(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.3f}" if value >= 0.001 else "< 0.001"
-
-
-def _costs(study: Study, results: Results, backbone: str) -> list[str]:
-    names = ["parameters (M)", "MACs (M)", "images/s, training", "images/s, inference"]
-    lines = heading(["method", *names, "memory (MB)", "minutes a run", "training top-1 (%)"])
-    for method in _present(study, results, backbone):
-        runs = [content for key, content in results.items() if key[:2] == (backbone, method)]
-
-        def median(key: str, scale: float = 1.0, runs: Any = runs) -> str:
-            values = [content[key] / scale for content in runs if content[key] is not None]
-            return f"{statistics.median(values):.1f}" if values else ""
-
-        cells = [f"{runs[0]['parameters'] / 1e6:.3f}", f"{runs[0]['macs'] / 1e6:.1f}"]
-        cells += [median("training_images_per_second"), median("inference_images_per_second")]
-        cells += [median("memory_bytes", 1e6), median("seconds", 60), median("training_top1")]
-        lines.append(row([method, *cells]))
-    return lines
 
 
 def _slices(study: Study, results: Results, backbone: str) -> list[str]:

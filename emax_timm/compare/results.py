@@ -1,4 +1,8 @@
-"""The folder of a study: the results of its runs, checked, and those of other folders merged in."""
+"""The folder of a study: the results of its runs, checked, and those of other folders merged in.
+
+To report a study, or to merge it into another, it takes no more than the files result.json of its
+runs, in BACKBONE/METHOD/seed-N, and what is made of their weights beside them.
+"""
 
 import json
 from pathlib import Path
@@ -10,9 +14,18 @@ from .cells import Run
 from .run import JOB, RESULT
 from .study import Study
 
-__all__ = ["Results", "check_folder", "merge", "read_results"]
+__all__ = [
+    "GROUPING",
+    "Results",
+    "check_folder",
+    "merge",
+    "read_json",
+    "read_results",
+    "write_json",
+]
 
 DECLARED = "declared.json"
+GROUPING = "grouping.json"  # beside the result of a run: how its EMAX layers choose group counts
 
 # The content of a run's result.json, by backbone, method and seed.
 Results = dict[tuple[str, str, int], dict[str, Any]]
@@ -26,7 +39,7 @@ def check_folder(study: Study, folder: Path) -> None:
             configuration, or was started with another primary comparison or other seeds.
     """
     wanted = {study_run.folder: study_run for study_run in study.runs()}
-    for path in sorted(folder.glob(f"*/*/*/{JOB}")) if folder.is_dir() else []:
+    for path in [*sorted(folder.glob(f"*/*/*/{JOB}")), *sorted(folder.glob(f"*/*/*/{RESULT}"))]:
         name = path.parent.relative_to(folder)
         if name not in wanted:
             raise UsageError(
@@ -36,7 +49,7 @@ def check_folder(study: Study, folder: Path) -> None:
         _check_hash(path, wanted[name], study)
     declared, path = study.declared(), folder / DECLARED
     if path.exists():
-        before = _read(path)
+        before = read_json(path)
         if before != declared:
             key = next(key for key in declared if before.get(key) != declared[key])
             raise UsageError(
@@ -45,12 +58,11 @@ def check_folder(study: Study, folder: Path) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(declared, indent=1) + "\n"
-    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_json(path, declared)
 
 
 def _check_hash(path: Path, run: Run, study: Study) -> None:
-    found = _read(path).get("hash")
+    found = read_json(path).get("hash")
     if found != run.cell.hash:
         raise UsageError(
             f"{path.parent} was made with another configuration ({found}) than {study.path} asks "
@@ -58,13 +70,24 @@ def _check_hash(path: Path, run: Run, study: Study) -> None:
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def write_json(path: Path, content: dict[str, Any], indent: int | None = 1) -> None:
+    """Write a file as a whole; without an indent it is a single line."""
+    text = json.dumps(content, indent=indent) + "\n"
+    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object from a file.
+
+    Raises:
+        UsageError: If the file cannot be read, or does not hold one.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UsageError(f"{path} does not describe a run")
+        raise UsageError(f"{path} must hold a JSON object")
     return content
 
 
@@ -79,7 +102,7 @@ def read_results(study: Study, folder: Path) -> Results:
         path = folder / run.folder / RESULT
         if path.exists():
             _check_hash(path, run, study)
-            results[run.cell.backbone, run.cell.method, run.seed] = _read(path)
+            results[run.cell.backbone, run.cell.method, run.seed] = read_json(path)
     return results
 
 
@@ -99,21 +122,23 @@ def merge(study: Study, folder: Path, others: list[Path]) -> int:
     for other in others:
         count = 0
         for path in sorted(other.glob(f"*/*/*/{RESULT}")):
-            content = _read(path)
+            content = read_json(path)
             if (run := wanted.get((content.get("hash", ""), content.get("seed", -1)))) is None:
                 continue
             count += 1
             target = folder / run.folder / RESULT
-            known = (target, _read(target)) if target.exists() else found.get(target)
+            known = (target, read_json(target)) if target.exists() else found.get(target)
             if known is not None and known[1]["test"] != content["test"]:
                 raise UsageError(f"{known[0]} and {path} are of the same run, and differ")
-            if not target.exists():
-                found.setdefault(target, (path, content))
+            found.setdefault(target, (path, content))
         if not count:
             raise UsageError(f"{other} holds no result of a run that {study.path} asks for")
+    missing = sum(not target.exists() for target in found)
     for target, (path, _) in found.items():
         target.parent.mkdir(parents=True, exist_ok=True)
-        for name in (JOB, RESULT):
-            content = path.with_name(name).read_bytes()
-            replace_file(target.with_name(name), lambda file, c=content: file.write_bytes(c))
-    return len(found)
+        for name in (GROUPING, RESULT):  # the result last: without it the run has not ended
+            source, copy = path.with_name(name), target.with_name(name)
+            if source.exists() and not copy.exists():
+                content = source.read_bytes()
+                replace_file(copy, lambda file, c=content: file.write_bytes(c))
+    return missing

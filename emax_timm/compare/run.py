@@ -3,7 +3,8 @@
     python -m emax_timm.compare.run RUN_DIRECTORY
 
 The run directory holds job.json: the options of train.py (`config`), constants to start parameters
-from (`init`), the processor that the process is pinned to (`core`), and what identifies the run.
+from (`init`), a change of the model (`experiment`), the processor that the process is pinned to
+(`core`), and what identifies the run.
 An interrupted run continues where it stood.
 """
 
@@ -33,9 +34,11 @@ from ..training.guard import BadStepError
 from ..training.signals import Stopped, catch_signals
 from ..training.trainer import Trainer
 from ..version import __version__
+from .experiments import EXPERIMENTS
+from .gradients import record_gradients
 from .outcome import results
 
-__all__ = ["JOB", "RESULT", "make_run", "run"]
+__all__ = ["JOB", "RESULT", "environment", "make_run", "run", "trainer_of"]
 
 JOB, RESULT = "job.json", "result.json"
 
@@ -77,23 +80,30 @@ def make_run(folder: Path, job: dict[str, Any]) -> None:
     settings["resume"] = str(folder) if checkpoint.checkpoints(folder) else "auto"
     config = from_mapping(TrainConfig, settings, str(folder / JOB))
     with open_distributed_context(config.device, config.dist_timeout) as context:
-        trainer = build_trainer(config, context)
+        # A job of an earlier version has no experiment.
+        trainer = trainer_of(config, job.get("experiment"), context)
         loader, trainer.test_loader = trainer.test_loader, None  # tested below, with its slices
         if trainer.step == 0:
             start_from(trainer, job["init"])
+        record_gradients(trainer, folder)
         diverged = None
         try:
             with catch_signals() as trainer.stop:
                 trainer.run()
         except BadStepError as error:
             diverged = str(error)
-        content = {**job, **_environment(context), **_cost(trainer), "diverged": diverged}
+        content = {**job, **environment(context), **_cost(trainer), "diverged": diverged}
         content |= results(trainer, loader)
     text = json.dumps(content, indent=1) + "\n"
     replace_file(folder / RESULT, lambda file: file.write_text(text, encoding="utf-8"))
     if (folder / checkpoint.CHECKPOINTS).exists():
         remove(folder / checkpoint.CHECKPOINTS)
         (folder / checkpoint.LAST).unlink(missing_ok=True)
+
+
+def trainer_of(config: TrainConfig, experiment: str | None, context: DistributedContext) -> Trainer:
+    """Build the trainer of a run; nothing is written."""
+    return build_trainer(config, context, EXPERIMENTS[experiment] if experiment else None)
 
 
 @torch.no_grad()
@@ -117,7 +127,8 @@ def start_from(trainer: Trainer, init: dict[str, float]) -> None:
             parameter.fill_(value)
 
 
-def _environment(context: DistributedContext) -> dict[str, Any]:
+def environment(context: DistributedContext) -> dict[str, Any]:
+    """Return what a measurement was made with: versions, commit, machine, and when."""
     device = context.device
     cuda = device.type == "cuda"
     layer = EMAX(32).to(device)
@@ -160,7 +171,7 @@ def _processor() -> str:
 
 
 def _cost(trainer: Trainer) -> dict[str, Any]:
-    """Return parameters and MACs of the model, and how long training took."""
+    """Return parameters and MACs of the model (without its experiment's), and training's time."""
     config = trainer.config
     with torch.device("meta"):
         model = timm.create_model(

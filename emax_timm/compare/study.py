@@ -54,6 +54,8 @@ class Study:
     backbones: dict[str, Backbone]
     methods: dict[str, Method]
     primary: Primary
+    tuned: dict[str, dict[str, Any]]
+    """The values that `emax tune` has chosen, by backbone/method."""
     cells: tuple[Cell, ...]
 
     @property
@@ -118,7 +120,7 @@ def read_study(name: str) -> Study:
         for name, backbone in backbones.items()
         for key, method in methods.items()
     )
-    return Study(path, file, backbones, methods, primary, cells)
+    return Study(path, file, backbones, methods, primary, tuned, cells)
 
 
 def _mapping(value: Any, source: str) -> dict[str, Any]:
@@ -153,6 +155,8 @@ def _method(methods: dict[str, Any], name: str, path: Path) -> Method:
         raise UsageError(f"{path}: method {name} has an attention and a model of its own")
     if method.attention is None and (method.attn_kwargs or method.stages is not None):
         raise UsageError(f"{path}: method {name} has attn_kwargs or stages, but no attention")
+    if method.experiment and method.attention != "emax":
+        raise UsageError(f"{path}: the experiment of method {name} needs attention: emax")
     return method
 
 

@@ -20,13 +20,14 @@ TUNED = "tuned.yaml"
 def write_results(study: Study, searches: Sequence[Search], folder: Path) -> str:
     """Write what each method's best trial chose into the folder of the trials.
 
-    tuned.yaml has the values, for the key `tuned` of a study file; BACKBONE-METHOD.yaml is a recipe
-    for train.py; trials.md lists all trials; importance.png shows which option mattered.
+    tuned.yaml has the values, for the key `tuned` of a study file, beside those that the study has
+    already; BACKBONE-METHOD.yaml is a recipe for train.py; trials.md lists all trials;
+    importance.png shows which option mattered.
 
     Returns:
         The text of trials.md.
     """
-    tuned = {}
+    tuned = dict(study.tuned)
     for search in searches:
         if (best := _best(search)) is None:
             continue

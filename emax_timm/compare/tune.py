@@ -1,8 +1,9 @@
 """`emax tune STUDY.yaml`: choose the options of every method of a study on held-out training data.
 
-Every method gets the same number of trials. A trial is a run of train.py with values from the
-search space; its value is the best metric of its validation split, and the test set is never read.
-Optuna keeps the trials in a SQLite file, so that a search that was stopped continues.
+Every method gets the same number of trials; those whose values the study's file `tuned` has were
+searched before, and get none. A trial is a run of train.py with values from the search space; its
+value is the best metric of its validation split, and the test set is never read. Optuna keeps the
+trials in a SQLite file, so that a search that was stopped continues.
 """
 
 import json
@@ -89,13 +90,17 @@ def tune(argv: Sequence[str], prog: str) -> int:
 
 
 def _searches(study: Study, options: TuneOptions, folder: Path) -> list[Search]:
-    """Return a search for each cell that is no variant of another, the primary ones first."""
+    """Return a search for each cell that is to have one, the primary ones first.
+
+    Variants of another method and those whose values the study already has need none.
+    """
     source = f"{study.path}: tune"
     searches = []
     for cell in dict.fromkeys(run.cell.folder for run in study.runs()):
         backbone, name = cell.parts
         method = study.methods[name]
-        if (study.file.methods[name] or {}).get("like"):
+        known = cell.as_posix() in study.tuned
+        if known or (study.file.methods[name] or {}).get("like"):
             continue
         space = {**options.space, **method.space}
         if not space:
@@ -129,6 +134,11 @@ def _searches(study: Study, options: TuneOptions, folder: Path) -> list[Search]:
                     f"{options.trials} trials; choose as many, lists only, or sampler: tpe"
                 )
         searches.append(Search(cell, space, cell_with, options, folder))
+    if not searches:
+        raise UsageError(
+            f"{study.path}: {study.file.tuned} has values for every method, so there is nothing to "
+            "search; to search again, leave out the key tuned"
+        )
     return searches
 
 

@@ -4,6 +4,7 @@ Everything that can be refused is refused before the run directory is made.
 """
 
 import dataclasses
+from collections.abc import Callable
 from copy import deepcopy
 from datetime import datetime
 from pathlib import Path
@@ -38,8 +39,17 @@ from .trainer import Trainer
 __all__ = ["build_trainer"]
 
 
-def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
+def build_trainer(
+    config: TrainConfig,
+    context: DistributedContext,
+    change: Callable[[nn.Module], None] | None = None,
+) -> Trainer:
     """Check the configuration and build the trainer, resumed if asked; nothing is written.
+
+    Args:
+        config: The configuration.
+        context: The distributed context.
+        change: Changes the new model in place, before its optimizer is made.
 
     Raises:
         UsageError: If the configuration, the data or the weights to start from are invalid.
@@ -62,6 +72,8 @@ def build_trainer(config: TrainConfig, context: DistributedContext) -> Trainer:
         context.warn(missing)
     random_seed(config.seed)  # the same on all ranks, so that they start from the same model
     model = _create_model(config, num_classes)
+    if change is not None:
+        change(model)
     if not timm.is_model(config.model):  # the check of the configuration has not built it
         try_training(config, deepcopy(model).to("meta"), context.size)
     data_config = data_config_of(config, model)

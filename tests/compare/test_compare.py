@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from interpreters import ENVIRONMENT
-from study_testing import write_results_of, write_study
+from study_testing import result_of, write_results_of, write_study
 from tiers import mostly_slow
 from training_testing import only_line
 
 from emax_timm.compare.command import compare
+from emax_timm.compare.costs import COSTS, cost_table
 from emax_timm.compare.results import RESULT
+from emax_timm.compare.study import read_study
 from emax_timm.compare.workers import cores
 
 # Differences of emax to none: 1, 2, 3, 2; to se: 1, 1, 1, 2.
@@ -63,6 +66,48 @@ def test_report_has_the_declared_comparison_first(
     assert "| emax | 48.50 ± 1.91 (+2.00 ± 1.30) | 90.00 ± 0.00 (+0.00 ± 0.00) |" in lines
     plot = (tmp_path / "runs" / "small" / "tiny.svg").read_text()
     assert all(f">{method}</text>" in plot for method in ("none", "se", "emax", "emax_finest"))
+
+
+def test_measured_speeds_replace_those_of_the_runs_once_all_methods_have_them(
+    tmp_path: Path,
+) -> None:
+    study = read_study(str(write_study(tmp_path)))
+    results = {("tiny", *key): result_of(study, *key, value) for key, value in TOP1.items()}
+    times = {"batch": 8, "inference_batch": 10, "training_seconds": [4.0, 0.4, 0.2]}
+    cells = {cell.hash: {**times, "inference_seconds": [0.2, 0.1, 9.0]} for cell in study.cells}
+    facts = {"device": "cpu", "machine": "m", "load": 0.1, "date": "2026-02-03T04:05:06"}
+    *lines, source = cost_table(study, results, {**facts, "cells": cells}, "tiny")
+    assert "| emax | 1.235 | 2.0 | 20.0 | 50.0 | 1000.0 | 1.0 | 55.0 |" in lines
+    assert source.endswith("without loading data, on cpu (m, load 0.1 beforehand) on 2026-02-03.")
+    cells.pop(study.cells[0].hash)
+    *lines, source = cost_table(study, results, {**facts, "cells": cells}, "tiny")
+    assert "| emax | 1.235 | 2.0 | 100.0 | 400.0 | 1000.0 | 1.0 | 55.0 |" in lines
+    assert source.endswith("`emax compare --measure` measures all methods in turns.")
+
+
+def test_speeds_are_measured_for_the_report(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("emax_timm.compare.costs.ROUNDS", 2)
+    path = write_study(tmp_path, two_methods, data_dir=str(images))
+    study = write_results_of(path, tmp_path / "runs", {("none", 0): 50.0, ("emax", 0): 51.0})
+    before = torch.get_num_threads(), cores()
+    options = ["--output", str(tmp_path / "runs"), "--device", "cpu", "--measure"]
+    assert compare([str(path), *options]) == 0
+    assert (torch.get_num_threads(), cores()) == before
+    assert "medians of the networks measured in turns" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "small"
+    found = json.loads((folder / COSTS).read_text())
+    assert found["cells"].keys() == {cell.hash for cell in study.cells}
+    for cell in found["cells"].values():
+        assert (cell["batch"], cell["inference_batch"]) == (8, 8)
+        times = cell["training_seconds"] + cell["inference_seconds"]
+        assert len(times) == 4
+        assert min(times) > 0
+    assert not list(folder.rglob("*.safetensors"))
 
 
 @pytest.mark.slow

@@ -7,46 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from study_testing import write_study
+from study_testing import made, study_on, trainer_of, write_study
 from tiers import mostly_slow
 from training_testing import SMALL_MODEL, rows_without_seconds
 
-from emax_timm.compare.cells import Cell, Run, train_config
-from emax_timm.compare.command import job_of
 from emax_timm.compare.outcome import outcomes, slices_of
-from emax_timm.compare.run import JOB, RESULT, make_run, start_from
-from emax_timm.compare.study import Study, read_study
+from emax_timm.compare.run import start_from
+from emax_timm.compare.study import read_study
 from emax_timm.training import train
-from emax_timm.training.build import build_trainer
-from emax_timm.training.distributed import DistributedContext
-from emax_timm.training.trainer import Trainer
-
-CPU = DistributedContext(torch.device("cpu"))
-
-
-def study_on(images: Path, folder: Path, change: Any = None, **recipe: Any) -> Study:
-    return read_study(str(write_study(folder, change, data_dir=str(images), **recipe)))
-
-
-def cell_of(study: Study, method: str) -> Cell:
-    cell = study.cell("tiny", method)
-    assert cell is not None
-    return cell
-
-
-def trainer_of(study: Study, method: str, seed: int, folder: Path) -> Trainer:
-    config = train_config(cell_of(study, method), seed=seed, output=str(folder), experiment=method)
-    return build_trainer(config, CPU)
-
-
-def made(study: Study, method: str, seed: int, folder: Path) -> dict[str, Any]:
-    """The result of a run that is made in this process."""
-    job = job_of(Run(cell_of(study, method), seed), study.name, "cpu", None)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / JOB).write_text(json.dumps(job))
-    make_run(folder, job)
-    return json.loads((folder / RESULT).read_text())
-
 
 BACKBONES = {
     "resnet": {"model": "resnet10t", "model_kwargs": {"channels": [8, 8, 8, 8]}},

@@ -30,6 +30,18 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda s: s.update(metric=["top1"]),
         "unknown key metric; the nearest valid one is metrics",
     ),
+    "key of timm": (
+        lambda s: s.update(seed=42),
+        "unknown key seed; the nearest valid one is seeds",
+    ),
+    "experiment": (
+        lambda s: s["methods"]["se"].update(experiment="wide_controller"),
+        "the experiment of method se needs attention: emax",
+    ),
+    "unknown experiment": (
+        lambda s: s["methods"]["emax"].update(experiment="wide"),
+        "experiment has no choice wide; the nearest of wide_controller",
+    ),
     "metric": (lambda s: s.update(metrics=["top2"]), "metrics has no choice top2"),
     "attention": (
         lambda s: s["methods"].update(new={"attention": "sse"}),
@@ -70,7 +82,7 @@ BAD: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", mostly_slow(BAD, 0, 1, 2, 3, 11))
+@pytest.mark.parametrize("case", mostly_slow(BAD, 0, 1, 2, 4, 6, 14))
 def test_bad_study_is_one_line_before_anything_is_written(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,8 +151,9 @@ def test_hash_of_a_method_follows_its_own_keys(tmp_path: Path) -> None:
         return {method for method in first if changed[method] != first[method]}
 
     assert differing(lambda s: s["methods"]["se"].update(attn_kwargs={"rd_ratio": 0.25})) == {"se"}
-    start = {"conv3x3.bias": 0.0}
-    assert differing(lambda s: s["methods"]["emax"].update(init=start)) == {"emax", "emax_finest"}
+    for key, value in {"init": {"conv3x3.bias": 0.0}, "experiment": "wide_controller"}.items():
+        found = differing(lambda s, k=key, v=value: s["methods"]["emax"].update({k: v}))
+        assert found == {"emax", "emax_finest"}
 
 
 @pytest.mark.slow
@@ -173,7 +186,7 @@ def test_commands_of_the_page_are_understood() -> None:
     lines = [shlex.split(line) for block in blocks for line in block.splitlines()]
     kinds = {"compare": CompareConfig, "tune": TuneConfig}
     commands = [words[1:] for words in lines if words[0] == "emax"]
-    assert len(commands) == 4
+    assert len(commands) == 6
     for name, *arguments in commands:
         settings = parse_settings(kinds[name], arguments, name)
         assert find_config(settings["study"]).parent.name == "studies"

@@ -135,24 +135,42 @@ def test_search_continues_and_its_winner_is_a_recipe(images: Path, tmp_path: Pat
         tuned(study)
         study["tuned"] = "tuned.yaml"
 
-    study = read_study(str(write_study(tmp_path, use, "second.yaml", data_dir=str(images))))
+    path = write_study(tmp_path, use, "second.yaml", data_dir=str(images))
+    study = read_study(str(path))
     variant = study.cell("tiny", "variant")
     assert variant is not None
     assert variant.settings["lr"] == chosen["lr"]
     assert variant.settings["model_kwargs"]["attn_kwargs"]["factor"] == chosen["attn_kwargs.factor"]
-    assert (
-        tune(
-            [
-                str(
-                    write_study(
-                        tmp_path,
-                        lambda s: (tuned(s), s["tune"].update(trials=9)),
-                        data_dir=str(images),
-                    )
-                ),
-                "--output",
-                str(tmp_path / "runs"),
-            ]
-        )
-        == 2
+    # A method that the values lack is searched alone, and its values join the others.
+    assert start(path, tmp_path / "runs").wait(900) == 2
+
+    def extend(study: dict[str, Any]) -> None:
+        use(study)
+        study["name"] = "more"
+        study["methods"]["se"] = {"attention": "se"}
+
+    more = write_study(tmp_path, extend, "more.yaml", data_dir=str(images))
+    assert start(more, tmp_path / "runs").wait(900) == 0
+    tuned_more = tmp_path / "runs" / "more" / "tune"
+    joined = yaml.safe_load((tuned_more / "tuned.yaml").read_text())
+    assert joined.keys() == {*values, "tiny/se"}
+    assert {key: joined[key] for key in values} == values
+    assert [path.name for path in (tuned_more / "tiny").iterdir()] == ["se"]
+    # A folder keeps the trials of one search.
+    other = write_study(
+        tmp_path, lambda s: (tuned(s), s["tune"].update(trials=9)), data_dir=str(images)
     )
+    assert tune([str(other), "--output", str(tmp_path / "runs")]) == 2
+
+
+@needs_optuna
+def test_nothing_is_searched_where_all_values_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tuned.yaml").write_text(
+        yaml.safe_dump({"tiny/none": {"lr": 0.1}, "tiny/emax": {"lr": 0.1}})
+    )
+    path = write_study(tmp_path, lambda s: (tuned(s), s.update(tuned="tuned.yaml")))
+    assert tune([str(path), "--output", str(tmp_path / "runs")]) == 2
+    assert "tuned.yaml has values for every method" in only_line(capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()

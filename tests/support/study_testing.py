@@ -6,12 +6,29 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from emax_timm.compare.results import JOB, RESULT
+from emax_timm.compare.cells import Cell, Run, train_config
+from emax_timm.compare.command import job_of
+from emax_timm.compare.run import JOB, RESULT, make_run
+from emax_timm.compare.run import trainer_of as trainer_of_run
 from emax_timm.compare.study import Study, read_study
+from emax_timm.training.distributed import DistributedContext
+from emax_timm.training.trainer import Trainer
 
-__all__ = ["STUDY", "result_of", "write_results_of", "write_study"]
+__all__ = [
+    "STUDY",
+    "cell_of",
+    "made",
+    "result_of",
+    "study_on",
+    "trainer_of",
+    "write_results_of",
+    "write_study",
+]
+
+CPU = DistributedContext(torch.device("cpu"))
 
 STUDY: dict[str, Any] = {
     "name": "small",
@@ -77,12 +94,42 @@ def result_of(study: Study, method: str, seed: int, top1: float, **more: Any) ->
 def write_results_of(
     path: Path, folder: Path, top1: Mapping[tuple[str, int], float], **more: Any
 ) -> Study:
-    """Write results by method and seed as if the runs of the study file had been made."""
+    """Write results by method and seed as if the runs of the study file had been made.
+
+    They are all that is there: neither weights nor logs, nor what the processes were told.
+    """
     study = read_study(str(path))
     for (method, seed), value in top1.items():
         content = json.dumps(result_of(study, method, seed, value, **more))
         run = folder / study.name / "tiny" / method / f"seed-{seed}"
         run.mkdir(parents=True)
-        for name in (JOB, RESULT):
-            (run / name).write_text(content)
+        (run / RESULT).write_text(content)
     return study
+
+
+def study_on(images: Path, folder: Path, change: Any = None, **recipe: Any) -> Study:
+    """The study on a folder of images, with further options of its recipe."""
+    return read_study(str(write_study(folder, change, data_dir=str(images), **recipe)))
+
+
+def cell_of(study: Study, method: str) -> Cell:
+    """The cell of a method."""
+    cell = study.cell("tiny", method)
+    assert cell is not None
+    return cell
+
+
+def trainer_of(study: Study, method: str, seed: int, folder: Path) -> Trainer:
+    """The trainer of a run that is not made."""
+    cell = cell_of(study, method)
+    config = train_config(cell, seed=seed, output=str(folder), experiment=method)
+    return trainer_of_run(config, cell.experiment, CPU)
+
+
+def made(study: Study, method: str, seed: int, folder: Path) -> dict[str, Any]:
+    """The result of a run that is made in this process."""
+    job = job_of(Run(cell_of(study, method), seed), study.name, "cpu", None)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / JOB).write_text(json.dumps(job))
+    make_run(folder, job)
+    return json.loads((folder / RESULT).read_text())

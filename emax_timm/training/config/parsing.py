@@ -17,6 +17,7 @@ import yaml
 from ...errors import UsageError, nearest
 from .flags import flags_of, without_none
 from .option import POSITIVE
+from .options import InputOptions
 from .timm_flags import is_timm_default, unknown_options
 
 __all__ = [
@@ -52,7 +53,7 @@ def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[st
         # What is no flag is the value of an unknown one, or a second folder.
         names = [word.split("=")[0] for word in unknown if re.match("--?[A-Za-z]", word)]
         flags = [name for name in parser._option_string_actions if name.startswith("--")]
-        raise UsageError(unknown_options("flag", names or unknown[:1], flags))
+        raise UsageError(unknown_options("flag", names or unknown[:1], flags, _is_timms(kind)))
     values = vars(given)
     if "config" not in values:
         return values
@@ -88,7 +89,8 @@ def layered(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> ConfigT:
     """Create an instance of the options class `kind` from a mapping, and check every value.
 
-    timm's options that are not here are left out where they have timm's default.
+    In training and validation, timm's options that are not here are left out where they have
+    timm's default.
 
     Args:
         kind: The options class.
@@ -103,8 +105,9 @@ def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> 
     options = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     settings = {str(key): value for key, value in settings.items()}
     unknown = [key for key in settings if key not in hints]
-    if asked := [key for key in unknown if not is_timm_default(key, settings[key])]:
-        raise UsageError(f"{source}: {unknown_options('key', asked, hints)}")
+    timm = _is_timms(kind)
+    if asked := [key for key in unknown if not (timm and is_timm_default(key, settings[key]))]:
+        raise UsageError(f"{source}: {unknown_options('key', asked, hints, timm)}")
     values = {}
     for name, value in settings.items():
         if name in unknown:
@@ -130,6 +133,11 @@ def from_mapping(kind: type[ConfigT], settings: dict[str, Any], source: str) -> 
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from None
     return config
+
+
+def _is_timms(kind: type) -> bool:
+    """Return whether options are those of training or validation, where timm has options too."""
+    return issubclass(kind, InputOptions)
 
 
 def check_bounds(config: Any) -> None:

@@ -41,13 +41,16 @@ def is_timm_default(key: str, value: Any) -> bool:
     return "here" in entry and value in [entry["default"], *entry.get("earlier", ())]
 
 
-def unknown_options(kind: str, names: Iterable[str], valid: Iterable[str]) -> str:
+def unknown_options(
+    kind: str, names: Iterable[str], valid: Iterable[str], timm: bool = True
+) -> str:
     """Return one line about all options that are unknown.
 
     Args:
         kind: What they are: flag or key.
         names: As they were given.
         valid: The names that there are.
+        timm: Whether timm's scripts have such options.
 
     Returns:
         For the options of timm, what is in their place; for others, the nearest valid name.
@@ -56,7 +59,7 @@ def unknown_options(kind: str, names: Iterable[str], valid: Iterable[str]) -> st
     in_place: dict[str, list[str]] = {}
     parts = []
     for name in dict.fromkeys(names):
-        if here := _entry(name).get("here"):
+        if timm and (here := _entry(name).get("here")):
             in_place.setdefault(here, []).append(name)
         else:
             parts.append(f"unknown {kind} {name}; the nearest valid one is {nearest(name, valid)}")

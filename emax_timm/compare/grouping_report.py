@@ -1,0 +1,212 @@
+"""The part of a study's report that is about the dynamic grouping, in Markdown and as a plot."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ..files import replace_file
+from ..tables import heading, row
+from .grouping import AS_TRAINED
+from .results import GROUPING, read_json
+from .statistics import Difference, paired
+from .study import Study
+
+__all__ = ["Groupings", "draw_grouping", "grouping_report", "read_groupings"]
+
+# What `grouping.analyse` has found, by the method and the seed.
+Groupings = dict[str, dict[int, dict[str, Any]]]
+QUARTERS = 4
+
+
+def read_groupings(study: Study, folder: Path, backbone: str) -> Groupings:
+    """Read what has been found for the runs of a backbone, in the order of the study.
+
+    Raises:
+        UsageError: If a file is damaged.
+    """
+    found: Groupings = {}
+    for run in study.runs():
+        path = folder / run.folder / GROUPING
+        if run.cell.backbone == backbone and path.exists():
+            found.setdefault(run.cell.method, {})[run.seed] = read_json(path)
+    return found
+
+
+def grouping_report(groupings: Groupings) -> list[str]:
+    """Return the tables of a backbone; nothing if nothing has been found."""
+    lines: list[str] = []
+    for method, runs in groupings.items():
+        contents = list(runs.values())
+        lines += ["", f"### Dynamic grouping of {method}, over {len(runs)} seeds", ""]
+        lines += [*_accuracy(contents), "", *_shares(contents)]
+        if all(content["gradients"] for content in contents):
+            lines += ["", *_norms(contents)]
+    return lines
+
+
+def _accuracy(contents: list[dict[str, Any]]) -> list[str]:
+    lines = heading(["group counts of every layer", "top-1 (%)", f"- {AS_TRAINED}"])
+    for name in contents[0]["top1"]:
+        values = [content["top1"][name] for content in contents]
+        mean = f"{statistics.mean(values):.2f}"
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        lines.append(row([name, mean + spread, _signed(_loss(contents, name))]))
+    return [
+        *lines,
+        "",
+        "The trained networks with each layer's count forced to one for all images. Mean ± "
+        "standard deviation; the difference ± half the width of its 95 % interval (Student's t "
+        "over seeds).",
+    ]
+
+
+def _loss(contents: list[dict[str, Any]], name: str) -> Difference | None:
+    """Return what forcing changes, seed by seed."""
+    if name == AS_TRAINED:
+        return None
+    first, second = ([content["top1"][key] for content in contents] for key in (name, AS_TRAINED))
+    return paired(first, second)
+
+
+def _signed(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    half = "" if found.half_width is None else f" ± {found.half_width:.2f}"
+    return f"{found.mean:+.2f}{half}"
+
+
+def _shares(contents: list[dict[str, Any]]) -> list[str]:
+    """Tabulate the shares of the group counts by layer, and over all layers by slice and class."""
+    layers = contents[0]["layers"]
+    every = sorted({count for layer in layers.values() for count in layer["group_counts"]})
+    lines = heading(["images (%) whose count is", *map(str, every)])
+    for name in layers:
+        share = _share(contents, [name], lambda layer: layer["chosen"])
+        lines.append(_row_of(name, share, every))
+    for kind in ("by_slice", "by_class"):
+        for part in next(iter(layers.values()))[kind]:
+            share = _share(contents, layers, lambda layer, k=kind, p=part: layer[k][p])
+            lines.append(_row_of(f"all layers, {part}", share, every))
+    return [*lines, "", "Means over the seeds, on the test split."]
+
+
+def _share(
+    contents: list[dict[str, Any]],
+    names: Iterable[str],
+    counts_of: Callable[[dict[str, Any]], list[int]],
+) -> dict[int, float]:
+    """Return the share in per cent of each group count, over some layers and all seeds."""
+    total: dict[int, int] = {}
+    for content in contents:
+        for name in names:
+            layer = content["layers"][name]
+            for count, images in zip(layer["group_counts"], counts_of(layer), strict=True):
+                total[count] = total.get(count, 0) + images
+    images = max(1, sum(total.values()))
+    return {count: 100 * number / images for count, number in total.items()}
+
+
+def _row_of(name: str, share: dict[int, float], every: list[int]) -> str:
+    return row([name, *(f"{share[count]:.1f}" if count in share else "" for count in every)])
+
+
+def _norms(contents: list[dict[str, Any]]) -> list[str]:
+    """Tabulate the norms of the gradients: medians over the steps of each quarter of a run."""
+    names = [f"controller, quarter {number}" for number in range(1, 1 + QUARTERS)]
+    lines = heading(["norm of the gradient", *names, "other parameters of the layer"])
+    for layer in contents[0]["gradients"]["layers"]:
+        cells = [layer]
+        for quarter in range(QUARTERS):
+            values = [_quarter(c["gradients"], layer, quarter) for c in contents]
+            cells.append(f"{statistics.mean(values):.2g}")
+        other = [statistics.median(c["gradients"]["layers"][layer]["other"]) for c in contents]
+        lines.append(row([*cells, f"{statistics.mean(other):.2g}"]))
+    whole = [statistics.median(content["gradients"]["network"]) for content in contents]
+    return [
+        *lines,
+        "",
+        "L2 norms; medians over the recorded steps of a quarter of the run, the last column over "
+        "all, and means over the seeds. That of the whole network is "
+        f"{statistics.mean(whole):.2g}.",
+    ]
+
+
+def _quarter(gradients: dict[str, Any], layer: str, quarter: int) -> float:
+    steps, values = gradients["step"], gradients["layers"][layer]["controller"]
+    last = steps[-1] + 1
+    own = [
+        value
+        for step, value in zip(steps, values, strict=True)
+        if QUARTERS * step // last == quarter
+    ]
+    return statistics.median(own or values)
+
+
+def draw_grouping(study: Study, backbone: str, groupings: Groupings, path: Path) -> None:
+    """Draw for each method the shares of the counts, the forced accuracies and the gradients.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.2 * len(groupings)), layout="constrained")
+    figure.suptitle(f"{study.name}: dynamic grouping on {backbone}", fontsize=11)
+    axes = figure.subplots(len(groupings), 3, squeeze=False)
+    for row_of_axes, (method, runs) in zip(axes, groupings.items(), strict=True):
+        contents = list(runs.values())
+        _draw_shares(row_of_axes[0], method, contents)
+        _draw_forced(row_of_axes[1], contents)
+        _draw_norms(row_of_axes[2], contents)
+    # The same results give the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "emax_timm", "svg.fonttype": "none"}):
+        replace_file(
+            path,
+            lambda file: figure.savefig(file, format=path.suffix[1:], metadata={"Date": None}),
+        )
+
+
+def _draw_shares(axis: Any, method: str, contents: list[dict[str, Any]]) -> None:
+    layers = list(contents[0]["layers"])
+    shares = [_share(contents, [name], lambda layer: layer["chosen"]) for name in layers]
+    below = [0.0] * len(layers)
+    for count in sorted({count for share in shares for count in share}):
+        values = [share.get(count, 0.0) for share in shares]
+        axis.barh(layers, values, left=below, label=str(count))
+        below = [a + b for a, b in zip(below, values, strict=True)]
+    axis.set(title=f"{method}: chosen group counts", xlabel="% of test images", xlim=(0, 100))
+    axis.tick_params(axis="y", labelsize=7)
+    axis.invert_yaxis()
+    axis.legend(fontsize=7, ncols=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+
+
+def _draw_forced(axis: Any, contents: list[dict[str, Any]]) -> None:
+    names = [name for name in contents[0]["top1"] if name != AS_TRAINED]
+    for place, name in enumerate(names):
+        found = _loss(contents, name)
+        assert found is not None
+        axis.errorbar(place, found.mean, yerr=found.half_width or 0, marker="o", capsize=4)
+    axis.axhline(0, color="grey", linewidth=0.8)
+    labels = [name.replace("layer's ", "layer's\n") for name in names]
+    axis.set_xticks(range(len(names)), labels, fontsize=7)
+    axis.set(title="all layers forced to one count", ylabel=f"top-1 - {AS_TRAINED} (points)")
+
+
+def _draw_norms(axis: Any, contents: list[dict[str, Any]]) -> None:
+    recorded = [content["gradients"] for content in contents if content["gradients"]]
+    axis.set(title="gradients of the controllers", xlabel="step", yscale="log")
+    if not recorded:
+        axis.text(0.5, 0.5, "not recorded", ha="center", transform=axis.transAxes)
+        return
+    for layer in recorded[0]["layers"]:
+        columns = []
+        for gradients in recorded:
+            own = gradients["layers"][layer]
+            pairs = zip(own["controller"], own["other"], strict=True)
+            columns.append([a / b if b else float("nan") for a, b in pairs])
+        mean = [statistics.mean(values) for values in zip(*columns, strict=False)]
+        axis.plot(recorded[0]["step"][: len(mean)], mean, label=layer, linewidth=1)
+    axis.set_ylabel("norm of the controller / of the other parameters")
+    axis.legend(fontsize=6)
