@@ -1,6 +1,6 @@
 """Classify moving items: torchvision's 3-D ResNet on clips, without and with EMAX3d.
 
-    python examples/video.py [--seeds 3] [--steps 80] [--clips 800]
+    python examples/video.py [--seeds 3] [--steps 120] [--clips 500]
 
 A clip shows one Fashion-MNIST item of the package on a noisy canvas. It moves left, right, up or
 down, and what leaves the canvas at one side comes back at the other. The classes are the four
@@ -64,7 +64,7 @@ class SmallVideoResNet(VideoResNet):
 
     def _stem(self) -> nn.Module:
         self.inplanes = 16
-        conv = nn.Conv3d(1, 16, (3, 7, 7), stride=(1, 4, 4), padding=(1, 3, 3), bias=False)
+        conv = nn.Conv3d(1, 16, (3, 5, 5), stride=2, padding=(1, 2, 2), bias=False)
         return nn.Sequential(conv, nn.BatchNorm3d(16), nn.ReLU(inplace=True))
 
     def _make_layer(self, block: Any, conv_builder: Any, planes: int, *args: Any, **kwargs: Any):
@@ -100,11 +100,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 def train(model: nn.Module, items: Items, random: np.random.Generator, steps: int) -> None:
     """Train on random clips, which are composed during training."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
     model.train()
     for _ in range(steps):
-        x, classes = batch(items, random, 32)
+        x, classes = batch(items, random, 16)
         logits = model(x)
         classes = classes.repeat_interleave(len(logits) // len(x))  # of single frames, if any
         loss = nn.functional.cross_entropy(logits, classes)
@@ -128,8 +128,8 @@ def accuracies(model: nn.Module, test: Clips) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Moving items, without and with EMAX3d.")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each network, at least 2")
-    parser.add_argument("--steps", type=int, default=80, help="of training, 32 clips each")
-    parser.add_argument("--clips", type=int, default=800, help="to test on")
+    parser.add_argument("--steps", type=int, default=120, help="of training, 16 clips each")
+    parser.add_argument("--clips", type=int, default=500, help="to test on")
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error("--seeds must be at least 2: the intervals are over seeds")
