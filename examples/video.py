@@ -48,6 +48,7 @@ def batch(items: Items, random: np.random.Generator, count: int) -> Clips:
     still = nn.functional.pad(pixels, (0, SIZE - SIDE, 0, SIZE - SIDE)).squeeze(1)  # [n, h, w]
     time = torch.arange(FRAMES)
     moved = start[:, None] + time[:, None] * (speed[:, None] * MOTIONS[motions])[:, None]
+    # What leaves the canvas at one side comes back at the other.
     rows, columns = (torch.arange(SIZE) - moved[..., None]).remainder(SIZE).unbind(2)
     clip = still[torch.arange(count)[:, None, None, None], rows[..., None], columns[..., None, :]]
     noise = torch.from_numpy(random.random(clip.shape, dtype=np.float32)) * 0.375
@@ -119,10 +120,9 @@ def accuracies(model: nn.Module, test: Clips) -> list[float]:
     """Measure the accuracy of the classes, of the items alone, and of the motions alone."""
     model.eval()
     predicted = torch.cat([model(part).argmax(dim=1) for part in test[0].split(100)])
-    pairs = [(predicted, test[1])]
-    pairs += [(a // len(MOTIONS), b // len(MOTIONS)) for a, b in pairs]
-    pairs += [(a % len(MOTIONS), b % len(MOTIONS)) for a, b in pairs[:1]]
-    return [(a == b).double().mean().item() for a, b in pairs]
+    count = len(MOTIONS)
+    items, motions = predicted // count == test[1] // count, predicted % count == test[1] % count
+    return [right.double().mean().item() for right in (items & motions, items, motions)]
 
 
 def main() -> None:
