@@ -197,7 +197,7 @@ def test_clips_show_the_group_and_the_motion_of_their_class() -> None:
 
 @pytest.mark.slow
 def test_video_needs_more_than_single_frames() -> None:
-    done = run_example("video", "--seeds", "2", "--steps", "60", "--clips", "200")
+    done = run_example("video", "--seeds", "2")
     assert done.returncode == 0, done.stderr
     rows = table(done.stdout)
     assert list(rows) == ["single frames", "clips", "clips with emax"]
