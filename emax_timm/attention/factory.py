@@ -122,7 +122,10 @@ def create_attention(
         raise TypeError("ECA has its kernel_size from the channels, by gamma and beta")
     served = list(_BY_DIMS) if name == "emax" else [2]
     if dims not in served:
-        raise ValueError(f"dims of {name} must be {' or '.join(map(str, served))}, not {dims!r}")
+        raise ValueError(
+            f"dims of {name} must be {' or '.join(map(str, served))}, not {dims!r}: the number of "
+            "axes of its features beside batch and channels"
+        )
     if name == "emax":
         gate = {} if gate_init is None else {"gate_init": gate_init}
         return _BY_DIMS[dims](channels, **kwargs, **gate, **dd)

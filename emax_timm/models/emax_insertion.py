@@ -1,4 +1,4 @@
-"""Attention in a model of timm: a function that inserts it, and a model that has it by name."""
+"""Attention in a model: a function that inserts it, and a model of timm that has it by name."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +19,7 @@ from ..attention import create_attention
 from .download import locate
 from .placement import place_after_stages, place_in_blocks
 from .registry import build_model, register, without_weights
+from .video import VIDEO_STAGES, is_video
 
 __all__ = ["insert_attention"]
 
@@ -30,17 +31,19 @@ def insert_attention(
     where: str = "stage",
     attn_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Insert attention into a timm model, in place, without changing its outputs.
+    """Insert attention into a model of timm or torchvision, in place, without changing its outputs.
 
     Every attention sits behind a residual gate that starts closed, so the outputs of a pretrained
     model stay the same to the bit until it is trained. The names of its parameters stay as well.
-    `timm.models.save_for_hf` writes a folder from which `timm.create_model("local-dir:...")`
-    rebuilds the result; `timm.create_model("with_attention", base_model=...)` creates it by name.
+    For a timm model, `timm.models.save_for_hf` writes a folder from which
+    `timm.create_model("local-dir:...")` rebuilds the result, and
+    `timm.create_model("with_attention", base_model=...)` creates it by name.
 
     Args:
         model: A timm model whose stages give one tensor of feature maps [b, c, h, w] or
             [b, h, w, c], or of tokens [b, n, c] on a grid, with or without prefix tokens; created
-            without `features_only`.
+            without `features_only`. Or a `VideoResNet` or `S3D` of torchvision, whose stages give
+            [b, c, t, h, w] and get the attention in three dimensions, which only EMAX has.
         attention: Name of the attention, as in `create_attention`.
         stages: Indices of the stages that get attention, counted from 0 for the first after the
             stem, in the order of the feature maps that `features_only` gives; None is all of them.
@@ -67,13 +70,14 @@ def insert_attention(
         place_in_blocks(model, build, stages)
     else:
         place_after_stages(model, build, stages)
-    _describe(
-        model,
-        attention=attention,
-        stages=None if stages is None else list(stages),
-        where=where,
-        attn_kwargs=dict(attn_kwargs or {}),
-    )
+    if not is_video(model):
+        _describe(
+            model,
+            attention=attention,
+            stages=None if stages is None else list(stages),
+            where=where,
+            attn_kwargs=dict(attn_kwargs or {}),
+        )
     return model
 
 
@@ -88,13 +92,18 @@ def _builder(
         **{"gate_init": 0.0, **attn_kwargs},
         device=parameter.device,
         dtype=parameter.dtype,
+        dims=3 if is_video(model) else 2,
     )
 
 
 def _check_has_none(model: Any) -> None:
-    """Check that a model is one of timm's, not wrapped for its features, and without attention."""
-    if not isinstance(getattr(model, "pretrained_cfg", None), dict):
-        raise ValueError(f"{type(model).__name__} was not made by timm.create_model")
+    """Check that a model is a known one, not wrapped for its features, and without attention."""
+    if not isinstance(getattr(model, "pretrained_cfg", None), dict) and not is_video(model):
+        videos = " and ".join(kind.__name__ for kind in VIDEO_STAGES)
+        raise ValueError(
+            f"{type(model).__name__} was not made by timm.create_model; of torchvision's models, "
+            f"those whose stages give [b, c, t, h, w] are served: {videos}"
+        )
     if isinstance(model, FeatureDictNet | FeatureGetterNet | FeatureHookNet):
         raise ValueError(
             "insert attention before wrapping a model for its features: "

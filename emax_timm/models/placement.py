@@ -1,4 +1,4 @@
-"""Insertion of attention into a timm model: into the slots of its blocks, or after its stages.
+"""Insertion of attention into a model: into the slots of its blocks, or after its stages.
 
 The existing parameters keep their names, so the weights of the baseline fit.
 
@@ -110,7 +110,7 @@ class BlockAttention:
         # The attention is built after the initialisation of the model, which would initialise the
         # attention anew. This also gives the backbone and its baseline the same weights for a seed.
         attention = {"gate_init": 1.0, **(attn_kwargs or {})}
-        build = functools.partial(create_attention, attn_layer, **attention, **dd)
+        build = functools.partial(create_attention, attn_layer, dims=2, **attention, **dd)
         place_in_blocks(cast(nn.Module, self), build, attn_stages)
 
 
@@ -165,7 +165,7 @@ def place_after_stages(model: nn.Module, build: Build, stages: Sequence[int] | N
     """Insert attention after each of the stages, in place.
 
     Args:
-        model: A timm model.
+        model: A timm model, or a video model of torchvision.
         build: Creates the attention for a number of channels.
         stages: Indices of stages, from 0; None is all of them.
 

@@ -1,4 +1,4 @@
-"""The stages of a timm model: which modules end them, and in which layout their features come."""
+"""The stages of a model: which modules end them, and in which layout their features come."""
 
 import copy
 import math
@@ -20,6 +20,7 @@ from .tokens import (
     patches_of,
     run_on_grid,
 )
+from .video import is_video, stages_of_video, video_clip
 
 __all__ = ["Stage", "check_keeps_tokens", "chosen_stages", "probe_stages", "stage_names"]
 
@@ -51,12 +52,15 @@ class Stage(NamedTuple):
 def stage_names(model: nn.Module) -> list[str]:
     """Return the names of the modules that end the stages of a model, without the stem.
 
-    In models of equal blocks, such as vision transformers, a stage is three blocks, and the last
-    block ends none.
+    Those of torchvision's video models are in a table, those of timm's models in `feature_info`. In
+    models of equal blocks, such as vision transformers, a stage is three blocks, and the last block
+    ends none.
 
     Raises:
         ValueError: If timm's `feature_info` of the model does not name them.
     """
+    if is_video(model):
+        return stages_of_video(model)
     info: Any = getattr(model, "feature_info", None)
     modules = dict(model.named_modules())
     names = [str(entry["module"]) for entry in info or ()]
@@ -97,7 +101,7 @@ def probe_stages(model: Any, chosen: Sequence[int]) -> list[Stage]:
     Such a run computes nothing, and some models keep tensors from one call to the next.
 
     Args:
-        model: A timm model.
+        model: A timm model, or a video model of torchvision.
         chosen: Indices of stages, from 0.
 
     Raises:
@@ -112,21 +116,29 @@ def probe_stages(model: Any, chosen: Sequence[int]) -> list[Stage]:
         shadow.get_submodule(name).register_forward_hook(
             lambda _, args, output, name=name: seen[name].append((args, output))
         )
-    size = get_model_input_config(model)["input_size"]
-    image = torch.empty(1, *size, device="meta", dtype=tensors[0].dtype)
+    if is_video(model):
+        run, images = type(shadow).forward, video_clip(model)
+    else:
+        size = get_model_input_config(model)["input_size"]
+        run = type(shadow).forward_features
+        images = torch.empty(1, *size, device="meta", dtype=tensors[0].dtype)
     with torch.no_grad():
-        shadow.forward_features(image)
-    infos = model.feature_info[-len(names) :]  # equal ones if a stage is three blocks
+        run(shadow, images)
     stages = []
-    for name, info in ((names[stage], infos[stage]) for stage in chosen):
+    for index in chosen:
+        name = names[index]
         if len(seen[name]) != 1:
             raise ValueError(f"{name} of {type(model).__name__} is not a stage that is run once")
         args, output = seen[name][0]
         if not isinstance(output, Tensor) or not any(isinstance(t, Tensor) for t in args):
             raise ValueError(f"{name} of {type(model).__name__} does not map one tensor to one")
-        adapt = _layout(model, name, info, output.shape, image)
+        if is_video(model):
+            stages.append(Stage(name, output.shape[1], lambda attention: attention))
+            continue
+        info = model.feature_info[index - len(names)]  # equal ones if a stage is three blocks
+        adapt = _layout(model, name, info, output.shape, images)
         stages.append(Stage(name, info["num_chs"], adapt))
-    _check_run(shadow, stages, image)
+    _check_run(shadow, stages, run, images)
     return stages
 
 
@@ -179,7 +191,9 @@ def _unrolled(model: hiera.Hiera, block: int) -> Adapt:
     return lambda attention: UnrolledAttention(attention, model.reroll, unroll, block)
 
 
-def _check_run(shadow: Any, stages: Sequence[Stage], image: Tensor) -> None:
+def _check_run(
+    shadow: Any, stages: Sequence[Stage], run: Callable[..., Any], images: Tensor
+) -> None:
     """Check that every attention would be run.
 
     A stage with a loop of its own over its modules may not run a module that is added at its end.
@@ -190,7 +204,7 @@ def _check_run(shadow: Any, stages: Sequence[Stage], image: Tensor) -> None:
         probe.register_forward_hook(lambda module, *_: runs.append(module))
         append(shadow.get_submodule(stage.name), stage.adapt(probe))
     with torch.no_grad():
-        run_on_grid(type(shadow).forward_features, shadow, image)
+        run_on_grid(run, shadow, images)
     if len(runs) != len(stages) or len(set(runs)) != len(stages):
         raise ValueError(
             f"the stages of {type(shadow).__name__} run their modules by code of their own"

@@ -174,6 +174,42 @@ def test_segmentation_learns(tmp_path: Path) -> None:
         assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 20
 
 
+def test_clips_show_the_group_and_the_motion_of_their_class() -> None:
+    video = runpy.run_path(str(EXAMPLES / "video.py"))
+    groups = np.arange(1, 5)
+    pixels = np.broadcast_to(60 * groups[:, None, None], (4, 28, 28)).astype(np.uint8)
+    squares = scenes.Items(pixels, groups)  # whose brightness is their group
+    clips, classes = video["batch"](squares, np.random.default_rng(0), 64)
+    assert clips.shape == (64, 1, 8, 32, 32)
+    assert set(classes.tolist()) == set(range(16))
+    directions = {0: (0, -1), 1: (0, 1), 2: (-1, 0), 3: (1, 0)}  # left, right, up, down
+    for clip, number in zip(clips[:, 0], classes.tolist(), strict=True):
+        same = {}
+        for motion, (down, right) in directions.items():
+            for speed in (1, 2, 3):
+                moved = clip[:-1].roll((down * speed, right * speed), (1, 2))
+                same[motion, speed] = (moved == clip[1:]).sum((1, 2))  # the noise never is
+        (motion, _), shown = max(same.items(), key=lambda item: int(item[1].sum()))
+        assert shown.tolist() == [400] * 7  # the whole item of 20 x 20, from frame to frame
+        brightness = (clip * scenes.STD + scenes.MEAN).flatten().mode().values
+        assert round(float(brightness) * 255 / 60) == 1 + number // 4
+        assert motion == number % 4
+
+
+@pytest.mark.slow
+def test_video_needs_more_than_single_frames() -> None:
+    done = run_example("video", "--seeds", "2")
+    assert done.returncode == 0, done.stderr
+    rows = table(done.stdout)
+    assert list(rows) == ["single frames", "clips", "clips with emax"]
+    assert re.search(r"^change by emax, paired: [+-]\d\.\d{3} \+- \d\.\d{3}$", done.stdout, re.M)
+    *_, item, motion = rows["single frames"]
+    assert item > 0.35  # chance is a quarter, for the motion as well
+    assert motion < 0.35
+    for name in ("clips", "clips with emax"):
+        assert rows[name][3] > 0.4
+
+
 @pytest.mark.slow
 def test_transformers_computes_what_timm_does(tmp_path: Path) -> None:
     needs("transformers")
