@@ -104,7 +104,7 @@ def snapshots(
     result = programs.run(str(script), images, *RUN, cwd=folder)
     assert result.status == 0, result.stderr
     performed = (folder / "operations").read_text().split()
-    assert len(performed) > 20
+    assert len(performed) > 15  # the least, of Python 3.10
     assert {"write_bytes", "_sync", "rename", "replace", "symlink_to", "rmtree"} <= set(performed)
     found = sorted((folder / "snapshots").iterdir())
     assert len(found) == len(performed) + sum(name.startswith("write") for name in performed)

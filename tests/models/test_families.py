@@ -333,6 +333,7 @@ def resnet50_cbam(pretrained=False, **kwargs):
 resnet50_cbam.__module__ = "timm.models.resnet"
 register_model(resnet50_cbam)
 warnings.simplefilter("error")
+warnings.simplefilter("ignore", ResourceWarning)  # of old versions of torch, at their end
 import emax_timm
 print(timm.model_entrypoint("resnet50_cbam") is resnet50_cbam)
 print(timm.is_model("resnet50_emax"), timm.is_model("resnet50_se"))
