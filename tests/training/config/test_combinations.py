@@ -57,7 +57,7 @@ REFUSED = [
 
 
 def convolutions_are_checked() -> bool:
-    """Whether this torch checks the sizes of convolutions on the meta device; the lowest does not."""
+    """Whether this torch checks sizes on the meta device; the lowest version does not."""
     image, kernel = torch.empty(1, 1, 1, 1, device="meta"), torch.empty(1, 1, 2, 2, device="meta")
     try:
         F.conv2d(image, kernel)
@@ -71,7 +71,7 @@ TRIED = [
     ("-b 1", "one value per channel, for model test_resnet_emax on images of 3 x 32 x 32"),
     pytest.param(
         *("--model convnext_atto_emax --img-size 16", "Kernel size can't be greater"),
-        marks=pytest.mark.skipif(not convolutions_are_checked(), reason="this torch does not check them"),
+        marks=pytest.mark.skipif(not convolutions_are_checked(), reason="this torch does not"),
     ),
     ("--model vgg11 --img-size 16", "Output size is too small"),
     ("--model vit_tiny_patch16_224 --img-size 64", "doesn't match model (224)"),
