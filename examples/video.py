@@ -87,9 +87,9 @@ class SingleFrames(SmallVideoResNet):
 
 
 def clips_with_attention() -> nn.Module:
-    """Build the network with EMAX3d after the last three stages, its residual gates open."""
+    """Build the network with EMAX3d after the last two stages, its residual gates open."""
     options = {"gate_init": 1.0}
-    return emax_timm.insert_attention(SmallVideoResNet(), stages=(1, 2, 3), attn_kwargs=options)
+    return emax_timm.insert_attention(SmallVideoResNet(), stages=(2, 3), attn_kwargs=options)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
