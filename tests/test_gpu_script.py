@@ -38,6 +38,7 @@ def part(name: str, *words: str, seconds: int = 60, needs: tuple[str, ...] = ("g
     return Part(name, f"the part {name}", [Command(each) for each in words], seconds, list(needs))
 
 
+@pytest.mark.slow
 def test_the_rest_runs_after_what_fails_hangs_or_is_missing(
     out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

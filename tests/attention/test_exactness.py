@@ -160,7 +160,7 @@ def float32_errors(module: Any, truth: Any, x: Tensor) -> dict[str, tuple[float,
     }
 
 
-@pytest.mark.parametrize("kind", ["normal", "relu", "large_mean", "faint"])
+@pytest.mark.parametrize("kind", mostly_slow(["normal", "relu", "large_mean", "faint"], 2, 3))
 @pytest.mark.parametrize(
     ("make", "channels", "size"),
     mostly_slow(

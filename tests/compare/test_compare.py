@@ -85,6 +85,7 @@ def test_measured_speeds_replace_those_of_the_runs_once_all_methods_have_them(
     assert source.endswith("`emax compare --measure` measures all methods in turns.")
 
 
+@pytest.mark.slow
 def test_speeds_are_measured_for_the_report(
     images: Path,
     tmp_path: Path,

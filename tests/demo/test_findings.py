@@ -62,6 +62,7 @@ def test_classes_are_those_of_emax_predict(subject: DemoModel, photo: Path) -> N
     assert [*found.values()] == pytest.approx([p.probability for p in expected])
 
 
+@pytest.mark.slow
 def test_pictures_are_of_the_stage_and_the_group(
     subject: DemoModel, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

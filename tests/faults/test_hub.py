@@ -269,6 +269,7 @@ for name in ("lacks", "added", "shape", "cut", "header"):
 """
 
 
+@pytest.mark.slow
 def test_weights_of_the_hub_that_do_not_fit(tmp_path: Path) -> None:
     """Also where timm itself would let that pass, for another number of classes."""
     tensors = timm.create_model("test_resnet_emax", num_classes=3).state_dict()

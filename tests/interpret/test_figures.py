@@ -165,6 +165,7 @@ def test_group_probabilities_stand_in_their_column(model: Any, maps: dict[str, A
                 assert table.mask[row, column] or np.isnan(table[row, column])
 
 
+@pytest.mark.slow
 def test_comparison_has_a_row_for_each_model(maps: dict[str, Any]) -> None:
     torch.manual_seed(0)
     picture, rows = np.zeros((32, 32, 3)), {"emax": maps}

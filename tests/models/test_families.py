@@ -238,7 +238,9 @@ def test_attn_kwargs_choose_how() -> None:
         ({"attn_stage": (0,)}, TypeError, "attn_stage"),
     ],
 )
-@pytest.mark.parametrize("name", ["resnet10t_emax", "convnext_femto_emax", "mobilenetv2_100_emax"])
+@pytest.mark.parametrize(
+    "name", mostly_slow(["resnet10t_emax", "convnext_femto_emax", "mobilenetv2_100_emax"], 0)
+)
 def test_wrong_options_are_refused(
     name: str, kwargs: dict[str, Any], error: type[Exception], match: str
 ) -> None:
@@ -246,7 +248,7 @@ def test_wrong_options_are_refused(
         small_model(name, **kwargs)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", mostly_slow(SMALL, 0, 1))
 def test_features_are_the_intermediates(name: str) -> None:
     model = small_model(name).eval()
     open_gates(model)
@@ -309,7 +311,7 @@ def test_optimizer_leaves_gates_undecayed(name: str) -> None:
         assert {id(layer.residual_gate), id(layer.gamma)} <= undecayed
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", mostly_slow(SMALL, 0, 1))
 def test_model_is_rebuilt_from_a_saved_folder(name: str, tmp_path: Any) -> None:
     options = {"attn_stages": [2, 3], "attn_kwargs": {"group_counts": [1, 4]}}
     model = small_model(name, **options).eval()

@@ -75,6 +75,7 @@ def test_dynamic_quantisation_stays_near_float32() -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0.05 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 @ALL
 def test_a_pruned_network_trains(name: str) -> None:
     model = model_named(name).train()

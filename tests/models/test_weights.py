@@ -291,6 +291,7 @@ def test_pretrained_without_weights_raises() -> None:
 PIN = "import sys; from emax_cli import main; sys.exit(main(sys.argv[1:]))"
 
 
+@pytest.mark.slow
 def test_pin_fills_in_what_the_hub_says(hub: Hub, tmp_path: Path) -> None:
     index = tmp_path / "weights.json"
     pinned = {"revision": "f" * 40, "sha256": "e" * 64}

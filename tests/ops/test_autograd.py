@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from emax_testing import VARIANTS, ReferenceEMA, ReferenceEMAX, make_ema, make_emax, randn
+from tiers import mostly_slow
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +19,9 @@ from emax_timm.ops.dispatch import draw_noise
 from emax_timm.ops.portable.forward import emax_plain
 
 KINDS = pytest.mark.parametrize("kind", [EMAX, EMA])
-FEATURES = pytest.mark.parametrize("features", ["normal", "zero", "constant", "one_pixel"])
+FEATURES = pytest.mark.parametrize(
+    "features", mostly_slow(["normal", "zero", "constant", "one_pixel"], 0, 3)
+)
 
 
 def pair(kind: type[nn.Module], channels: int = 8, **knobs: Any) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emax_testing import VARIANTS, force, make_ema, make_emax, published_ema, randn
+from tiers import mostly_slow
 from torch import Tensor
 
 from emax_timm.attention import set_grouping
@@ -143,7 +144,7 @@ def assert_equals_layers(x: Tensor, weights: EMAXWeights, noise: Tensor | None =
 
 
 @pytest.mark.parametrize("image", IMAGES, ids=str)
-@pytest.mark.parametrize("channels", [3, 12, 24])
+@pytest.mark.parametrize("channels", mostly_slow([3, 12, 24], 1))
 def test_it_equals_torchs_layers_in_any_number_of_dimensions(
     channels: int, image: tuple[int, ...]
 ) -> None:
@@ -214,7 +215,7 @@ def test_the_maps_are_what_the_output_is_made_of() -> None:
 
 
 @pytest.mark.parametrize("image", [(1,), (3,), (2, 3), (1, 1), (2, 1, 2)], ids=str)
-@pytest.mark.parametrize("counts", ["finest", [2], None], ids=str)
+@pytest.mark.parametrize("counts", mostly_slow(["finest", [2], None], 2), ids=str)
 def test_gradients_are_the_numeric_ones(counts: Any, image: tuple[int, ...]) -> None:
     module = make_emax(8, factor=4, reduction=4, group_counts=counts)
     if counts is None:

@@ -43,6 +43,7 @@ def pixels(folder: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
+@pytest.mark.slow
 def test_curves_show_the_data(tmp_path: Path) -> None:
     first = pixels(write_log(tmp_path, [0.1, 0.2, 0.3]))
     assert len(np.unique(first.reshape(-1, 3), axis=0)) > 10

@@ -283,6 +283,7 @@ def test_late_run_stops_at_too_many_corrupt_images(
     assert (trainer.step, trainer.guard.corrupt, len(trainer.losses)) == (3, 3, 3)
 
 
+@pytest.mark.slow
 def test_late_run_saves_by_the_clock_what_is_known(
     trainer_for: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

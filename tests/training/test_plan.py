@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from tiers import mostly_slow
 
 import emax_cli
 from emax_timm.benchmark import measure
@@ -57,7 +58,9 @@ def test_plan_of_imagenet_by_hand(made: Plan) -> None:
     assert made.fixed_bytes == 16 * PARAMETERS + 4 * BUFFERS
 
 
-@pytest.mark.parametrize(("opt", "states"), [("sgd", 1), ("adamw", 2), ("lamb", 2), ("rmsprop", 2)])
+@pytest.mark.parametrize(
+    ("opt", "states"), mostly_slow([("sgd", 1), ("adamw", 2), ("lamb", 2), ("rmsprop", 2)], 0, 1)
+)
 def test_plan_knows_what_the_optimizer_keeps(config: TrainConfig, opt: str, states: int) -> None:
     assert varied(config, opt=opt).optimizer_bytes == states * 4 * PARAMETERS
 
@@ -75,11 +78,13 @@ def test_plan_of_accumulation_and_of_images_held_out(config: TrainConfig) -> Non
     assert (one.steps_per_epoch, one.global_batch) == (47, 192)
 
 
+@pytest.mark.slow
 def test_plan_adds_the_epochs_that_the_schedule_adds(config: TrainConfig) -> None:
     assert varied(config, cooldown_epochs=10).epochs == 100
     assert varied(config, warmup_prefix=True, warmup_epochs=5).epochs == 95
 
 
+@pytest.mark.slow
 def test_plan_takes_size_and_classes_from_the_options(config: TrainConfig) -> None:
     one = varied(config, num_classes=10)
     assert (one.input_size, one.num_classes) == ((3, 32, 32), 10)

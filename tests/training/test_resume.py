@@ -167,6 +167,7 @@ def test_resume_in_the_middle_of_an_epoch_counts_the_time_before(trainer_for: Ma
     assert json.loads((stopped.folder / "summary.json").read_text())["seconds"] > 1000
 
 
+@pytest.mark.slow
 def test_resume_of_a_finished_run_changes_nothing(trainer_for: MakeTrainer) -> None:
     trainer = trainer_for(epochs=1)
     trainer.run()

@@ -212,6 +212,7 @@ def test_run_writes_a_row_per_epoch(trainer_for: MakeTrainer, options: dict[str,
     assert [sum(values["histogram"]) for values in rows[2].values()] == [8] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"val_split": ""}, {"model": "resnet10t"}])
 def test_run_without_images_or_layers_has_no_rows(
     trainer_for: MakeTrainer, options: dict[str, Any]
