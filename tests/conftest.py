@@ -11,15 +11,17 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Kernels that whoever runs the tests has built would compute in place of what is tested; the
+# processes that tests start have this environment, too.
+if "EMAX_KERNELS_DIR" not in os.environ:
+    _no_kernels = tempfile.TemporaryDirectory(prefix="emax-kernels-")
+    os.environ["EMAX_KERNELS_DIR"] = _no_kernels.name
+
 import pytest
 from hub_server import Hub, serve
 from hub_testing import REPO, Published, emax
 from interpreters import Interpreter
 from training_testing import TRAIN, image_folder
-
-# Kernels that whoever runs the tests has built would compute in place of what is tested.
-_no_kernels = tempfile.TemporaryDirectory(prefix="emax-kernels-")
-os.environ.setdefault("EMAX_KERNELS_DIR", _no_kernels.name)
 
 
 @pytest.fixture(scope="session", autouse=True)
