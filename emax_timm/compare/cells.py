@@ -24,7 +24,7 @@ from ..training.config import (
 from ..training.config.checks import check_config
 from .experiments import EXPERIMENTS
 
-__all__ = ["Backbone", "Cell", "Method", "Run", "make_cell", "train_config"]
+__all__ = ["Backbone", "Cell", "Method", "Run", "machine_options", "make_cell", "train_config"]
 
 # Options of train.py that the study sets itself.
 RESERVED = ("experiment", "model", "model_kwargs", "output", "resume", "seed")
@@ -109,6 +109,12 @@ class Run(NamedTuple):
 
     def __str__(self) -> str:
         return str(self.folder)
+
+
+def machine_options(device: str, data_dir: str | None) -> dict[str, Any]:
+    """Return the options of train.py that say where a run is made; what is empty is left out."""
+    given = {"device": device, "data_dir": data_dir}
+    return {name: value for name, value in given.items() if value}
 
 
 def train_config(cell: Cell, **settings: Any) -> TrainConfig:

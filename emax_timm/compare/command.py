@@ -12,10 +12,11 @@ from ..runner import command
 from ..training.config import UsageError, from_mapping, option, parse_settings
 from ..training.distributed import find_device
 from ..training.signals import Stopped, catch_signals
-from .cells import Run, train_config
+from .cells import Run, machine_options, train_config
 from .costs import measure, read_costs
 from .grouping import analyse, check_methods
-from .grouping_report import draw_grouping, read_groupings
+from .grouping_plot import draw_grouping
+from .grouping_report import read_groupings
 from .plot import NEEDED, draw
 from .report import report
 from .results import check_folder, merge, read_results
@@ -113,10 +114,7 @@ def start(workers: Workers, folder: Path, run: Run, study: Study, config: Compar
 def job_of(run: Run, study: str, device: str, data_dir: str | None) -> dict[str, Any]:
     """Return what the process of a run needs to know, and what identifies its result."""
     here: dict[str, Any] = {"seed": run.seed, "checkpoint_hist": 1, "recovery_minutes": 5.0}
-    if device:
-        here["device"] = device
-    if data_dir:
-        here["data_dir"] = data_dir
+    here |= machine_options(device, data_dir)
     train_config(run.cell, **here)
     return {
         "study": study,

@@ -21,7 +21,7 @@ from ..training.config import UsageError
 from ..training.distributed import open_distributed_context
 from ..training.progress import Progress
 from ..training.trainer import Trainer
-from .cells import Cell, train_config
+from .cells import Cell, machine_options, train_config
 from .results import Results, read_json, write_json
 from .run import environment, trainer_of
 from .study import Study
@@ -51,9 +51,7 @@ def measure(study: Study, folder: Path, device: str, data_dir: str | None) -> No
     with open_distributed_context(device) as context, _one_core(context.device.type):
         timed: list[tuple[Cell, Trainer, Any, Tensor]] = []
         for cell in study.cells:
-            here = {"device": device} if device else {}
-            if data_dir:
-                here["data_dir"] = data_dir
+            here = machine_options(device, data_dir)
             config = train_config(cell, seed=cell.seeds[0], output=str(folder), **here)
             with contextlib.redirect_stdout(io.StringIO()):  # what each one's data are
                 trainer = trainer_of(config, cell.experiment, context)

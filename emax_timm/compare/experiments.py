@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attention import EMAX
 from ..errors import UsageError
+from .gradients import choosing_layers
 
 __all__ = ["EXPERIMENTS", "WideController", "widen_controllers"]
 
@@ -64,11 +65,10 @@ def widen_controllers(model: nn.Module) -> None:
     Raises:
         UsageError: If none does.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, EMAX)]
-    choosing = [layer for layer in layers if layer.group_controller is not None]
+    choosing = choosing_layers(model)
     if not choosing:
         raise UsageError("wide_controller: no EMAX layer of the model chooses its group count")
-    for layer in choosing:
+    for layer in choosing.values():
         layer.group_controller = WideController(layer)
 
 

@@ -17,10 +17,19 @@ from ..files import replace_file
 from ..training.journal import read_rows
 from ..training.trainer import Trainer
 
-__all__ = ["GRADIENTS", "record_gradients"]
+__all__ = ["GRADIENTS", "choosing_layers", "record_gradients"]
 
 GRADIENTS = "gradients.jsonl"
 ROWS = 100  # of a run, about
+
+
+def choosing_layers(model: nn.Module) -> dict[str, EMAX]:
+    """Return the EMAX layers that choose among several group counts, by their names."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, EMAX) and layer.group_controller is not None
+    }
 
 
 def record_gradients(trainer: Trainer, folder: Path) -> None:
@@ -34,11 +43,7 @@ def record_gradients(trainer: Trainer, folder: Path) -> None:
         trainer: The trainer, before its next step.
         folder: The run directory.
     """
-    layers = {
-        name: layer
-        for name, layer in trainer.model.named_modules()
-        if isinstance(layer, EMAX) and layer.group_controller is not None
-    }
+    layers = choosing_layers(trainer.model)
     if not layers:
         return
     path = folder / GRADIENTS

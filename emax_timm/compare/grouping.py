@@ -24,8 +24,8 @@ from ..training.distributed import DistributedContext, open_distributed_context
 from ..training.journal import read_rows
 from ..training.progress import working
 from ..training.trainer import Trainer
-from .cells import Run, train_config
-from .gradients import GRADIENTS
+from .cells import Run, machine_options, train_config
+from .gradients import GRADIENTS, choosing_layers
 from .outcome import outcomes, slices_of
 from .results import GROUPING, read_json, write_json
 from .run import RESULT, environment, trainer_of
@@ -36,7 +36,6 @@ __all__ = [
     "MOST_FREQUENT",
     "analyse",
     "check_methods",
-    "choosing_layers",
     "force_counts",
 ]
 
@@ -72,8 +71,7 @@ def analyse(
     with open_distributed_context(device) as context:
         for number, run in enumerate(todo, 1):
             path = folder / run.folder
-            settings = {"device": device} if device else {}
-            settings |= {"data_dir": data_dir} if data_dir else {}
+            settings = machine_options(device, data_dir)
             with working(f"{run}: group counts"):
                 content = _of_run(run, path, settings, context)
             write_json(path / GROUPING, content, indent=None)
@@ -121,15 +119,6 @@ def _of_run(
         "top1": accuracy,
         "layers": found,
         "gradients": _gradients(folder / GRADIENTS),
-    }
-
-
-def choosing_layers(model: nn.Module) -> dict[str, EMAX]:
-    """Return the EMAX layers that choose among several group counts, by their names."""
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, EMAX) and layer.group_controller is not None
     }
 
 

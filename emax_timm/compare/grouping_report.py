@@ -1,18 +1,23 @@
-"""The part of a study's report that is about the dynamic grouping, in Markdown and as a plot."""
+"""The part of a study's report that is about the dynamic grouping, in Markdown."""
 
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
 from ..tables import heading, row
 from .grouping import AS_TRAINED
 from .results import GROUPING, read_json
 from .statistics import Difference, paired
 from .study import Study
 
-__all__ = ["Groupings", "draw_grouping", "grouping_report", "read_groupings"]
+__all__ = [
+    "Groupings",
+    "change_by",
+    "grouping_report",
+    "read_groupings",
+    "share_of_counts",
+]
 
 # What `grouping.analyse` has found, by the method and the seed.
 Groupings = dict[str, dict[int, dict[str, Any]]]
@@ -51,7 +56,7 @@ def _accuracy(contents: list[dict[str, Any]]) -> list[str]:
         values = [content["top1"][name] for content in contents]
         mean = f"{statistics.mean(values):.2f}"
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        lines.append(row([name, mean + spread, _signed(_loss(contents, name))]))
+        lines.append(row([name, mean + spread, _signed(change_by(contents, name))]))
     return [
         *lines,
         "",
@@ -61,7 +66,7 @@ def _accuracy(contents: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _loss(contents: list[dict[str, Any]], name: str) -> Difference | None:
+def change_by(contents: list[dict[str, Any]], name: str) -> Difference | None:
     """Return what forcing changes, seed by seed."""
     if name == AS_TRAINED:
         return None
@@ -82,16 +87,16 @@ def _shares(contents: list[dict[str, Any]]) -> list[str]:
     every = sorted({count for layer in layers.values() for count in layer["group_counts"]})
     lines = heading(["images (%) whose count is", *map(str, every)])
     for name in layers:
-        share = _share(contents, [name], lambda layer: layer["chosen"])
+        share = share_of_counts(contents, [name], lambda layer: layer["chosen"])
         lines.append(_row_of(name, share, every))
     for kind in ("by_slice", "by_class"):
         for part in next(iter(layers.values()))[kind]:
-            share = _share(contents, layers, lambda layer, k=kind, p=part: layer[k][p])
+            share = share_of_counts(contents, layers, lambda layer, k=kind, p=part: layer[k][p])
             lines.append(_row_of(f"all layers, {part}", share, every))
     return [*lines, "", "Means over the seeds, on the test split."]
 
 
-def _share(
+def share_of_counts(
     contents: list[dict[str, Any]],
     names: Iterable[str],
     counts_of: Callable[[dict[str, Any]], list[int]],
@@ -141,72 +146,3 @@ def _quarter(gradients: dict[str, Any], layer: str, quarter: int) -> float:
         if QUARTERS * step // last == quarter
     ]
     return statistics.median(own or values)
-
-
-def draw_grouping(study: Study, backbone: str, groupings: Groupings, path: Path) -> None:
-    """Draw for each method the shares of the counts, the forced accuracies and the gradients.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.2 * len(groupings)), layout="constrained")
-    figure.suptitle(f"{study.name}: dynamic grouping on {backbone}", fontsize=11)
-    axes = figure.subplots(len(groupings), 3, squeeze=False)
-    for row_of_axes, (method, runs) in zip(axes, groupings.items(), strict=True):
-        contents = list(runs.values())
-        _draw_shares(row_of_axes[0], method, contents)
-        _draw_forced(row_of_axes[1], contents)
-        _draw_norms(row_of_axes[2], contents)
-    # The same results give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "emax_timm", "svg.fonttype": "none"}):
-        replace_file(
-            path,
-            lambda file: figure.savefig(file, format=path.suffix[1:], metadata={"Date": None}),
-        )
-
-
-def _draw_shares(axis: Any, method: str, contents: list[dict[str, Any]]) -> None:
-    layers = list(contents[0]["layers"])
-    shares = [_share(contents, [name], lambda layer: layer["chosen"]) for name in layers]
-    below = [0.0] * len(layers)
-    for count in sorted({count for share in shares for count in share}):
-        values = [share.get(count, 0.0) for share in shares]
-        axis.barh(layers, values, left=below, label=str(count))
-        below = [a + b for a, b in zip(below, values, strict=True)]
-    axis.set(title=f"{method}: chosen group counts", xlabel="% of test images", xlim=(0, 100))
-    axis.tick_params(axis="y", labelsize=7)
-    axis.invert_yaxis()
-    axis.legend(fontsize=7, ncols=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-
-
-def _draw_forced(axis: Any, contents: list[dict[str, Any]]) -> None:
-    names = [name for name in contents[0]["top1"] if name != AS_TRAINED]
-    for place, name in enumerate(names):
-        found = _loss(contents, name)
-        assert found is not None
-        axis.errorbar(place, found.mean, yerr=found.half_width or 0, marker="o", capsize=4)
-    axis.axhline(0, color="grey", linewidth=0.8)
-    labels = [name.replace("layer's ", "layer's\n") for name in names]
-    axis.set_xticks(range(len(names)), labels, fontsize=7)
-    axis.set(title="all layers forced to one count", ylabel=f"top-1 - {AS_TRAINED} (points)")
-
-
-def _draw_norms(axis: Any, contents: list[dict[str, Any]]) -> None:
-    recorded = [content["gradients"] for content in contents if content["gradients"]]
-    axis.set(title="gradients of the controllers", xlabel="step", yscale="log")
-    if not recorded:
-        axis.text(0.5, 0.5, "not recorded", ha="center", transform=axis.transAxes)
-        return
-    for layer in recorded[0]["layers"]:
-        columns = []
-        for gradients in recorded:
-            own = gradients["layers"][layer]
-            pairs = zip(own["controller"], own["other"], strict=True)
-            columns.append([a / b if b else float("nan") for a, b in pairs])
-        mean = [statistics.mean(values) for values in zip(*columns, strict=False)]
-        axis.plot(recorded[0]["step"][: len(mean)], mean, label=layer, linewidth=1)
-    axis.set_ylabel("norm of the controller / of the other parameters")
-    axis.legend(fontsize=6)

@@ -10,7 +10,7 @@ from .results import Results
 from .statistics import paired
 from .study import Study
 
-__all__ = ["NEEDED", "draw"]
+__all__ = ["NEEDED", "draw", "save_figure"]
 
 NEEDED = "the plots need the package matplotlib: pip install 'emax-timm[viz]'"
 
@@ -21,7 +21,6 @@ def draw(study: Study, results: Results, costs: dict[str, Any], backbone: str, p
     Raises:
         ImportError: If matplotlib is missing.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     metric = study.primary.metric
@@ -43,7 +42,13 @@ def draw(study: Study, results: Results, costs: dict[str, Any], backbone: str, p
     )
     axis.title.set_fontsize(10)
     axis.grid(alpha=0.3)
-    # The same results give the same file.
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib by the suffix of the path, the same for the same results."""
+    import matplotlib
+
     with matplotlib.rc_context({"svg.hashsalt": "emax_timm", "svg.fonttype": "none"}):
         replace_file(
             path,

@@ -13,8 +13,8 @@ from training_testing import only_line
 
 from emax_timm import EMAX
 from emax_timm.compare.command import compare
-from emax_timm.compare.gradients import GRADIENTS, record_gradients
-from emax_timm.compare.grouping import choosing_layers, force_counts
+from emax_timm.compare.gradients import GRADIENTS, choosing_layers, record_gradients
+from emax_timm.compare.grouping import force_counts
 from emax_timm.compare.outcome import outcomes, slices_of
 from emax_timm.compare.results import GROUPING, RESULT
 from emax_timm.compare.study import read_study
