@@ -61,6 +61,7 @@ class Search:
 
     Attributes:
         folder: The run directory of the trial that is being made; None between trials.
+        epochs: The number of its epochs that Optuna knows.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Search:
         self.cell, self.space, self.cell_with = cell, space, cell_with
         self.options, self.root = options, folder
         self.folder: Path | None = None
+        self.epochs = 0
         self.study: Any = None  # of Optuna, as is the trial
         self.trial: Any = None
 
@@ -123,6 +125,7 @@ class Search:
         values = {key: self._suggest(key, choices) for key, choices in self.space.items()}
         cell = self.cell_with(values)
         self.folder = self.root / self.cell / f"trial-{self.trial.number:03}"
+        self.epochs = 0
         if has_result(self.folder):  # it had ended, but that was not noted
             self.finish()
         else:
@@ -142,6 +145,8 @@ class Search:
         """Report the epochs that the trial has finished, and stop it if the rule says so."""
         if self.folder is None or self.folder not in workers.running:
             return
+        if len(read_rows(self.folder / LOG)) == self.epochs:
+            return  # nothing new: to ask Optuna ten times a second takes a quarter of a core
         if self._report() and self.folder not in workers.asked and self._should_stop():
             workers.end(self.folder)
 
@@ -152,6 +157,7 @@ class Search:
         """Report the metric of the epochs so far to Optuna; returns them."""
         assert self.folder is not None
         rows = read_rows(self.folder / LOG)
+        self.epochs = len(rows)
         metrics = [row[f"val_{self.options.metric}"] for row in rows]
         known = self.study.get_trials(deepcopy=False)[self.trial.number].intermediate_values
         for epoch, value in enumerate(metrics, 1):
