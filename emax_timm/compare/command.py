@@ -9,6 +9,7 @@ from typing import Any
 
 from ..files import lock_folder, replace_file
 from ..runner import command
+from ..tables import text_around, write_between
 from ..training.config import UsageError, from_mapping, option, parse_settings
 from ..training.distributed import find_device
 from ..training.signals import Stopped, catch_signals
@@ -18,7 +19,7 @@ from .grouping import analyse, check_methods
 from .grouping_plot import draw_grouping
 from .grouping_report import read_groupings
 from .plot import NEEDED, draw
-from .report import report
+from .report import report, summary
 from .results import check_folder, merge, read_results
 from .study import Study, read_study
 from .workers import StudyOptions, Workers, has_result, open_workers
@@ -51,6 +52,12 @@ class CompareConfig(StudyOptions):
         "make no runs; measure the speed of all methods in turns, when the machine does nothing "
         "else, for the report",
     )
+    write: str | None = option(
+        None,
+        "put the primary comparison and the table of the methods into this Markdown file, between "
+        "its lines <!-- compare STUDY: begin --> and <!-- compare STUDY: end -->",
+        metavar="FILE",
+    )
 
 
 @command("emax compare")
@@ -61,6 +68,9 @@ def compare(argv: Sequence[str], prog: str) -> int:
     if config.study is None:
         raise UsageError("nothing to compare: give a study file")
     study = read_study(config.study)
+    mark = f"compare {study.name}"
+    if config.write is not None:
+        text_around(Path(config.write), mark)  # refuses a bad file before anything is made
     check_methods(study, config.grouping)
     folder = Path(config.output) / study.name
     check_folder(study, folder)
@@ -82,7 +92,12 @@ def compare(argv: Sequence[str], prog: str) -> int:
                 return 128 + stopped.number
         if config.measure and not read_results(study, folder):
             return 0
-        return _report(study, folder, shlex.join([*prog.split(), *argv]))
+        made_by = shlex.join([*prog.split(), *argv])
+        status = _report(study, folder, made_by)
+        if config.write is not None:
+            text = summary(study, read_results(study, folder), made_by)
+            write_between(Path(config.write), mark, text)
+        return status
 
 
 def make_runs(study: Study, folder: Path, config: CompareConfig) -> None:

@@ -12,7 +12,7 @@ from .results import Results
 from .statistics import Difference, holm, paired, unpaired
 from .study import Study
 
-__all__ = ["difference", "report", "values_of"]
+__all__ = ["difference", "report", "summary", "values_of"]
 
 UNITS = {"top1": ("top-1 (%)", 2), "top5": ("top-5 (%)", 2), "loss": ("loss", 4)}
 
@@ -45,6 +45,21 @@ def report(
             parts += _slices(study, results, backbone)
             parts += grouping_report(groupings.get(backbone, {}))
     parts += ["", *_diverged(results), "## How it was made", "", *_origin(study, results)]
+    return "\n".join(parts) + "\n"
+
+
+def summary(study: Study, results: Results, made_by: str) -> str:
+    """Write the primary comparison, and the table of the methods on its backbone.
+
+    Args:
+        study, results, made_by: As for `report`.
+    """
+    declared = study.primary
+    (_, _, *primary), origin = _primary(study, results), _facts(study, results)
+    names = "training time of all runs", "finished between", "devices", "commits", "seeds"
+    parts = [f"Made by `{made_by}`: {len(results)} of {len(study.runs())} runs.", "", *primary, ""]
+    parts += [*_methods(study, results, declared.backbone, declared.metric), ""]
+    parts += [f"- {name}: {origin[name]}" for name in names]
     return "\n".join(parts) + "\n"
 
 
@@ -236,7 +251,7 @@ def _diverged(results: Results) -> list[str]:
     ]
 
 
-def _origin(study: Study, results: Results) -> list[str]:
+def _facts(study: Study, results: Results) -> dict[str, str]:
     contents = list(results.values())
 
     def of(*keys: str) -> str:
@@ -244,7 +259,7 @@ def _origin(study: Study, results: Results) -> list[str]:
 
     hours = sum(content["seconds"] for content in contents) / 3600
     dates = sorted(content["date"] for content in contents)
-    facts = {
+    return {
         "training time of all runs": f"{hours:.2f} hours, each run on one device or core",
         "finished between": f"{dates[0]} and {dates[-1]}",
         "devices": of("device", "machine"),
@@ -253,7 +268,10 @@ def _origin(study: Study, results: Results) -> list[str]:
         "versions": f"emax_timm {of('emax_timm')}; torch {of('torch')}; timm {of('timm')}",
         "seeds": ", ".join(map(str, study.file.seeds)),
     }
-    lines = [f"- {name}: {value}" for name, value in facts.items()]
+
+
+def _origin(study: Study, results: Results) -> list[str]:
+    lines = [f"- {name}: {value}" for name, value in _facts(study, results).items()]
     lines += ["", "The configuration of each cell has the hash that its runs carry:", ""]
     lines += heading(["cell", "hash"])
     lines += [row([str(cell.folder), cell.hash]) for cell in study.cells]

@@ -54,14 +54,7 @@ def build_trainer(
     Raises:
         UsageError: If the configuration, the data or the weights to start from are invalid.
     """
-    check_config(config, context.size)
-    if config.sync_bn and context.size > 1 and context.device.type == "cpu":
-        raise UsageError("--sync-bn needs GPUs: torch has none of it for CPUs")
-    if context.is_primary:
-        if config.resume in ("", "auto"):
-            check_target(Path(config.output, config.experiment or ".run"), folder=True)
-        else:
-            check_target(Path(config.resume, checkpoint.CONFIG))
+    _check(config, context)
     saved = None
     if config.resume not in ("", "auto"):
         saved = checkpoint.load_checkpoint(Path(config.resume), context)
@@ -70,10 +63,7 @@ def build_trainer(
 
     if (missing := unvalidated(config, splits)) and saved is None:
         context.warn(missing)
-    random_seed(config.seed)  # the same on all ranks, so that they start from the same model
-    model = _create_model(config, num_classes)
-    if change is not None:
-        change(model)
+    model = _create_model(config, num_classes, change)
     if not timm.is_model(config.model):  # the check of the configuration has not built it
         try_training(config, deepcopy(model).to("meta"), context.size)
     data_config = data_config_of(config, model)
@@ -115,7 +105,23 @@ def build_trainer(
     return trainer
 
 
-def _create_model(config: TrainConfig, num_classes: int) -> Any:
+def _check(config: TrainConfig, context: DistributedContext) -> None:
+    """Refuse a configuration that is wrong, or wrong on these ranks, or has no place to write."""
+    check_config(config, context.size)
+    if config.sync_bn and context.size > 1 and context.device.type == "cpu":
+        raise UsageError("--sync-bn needs GPUs: torch has none of it for CPUs")
+    if not context.is_primary:
+        return
+    if config.resume in ("", "auto"):
+        check_target(Path(config.output, config.experiment or ".run"), folder=True)
+    else:
+        check_target(Path(config.resume, checkpoint.CONFIG))
+
+
+def _create_model(
+    config: TrainConfig, num_classes: int, change: Callable[[nn.Module], None] | None
+) -> Any:
+    random_seed(config.seed)  # the same on all ranks, so that they start from the same model
     arguments, overlay = model_arguments(config, num_classes), {}
     if config.pretrained_path:
         weights = checkpoint.read_weights(weights_file(config.pretrained_path))
@@ -134,6 +140,8 @@ def _create_model(config: TrainConfig, num_classes: int) -> Any:
             head.bias.fill_(config.head_init_bias)
     if config.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
+    if change is not None:
+        change(model)
     return model
 
 

@@ -68,6 +68,27 @@ def test_report_has_the_declared_comparison_first(
     assert all(f">{method}</text>" in plot for method in ("none", "se", "emax", "emax_finest"))
 
 
+def test_summary_is_written_into_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, page = write_study(tmp_path), tmp_path / "results.md"
+    write_results_of(path, tmp_path / "runs", TOP1)
+    page.write_text("Before\n<!-- compare other: begin -->\n")
+    refused = refusal(path, tmp_path / "runs", capsys, "--report", "--write", str(page))
+    assert "<!-- compare small: begin -->" in refused
+    assert not (tmp_path / "runs" / "small" / "report.md").exists()
+    page.write_text(
+        "Before\n<!-- compare small: begin -->\nold\n<!-- compare small: end -->\nAfter"
+    )
+    options = ["--output", str(tmp_path / "runs"), "--report", "--write", str(page)]
+    assert compare([str(path), *options]) == 0
+    first, *lines, last = page.read_text().splitlines()
+    assert (first, last) == ("Before", "After")
+    reported = capsys.readouterr().out.splitlines()
+    assert "| none | 4 | +2.00 | +0.70 to +3.30 | 0.031 |" in lines
+    assert all(line in reported for line in lines[1:-1])
+    assert "old" not in lines
+    assert "## Primary comparison" not in lines
+
+
 def test_measured_speeds_replace_those_of_the_runs_once_all_methods_have_them(
     tmp_path: Path,
 ) -> None:

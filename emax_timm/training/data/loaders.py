@@ -48,25 +48,10 @@ def training_loader(
         collate = FastCollateMixup(**mixup_options(config), num_classes=num_classes)
     interpolation = data_config["interpolation"] if config.no_aug else config.train_interpolation
     arguments: dict[str, Any] = {
+        **_augmentation(config),
         "input_size": data_config["input_size"],
         "batch_size": config.batch_size,
         "is_training": True,
-        "no_aug": config.no_aug,
-        "re_prob": config.reprob,
-        "re_mode": config.remode,
-        "re_count": config.recount,
-        "re_split": config.resplit,
-        "train_crop_mode": config.train_crop_mode,
-        "scale": tuple(config.scale),
-        "ratio": tuple(config.ratio),
-        "hflip": config.hflip,
-        "vflip": config.vflip,
-        "color_jitter": config.color_jitter,
-        "color_jitter_prob": config.color_jitter_prob,
-        "grayscale_prob": config.grayscale_prob or 0.0,
-        "gaussian_blur_prob": config.gaussian_blur_prob or 0.0,
-        "auto_augment": config.aa,
-        "num_aug_splits": config.aug_splits,
         "interpolation": interpolation,
         "mean": data_config["mean"],
         "std": data_config["std"],
@@ -86,6 +71,28 @@ def training_loader(
         text = " ".join(str(error).split())
         raise UsageError(f"cannot augment as asked (--aa {config.aa}): {text}") from None
     return loader if stream else _keyed(loader, config, context)
+
+
+def _augmentation(config: TrainConfig) -> dict[str, Any]:
+    """Return the arguments of timm's loader that say how images are augmented."""
+    return {
+        "no_aug": config.no_aug,
+        "re_prob": config.reprob,
+        "re_mode": config.remode,
+        "re_count": config.recount,
+        "re_split": config.resplit,
+        "train_crop_mode": config.train_crop_mode,
+        "scale": tuple(config.scale),
+        "ratio": tuple(config.ratio),
+        "hflip": config.hflip,
+        "vflip": config.vflip,
+        "color_jitter": config.color_jitter,
+        "color_jitter_prob": config.color_jitter_prob,
+        "grayscale_prob": config.grayscale_prob or 0.0,
+        "gaussian_blur_prob": config.gaussian_blur_prob or 0.0,
+        "auto_augment": config.aa,
+        "num_aug_splits": config.aug_splits,
+    }
 
 
 def _keyed(loader: Any, config: TrainConfig, context: DistributedContext) -> Any:
