@@ -62,6 +62,7 @@ class Search:
     Attributes:
         folder: The run directory of the trial that is being made; None between trials.
         epochs: The number of its epochs that Optuna knows.
+        done: The number of trials that have ended, one way or another.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Search:
         self.cell, self.space, self.cell_with = cell, space, cell_with
         self.options, self.root = options, folder
         self.folder: Path | None = None
-        self.epochs = 0
+        self.epochs = self.done = 0
         self.study: Any = None  # of Optuna, as is the trial
         self.trial: Any = None
 
@@ -99,14 +100,15 @@ class Search:
                 values = map(_stored, point)
                 values = dict(zip(self.space, values, strict=True))
                 self.study.enqueue_trial(values, skip_if_exists=True)
-
-    def done(self) -> int:
-        """Return the number of trials that have ended, one way or another."""
-        return sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
+        self._count()
 
     def left(self) -> bool:
         """Return whether there are trials to make."""
-        return self.done() < self.options.trials
+        return self.done < self.options.trials
+
+    def _count(self) -> None:
+        trials = self.study.get_trials(deepcopy=False)
+        self.done = sum(trial.state.is_finished() for trial in trials)
 
     def start(self, workers: Workers, device: str, data_dir: str | None) -> None:
         """Start the next trial, or go on with the one that was interrupted."""
@@ -146,7 +148,7 @@ class Search:
         if self.folder is None or self.folder not in workers.running:
             return
         if len(read_rows(self.folder / LOG)) == self.epochs:
-            return  # nothing new: to ask Optuna ten times a second takes a quarter of a core
+            return  # nothing new, and each question to Optuna takes milliseconds
         if self._report() and self.folder not in workers.asked and self._should_stop():
             workers.end(self.folder)
 
@@ -181,6 +183,7 @@ class Search:
         shown = f"{self.options.metric} {values[-1]:.4f}" if values else "diverged"
         print(f"{self.folder.relative_to(self.root)}: {shown}", flush=True)
         self.folder = self.trial = None
+        self._count()
 
 
 def _stored(value: Any) -> Any:

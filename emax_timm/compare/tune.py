@@ -167,7 +167,7 @@ def _make_trials(searches: list[Search], config: TuneConfig) -> None:
     device = find_device(config.device).type
     with catch_signals() as stop, open_workers(config.jobs, device, stop) as workers:
         while any(search.left() for search in searches) or workers.running:
-            for search in sorted(searches, key=lambda s: s.done()):  # in turns
+            for search in sorted(searches, key=lambda s: s.done):  # in turns
                 if workers.free and search.folder is None and search.left():
                     search.start(workers, config.device, config.data_dir)
             for search in searches:
