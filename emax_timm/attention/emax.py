@@ -116,7 +116,8 @@ class EMAX(nn.Module):
         """Initialise every parameter and buffer, for instance after `to_empty()`.
 
         The values are torch's defaults, except that the gates start open, at sigmoid(2) = 0.88
-        rather than 0.5. Otherwise each layer would scale its features to about a quarter at first.
+        rather than 0.5. Otherwise each layer would scale its features to a quarter or a third
+        at first.
         """
         self.conv1x1.reset_parameters()
         self.conv3x3.reset_parameters()
@@ -145,6 +146,10 @@ class EMAX(nn.Module):
         """Compute the attention maps of x [b, c, h, w] without applying them.
 
         In training mode every call draws new noise for the choice of group counts.
+
+        Raises:
+            ValueError: If x has another shape or number of channels.
+            RuntimeError: If a backend was requested that cannot serve.
         """
         if not torch.jit.is_scripting():
             change = changed_child(self)
@@ -153,7 +158,12 @@ class EMAX(nn.Module):
         return emax_maps(x, self.weights(), self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the attention to x [b, c, h, w]; the result has the shape of x."""
+        """Apply the attention to x [b, c, h, w]; the result has the shape of x.
+
+        Raises:
+            ValueError: If x has another shape or number of channels.
+            RuntimeError: If a backend was requested that cannot serve.
+        """
         if not torch.jit.is_scripting():
             change = changed_child(self)
             if change is not None:

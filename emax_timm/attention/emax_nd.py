@@ -55,6 +55,7 @@ class EMAX1d(EMAX):
 
         Raises:
             ValueError: If x or the mask has another shape, or the mask another dtype.
+            RuntimeError: If a backend was requested that cannot serve.
         """
         if not torch.jit.is_scripting():
             change = changed_child(self)
@@ -67,7 +68,8 @@ class EMAX3d(EMAX):
     """EMAX attention for videos, a layer that scales features [b, c, t, h, w] of any sizes.
 
     It goes after the convolutions of a block, like `EMAX`, and keeps the shape. It is not causal:
-    every frame of the output follows from means over all frames.
+    every frame of the output follows from means over all frames. `forward(x)` and `attention(x)`
+    are those of `EMAX`, for x [b, c, t, h, w].
     """
 
     dims: ClassVar[int] = 3

@@ -52,7 +52,8 @@ def capture_attention(model: nn.Module) -> Iterator[dict[str, Maps]]:
             those in the wrapped model, which runs uncompiled in the context.
 
     Yields:
-        The maps by the name of the layer: `EMAXMaps` for EMAX, `GateMaps` for the others.
+        The maps by the name of the layer: `EMAXMaps` for EMAX, and for the others a `GateMaps`, a
+        tuple with the fields `spatial` and `channel`, None where the layer has no such gate.
 
     Raises:
         ValueError: If the model has no such layer, as scripted and exported models have none.

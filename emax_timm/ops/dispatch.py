@@ -231,8 +231,8 @@ def use_backend(name: str) -> Iterator[None]:
             that can serve.
 
     Raises:
-        BackendError: If there is no such backend or, in a forward pass inside the block, if it
-            cannot serve the tensors at hand; `emax backends` says why.
+        RuntimeError: If there is no such backend or, in a forward pass inside the block, if it
+            cannot serve the tensors at hand (a `BackendError`); `emax backends` says why.
     """
     if name != "auto" and name not in [backend.name for backend in BACKENDS]:
         raise BackendError(_unknown(name))
