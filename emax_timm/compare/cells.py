@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
+import torch
+
 from ..attention import ATTENTIONS
 from ..files import sha256_of
 from ..training.config import (
@@ -19,10 +22,12 @@ from ..training.config import (
     UsageError,
     from_mapping,
     layered,
+    model_arguments,
     option,
 )
 from ..training.config.checks import check_config
-from .experiments import EXPERIMENTS
+from ..training.sources import weights_file
+from .experiments import EXPERIMENTS, parameters_ending
 
 __all__ = ["Backbone", "Cell", "Method", "Run", "machine_options", "make_cell", "train_config"]
 
@@ -189,10 +194,25 @@ def make_cell(
         check_config(config)
     except UsageError as error:
         raise UsageError(f"{source}: {error}") from None
+    if kind.init or kind.experiment:
+        _check_changes(config, kind, source)
     seeds = tuple(seeds if kind.seeds is None else seeds[: kind.seeds])
     digest = _hash(config, kind)
     more = (kind.init, kind.experiment, seeds, not kind.model, digest)
     return Cell(backbone[0], method[0], settings, *more)
+
+
+def _check_changes(config: TrainConfig, method: Method, source: str) -> None:
+    """Refuse constants and an experiment that do not fit the model."""
+    with torch.device("meta"):
+        model = timm.create_model(config.model, **model_arguments(config, config.num_classes))
+        try:
+            if method.experiment:
+                EXPERIMENTS[method.experiment](model)
+            for end in method.init:
+                parameters_ending(model, end)
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from None
 
 
 def _model(backbone: Backbone, method: Method, settings: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +241,11 @@ def _hash(config: TrainConfig, method: Method) -> str:
     content["init"] = method.init
     if method.experiment:
         content["experiment"] = method.experiment
+    if not config.dataset:  # a folder; the same data may have another place on another machine
+        content["folder"] = Path(config.data or config.data_dir or "").name
     if config.pretrained_path:
         content["weights"] = sha256_of(Path(config.pretrained_path))
+    if config.initial_checkpoint:
+        content["initial_checkpoint"] = sha256_of(weights_file(config.initial_checkpoint))
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -104,9 +104,15 @@ def make_runs(study: Study, folder: Path, config: CompareConfig) -> None:
     """Make the runs that have not ended yet.
 
     Raises:
+        UsageError: If the study's file `tuned` lacks a method.
         FailedRunError: If a run fails.
         Stopped: If a signal asked for it; the runs have written checkpoints.
     """
+    if missing := study.untuned():
+        raise UsageError(
+            f"{study.path}: {study.file.tuned} has no values for {', '.join(missing)}; run emax "
+            "tune, or give them {} there"
+        )
     device = find_device(config.device).type
     left = [run for run in study.runs() if not has_result(folder / run.folder)]
     total, done = len(study.runs()), len(study.runs()) - len(left)

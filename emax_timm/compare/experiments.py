@@ -13,7 +13,7 @@ from ..attention import EMAX
 from ..errors import UsageError
 from .gradients import choosing_layers
 
-__all__ = ["EXPERIMENTS", "WideController", "widen_controllers"]
+__all__ = ["EXPERIMENTS", "WideController", "parameters_ending", "widen_controllers"]
 
 EPS = 1e-5  # as in the layer's norm, so that a constant channel has a gradient
 
@@ -70,6 +70,18 @@ def widen_controllers(model: nn.Module) -> None:
         raise UsageError("wide_controller: no EMAX layer of the model chooses its group count")
     for layer in choosing.values():
         layer.group_controller = WideController(layer)
+
+
+def parameters_ending(model: nn.Module, end: str) -> list[nn.Parameter]:
+    """Return the parameters whose names end with whole parts of a name, such as `conv3x3.bias`.
+
+    Raises:
+        UsageError: If there are none.
+    """
+    found = [p for name, p in model.named_parameters() if f".{name}".endswith(f".{end}")]
+    if not found:
+        raise UsageError(f"init: no parameter's name ends with {end}")
+    return found
 
 
 EXPERIMENTS: dict[str, Callable[[nn.Module], None]] = {"wide_controller": widen_controllers}

@@ -83,6 +83,8 @@ def _is_due(folder: Path) -> bool:
     if not weights.exists():
         if path.exists():  # made elsewhere, and merged
             return False
+        if read_json(folder / RESULT).get("diverged"):  # before its first weights were saved
+            return False
         raise UsageError(
             f"{folder} has no {weights.name}; give the folder that its run was made in"
         )

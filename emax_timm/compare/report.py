@@ -1,5 +1,6 @@
 """The report of a study in Markdown: the primary comparison first, then all methods."""
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -107,13 +108,19 @@ def _primary(study: Study, results: Results) -> list[str]:
     declared = study.primary
     title, digits = UNITS[declared.metric]
     against = " and against ".join(declared.against)
+    apart = [
+        other
+        for other in declared.against
+        if not all(_is_paired(study, declared.backbone, name) for name in (declared.method, other))
+    ]
+    welch = f", but Welch's t against {', '.join(apart)}, which is not paired" if apart else ""
     lines = [
         "## Primary comparison",
         "",
         f"Declared before the first run: {title} of {declared.method} against {against}, on "
         f"{declared.backbone}, over {len(study.file.seeds)} seeds with the same initial weights of "
         "the backbone and the same order of the data. The interval is Student's t over the "
-        f"differences of each seed, at 95 %; p is Holm's, over {len(declared.against)} "
+        f"differences of each seed, at 95 %{welch}; p is Holm's, over {len(declared.against)} "
         f"comparison{'s' * (len(declared.against) > 1)}.",
         "",
         *heading(["against", "seeds", "difference", "95 % interval", "p"]),
@@ -135,7 +142,13 @@ def _primary(study: Study, results: Results) -> list[str]:
             low_high = f"{low:+.{digits}f} to {high:+.{digits}f}"
         cells = [other, str(result.size), f"{result.mean:+.{digits}f}", low_high]
         lines.append(row([*cells, _p(corrected.get(other))]))
-    if any(r is None or r.size < len(study.file.seeds) for r in found.values()):
+    seeds = {
+        cell.method: len(cell.seeds) for cell in study.cells if cell.backbone == declared.backbone
+    }
+    if any(
+        result is None or result.size < min(seeds[declared.method], seeds[other])
+        for other, result in found.items()
+    ):
         lines += ["", "**It is not complete: some of its runs have not been made yet.**"]
     return lines
 
@@ -165,8 +178,8 @@ def _methods(study: Study, results: Results, backbone: str, metric: str) -> list
         cells = [_name(study, backbone, method), str(len(values)), _spread(values, digits)]
         for reference in references:
             found = columns[reference].get(method)
-            p_value = corrected[reference].get(method)
-            cells.append(_signed(found, digits) + (f" ({_p(p_value)})" if p_value else ""))
+            p_value = _p(corrected[reference].get(method))
+            cells.append(_signed(found, digits) + (f" ({p_value})" if p_value else ""))
         lines.append(row(cells))
     if references:
         lines += [
@@ -187,8 +200,10 @@ def _present(study: Study, results: Results, backbone: str) -> list[str]:
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    mean = statistics.mean(values)
+    if len(values) == 1 or not math.isfinite(mean):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def _signed(found: Difference | None, digits: int) -> str:
@@ -273,7 +288,10 @@ def _facts(study: Study, results: Results) -> dict[str, str]:
 def _origin(study: Study, results: Results) -> list[str]:
     lines = [f"- {name}: {value}" for name, value in _facts(study, results).items()]
     lines += ["", "The configuration of each cell has the hash that its runs carry:", ""]
-    lines += heading(["cell", "hash"])
-    lines += [row([str(cell.folder), cell.hash]) for cell in study.cells]
+    lines += heading(["cell", "hash", "tuned values"])
+    for cell in study.cells:
+        values = study.values(cell.backbone, cell.method)
+        tuned = ", ".join(f"{key}: {value}" for key, value in values.items())
+        lines.append(row([str(cell.folder), cell.hash, tuned]))
     lines += ["", "The study file:", "", "```yaml", to_yaml(study.file).rstrip(), "```"]
     return lines

@@ -28,13 +28,13 @@ from ..ops import explain
 from ..runner import command
 from ..training import checkpoint
 from ..training.build import build_trainer
-from ..training.config import TrainConfig, UsageError, from_mapping
+from ..training.config import TrainConfig, from_mapping
 from ..training.distributed import DistributedContext, open_distributed_context
 from ..training.guard import BadStepError
 from ..training.signals import Stopped, catch_signals
 from ..training.trainer import Trainer
 from ..version import __version__
-from .experiments import EXPERIMENTS
+from .experiments import EXPERIMENTS, parameters_ending
 from .gradients import record_gradients
 from .outcome import results
 
@@ -86,13 +86,15 @@ def make_run(folder: Path, job: dict[str, Any]) -> None:
         if trainer.step == 0:
             start_from(trainer, job["init"])
         record_gradients(trainer, folder)
+        made_with = environment(context)  # of the code that trains: a checkout may change meanwhile
         diverged = None
         try:
             with catch_signals() as trainer.stop:
                 trainer.run()
         except BadStepError as error:
             diverged = str(error)
-        content = {**job, **environment(context), **_cost(trainer), "diverged": diverged}
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        content = {**job, **made_with, "date": date, **_cost(trainer), "diverged": diverged}
         content |= results(trainer, loader)
     text = json.dumps(content, indent=1) + "\n"
     replace_file(folder / RESULT, lambda file: file.write_text(text, encoding="utf-8"))
@@ -115,20 +117,13 @@ def start_from(trainer: Trainer, init: dict[str, float]) -> None:
     """
     models = [trainer.model, *([trainer.averaged.module] if trainer.averaged else [])]
     for end, value in init.items():
-        found = [
-            parameter
-            for model in models
-            for name, parameter in model.named_parameters()
-            if f".{name}".endswith(f".{end}")
-        ]
-        if not found:
-            raise UsageError(f"init: no parameter's name ends with {end}")
-        for parameter in found:
-            parameter.fill_(value)
+        for model in models:
+            for parameter in parameters_ending(model, end):
+                parameter.fill_(value)
 
 
 def environment(context: DistributedContext) -> dict[str, Any]:
-    """Return what a measurement was made with: versions, commit, machine, and when."""
+    """Return what a measurement is made with: versions, commit, machine, and when."""
     device = context.device
     cuda = device.type == "cuda"
     layer = EMAX(32).to(device)

@@ -11,6 +11,7 @@ from ..training.config import UsageError
 from ..training.journal import LOG, read_rows
 from .cells import Cell, Run
 from .command import job_of
+from .results import RESULT, read_json
 from .workers import Workers, has_result
 
 __all__ = ["Search", "candidates", "load_optuna"]
@@ -175,7 +176,7 @@ class Search:
         state = optuna.trial.TrialState
         if not has_result(self.folder):
             self.study.tell(self.trial, state=state.PRUNED)
-        elif not values:  # it diverged in its first epoch
+        elif not values or read_json(self.folder / RESULT)["diverged"]:
             self.study.tell(self.trial, state=state.FAIL)
         else:
             best = min(values) if self.options.metric == "loss" else max(values)

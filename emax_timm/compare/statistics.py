@@ -11,7 +11,8 @@ __all__ = ["Difference", "holm", "paired", "t_p_value", "t_quantile", "unpaired"
 class Difference(NamedTuple):
     """A mean difference, half the width of its 95 % interval, its two-sided p-value, its seeds.
 
-    With a single pair there are neither interval nor p-value.
+    With a single pair there are neither interval nor p-value, and neither with values that are not
+    finite, such as the loss of a run that diverged.
     """
 
     mean: float
@@ -25,7 +26,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     differences = [a - b for a, b in zip(first, second, strict=True)]
     count = len(differences)
     mean = statistics.mean(differences)
-    if count < 2:
+    if count < 2 or not math.isfinite(mean):
         return Difference(mean, None, None, count)
     error = statistics.stdev(differences) / math.sqrt(count)
     return _difference(mean, error, count - 1, count)
@@ -37,7 +38,7 @@ def unpaired(first: Sequence[float], second: Sequence[float]) -> Difference:
     The degrees of freedom are rounded down, so that the interval is rather too wide.
     """
     mean, count = statistics.mean(first) - statistics.mean(second), min(len(first), len(second))
-    if count < 2:
+    if count < 2 or not math.isfinite(mean):
         return Difference(mean, None, None, count)
     parts = [statistics.variance(values) / len(values) for values in (first, second)]
     sizes = [len(first), len(second)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.config import UsageError, find_config, from_mapping, nearest, option, read_yaml
-from .cells import Backbone, Cell, Method, Run, make_cell
+from .cells import Backbone, Cell, Method, Run, make_cell, train_config
 
 __all__ = ["METRICS", "Primary", "Study", "StudyFile", "read_study"]
 
@@ -67,6 +67,17 @@ class Study:
         found = (c for c in self.cells if (c.backbone, c.method) == (backbone, method))
         return next(found, None)
 
+    def values(self, backbone: str, method: str) -> dict[str, Any]:
+        """Return the tuned values that a method uses: its own keys, or those of a variant, win."""
+        return _values(self.file, self.tuned, backbone, method)
+
+    def untuned(self) -> list[str]:
+        """Return the cells, as backbone/method, that have no values in the file `tuned`."""
+        if not self.file.tuned:
+            return []
+        roots = [f"{cell.backbone}/{_root(self.file, cell.method)}" for cell in self.cells]
+        return [root for root in dict.fromkeys(roots) if root not in self.tuned]
+
     def runs(self) -> list[Run]:
         """Return all runs in the order in which they are made.
 
@@ -120,6 +131,11 @@ def read_study(name: str) -> Study:
         for name, backbone in backbones.items()
         for key, method in methods.items()
     )
+    known: dict[tuple[str, str], Cell] = {}
+    for cell in cells:
+        same = known.setdefault((cell.backbone, cell.hash), cell)
+        if same is not cell:
+            raise UsageError(f"{path}: the methods {same.method} and {cell.method} are the same")
     return Study(path, file, backbones, methods, primary, tuned, cells)
 
 
@@ -167,6 +183,22 @@ def _root(file: StudyFile, name: str) -> str:
     return name
 
 
+def _values(
+    file: StudyFile, tuned: Mapping[str, dict[str, Any]], backbone: str, method: str
+) -> dict[str, Any]:
+    """Return the tuned values of a method, without those that it, as a variant, sets itself."""
+    root = _root(file, method)
+    values = dict(tuned.get(f"{backbone}/{root}", {}))
+    while method != root:
+        own = file.methods[method]
+        keys = {f"attn_kwargs.{key}" for key in own.get("attn_kwargs") or {}}
+        keys |= {str(key) for key in own.get("recipe") or {}} | ({"stages"} & own.keys())
+        keys = {key.replace("-", "_") for key in keys}
+        values = {key: value for key, value in values.items() if key.replace("-", "_") not in keys}
+        method = own["like"]
+    return values
+
+
 def _primary(
     file: StudyFile, backbones: dict[str, Backbone], methods: dict[str, Method], path: Path
 ) -> Primary:
@@ -180,6 +212,8 @@ def _primary(
     for method in (primary.method, *primary.against):
         _known("method", method, methods, path)
     _known("backbone", primary.backbone, backbones, path)
+    if len(set(primary.against)) != len(primary.against):
+        raise UsageError(f"{path}: primary compares with a method twice")
     if primary.method in primary.against:
         raise UsageError(f"{path}: primary compares {primary.method} with itself")
     return primary
@@ -193,9 +227,7 @@ def _tuned(path: Path, name: str) -> dict[str, dict[str, Any]]:
     if not file.is_file():
         raise UsageError(f"{path}: there is no file {file}; emax tune {path} makes it")
     tuned = read_yaml(file)  # it may hold the values of other studies' methods too
-    for key, values in tuned.items():
-        _mapping(values, f"{file}: {key}")
-    return tuned
+    return {key: _mapping(values, f"{file}: {key}") for key, values in tuned.items()}
 
 
 def _cell(
@@ -205,5 +237,8 @@ def _cell(
     tuned: dict[str, dict[str, Any]],
     path: Path,
 ) -> Cell:
-    values = tuned.get(f"{backbone[0]}/{_root(file, method[0])}", {})
-    return make_cell(file.recipe, file.seeds, backbone, method, values, {}, path)
+    values = _values(file, tuned, backbone[0], method[0])
+    cell = make_cell(file.recipe, file.seeds, backbone, method, values, {}, path)
+    if not train_config(cell).test_split:
+        raise UsageError(f"{path}: {cell.folder} has no test_split, so nothing can be compared")
+    return cell

@@ -41,6 +41,8 @@ def write_results(study: Study, searches: Sequence[Search], folder: Path) -> str
             f"# {search.options.trials} trials ({search.options.metric} {best.value:.6g} on "
             "held-out training data).\n"
         )
+        if cell.init or cell.experiment:
+            head += "# Its init or experiment is no option of train.py, and so not here.\n"
         _write(folder / f"{name}.yaml", head + yaml.safe_dump(recipe, sort_keys=False))
     _write(folder / TUNED, yaml.safe_dump(tuned, sort_keys=False))
     text = "\n".join(_table(search) for search in searches)

@@ -115,11 +115,12 @@ def _searches(study: Study, options: TuneOptions, folder: Path) -> list[Search]:
             pair = ((of[0], study.backbones[of[0]]), (of[1], study.methods[of[1]]))
             return make_cell(study.file.recipe, study.file.seeds, *pair, values, last, study.path)
 
-        corners = [candidates(values, source) for values in space.values()]
-        for corner in (0, -1):  # both ends of every range are valid options
-            ends = [found[corner] for found in corners]
-            checked = cell_with(dict(zip(space, ends, strict=True)))
-            trial = train_config(checked)
+        if both := sorted(space.keys() & method.recipe.keys()):
+            raise UsageError(f"{source}: the recipe of {name} sets {both[0]}, so it has no space")
+        listed = {key: candidates(values, source) for key, values in space.items()}
+        first = {key: values[0] for key, values in listed.items()}
+        for changed in ({key: value} for key, values in listed.items() for value in values):
+            trial = train_config(cell_with({**first, **changed}))  # every value is a valid option
             check_config(trial)
             if not trial.val_split and not trial.val_fraction:
                 raise UsageError(
@@ -127,7 +128,7 @@ def _searches(study: Study, options: TuneOptions, folder: Path) -> list[Search]:
                     "give val_split or val_fraction in tune.recipe"
                 )
         if options.sampler == "grid":
-            size = math.prod(map(len, corners))
+            size = math.prod(map(len, listed.values()))
             if any(isinstance(values, dict) for values in space.values()) or size != options.trials:
                 raise UsageError(
                     f"{source}: the grid of {name} has {size} points, and there are "

@@ -97,7 +97,8 @@ class Workers:
                 continue
             del self.running[folder]
             self.free.append(core)
-            asked = folder in self.asked and status == 128 + signal.SIGTERM
+            # A process that was asked as it ended had no handler of the signal any more.
+            asked = folder in self.asked and status in (128 + signal.SIGTERM, -signal.SIGTERM)
             if status and not asked:
                 raise FailedRunError(f"{folder} failed: {_last_line(folder / LOG)}")
             done.append(folder)

@@ -1,7 +1,9 @@
 """`emax compare`: the report on hand-made results, merging, refusals, and all of it at once."""
 
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from training_testing import only_line
 from emax_timm.compare.command import compare
 from emax_timm.compare.costs import COSTS, cost_table
 from emax_timm.compare.results import RESULT
+from emax_timm.compare.statistics import unpaired
 from emax_timm.compare.study import read_study
 from emax_timm.compare.workers import cores
 
@@ -144,6 +147,34 @@ def test_report_says_what_is_missing_and_names_what_diverged(
     assert "**It is not complete" in text
     assert "6 of 14 runs" in text
     assert "- tiny/emax, seed 1: the loss is not finite" in text
+
+
+def test_loss_that_is_not_finite_has_no_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    bad = {"top1": 10.0, "top5": 50.0, "loss": math.nan}
+    write_results_of(path, tmp_path / "runs", {("none", 0): 50.0, ("none", 1): 51.0})
+    some = {("emax", 0): 10.0, ("emax", 1): 10.0}
+    write_results_of(path, tmp_path / "runs", some, test=bad, diverged="the loss is not finite")
+    lines = reported(path, tmp_path / "runs", capsys).splitlines()
+    assert "| emax | 2 | nan | +nan |" in lines
+    assert "- tiny/emax, seed 1: the loss is not finite" in lines
+    assert unpaired([math.inf, 1.0], [1.0, 2.0])[1:3] == (None, None)
+
+
+def test_report_shows_the_tuned_values_and_compare_refuses_to_do_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tuned.yaml").write_text("tiny/emx: {lr: 0.1}\ntiny/none: {lr: 0.2}\ntiny/se:\n")
+    path = write_study(tmp_path, lambda study: study.update(tuned="tuned.yaml"))
+    message = refusal(path, tmp_path / "runs", capsys)
+    assert "tuned.yaml has no values for tiny/emax; run emax tune" in message
+    assert not (tmp_path / "runs" / "small" / "tiny").exists()
+    write_results_of(path, tmp_path / "runs", {("none", 0): 50.0})
+    assert re.search(
+        r"\| tiny/none \| \w+ \| lr: 0.2 \|", reported(path, tmp_path / "runs", capsys)
+    )
 
 
 def refusal(path: Path, folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:

@@ -71,6 +71,17 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "primary metric": (lambda s: s["primary"].update(metric="speed"), "no choice speed"),
     "itself": (lambda s: s["primary"].update(against=["emax"]), "compares emax with itself"),
+    "twice": (lambda s: s["primary"].update(against=["se", "se"]), "with a method twice"),
+    "no test split": (lambda s: s["recipe"].pop("test_split"), "has no test_split"),
+    "same": (lambda s: s["methods"].update(ema={"attention": "se"}), "se and ema are the same"),
+    "init": (
+        lambda s: s["methods"]["emax"].update(init={"conv3x3.bais": 0.0}),
+        "no parameter's name ends with conv3x3.bais",
+    ),
+    "experiment without a choice": (
+        lambda s: s["methods"]["emax_finest"].update(experiment="wide_controller"),
+        "no EMAX layer of the model chooses its group count",
+    ),
     "seeds": (lambda s: s.update(seeds=[1, 1]), "a seed occurs twice"),
     "no seeds": (lambda s: s.update(seeds=[]), "seeds must name at least one"),
     "name": (lambda s: s.update(name="../x"), "name must be the name of one folder"),
@@ -82,7 +93,7 @@ BAD: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", mostly_slow(BAD, 0, 1, 2, 4, 6, 14))
+@pytest.mark.parametrize("case", mostly_slow(BAD, 0, 1, 2, 4, 6, 12, 13, 14, 19))
 def test_bad_study_is_one_line_before_anything_is_written(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +137,34 @@ def test_variant_takes_over_the_keys_and_the_tuned_values_of_its_method(tmp_path
     assert "group_counts" not in found["emax"].model_kwargs["attn_kwargs"]
 
 
+def test_keys_of_a_variant_win_over_the_tuned_values_of_its_method(tmp_path: Path) -> None:
+    values = {"lr": 0.007, "attn_kwargs.factor": 16, "stages": [2, 3]}
+    (tmp_path / "tuned.yaml").write_text(yaml.safe_dump({"tiny/emax": values}))
+    change: Change = lambda s: (  # noqa: E731
+        s.update(tuned="tuned.yaml"),
+        s["methods"].update(
+            factor_8={"like": "emax", "attn_kwargs": {"factor": 8}},
+            last={"like": "factor_8", "stages": [3], "recipe": {"lr": 0.1}},
+        ),
+    )
+    study = read_study(str(write_study(tmp_path, change)))
+    found = {cell.method: train_config(cell) for cell in study.cells}
+    factors = {
+        name: found[name].model_kwargs["attn_kwargs"].get("factor")
+        for name in found
+        if name not in ("none", "se")
+    }
+    assert factors == {"emax": 16, "emax_finest": 16, "factor_8": 8, "last": 8}
+    assert [found[name].model_kwargs["stages"] for name in ("emax", "factor_8", "last")] == [
+        [2, 3],
+        [2, 3],
+        [3],
+    ]
+    assert [found[name].lr for name in ("emax", "factor_8", "last")] == [0.007, 0.007, 0.1]
+    assert study.values("tiny", "last") == {}
+    assert study.untuned() == ["tiny/none", "tiny/se"]
+
+
 def hashes(folder: Path, change: Change | None = None, **recipe: Any) -> dict[str, str]:
     """The hash of each method's configuration in the small study with a change."""
     study = read_study(str(write_study(folder, change, **recipe)))
@@ -133,21 +172,26 @@ def hashes(folder: Path, change: Change | None = None, **recipe: Any) -> dict[st
 
 
 def test_hash_is_of_what_is_computed_and_not_of_the_machine(tmp_path: Path) -> None:
-    first = hashes(tmp_path)
+    first = hashes(tmp_path, data_dir="here/images")
     assert len(set(first.values())) == 4
+    assert not set(hashes(tmp_path, data_dir="here/photos").values()) & set(first.values())
     # A default that is spelt out is no other configuration.
-    machine: dict[str, Any] = {"data_dir": "elsewhere", "workers": 3, "log_interval": 7}
+    machine: dict[str, Any] = {"data_dir": "elsewhere/images", "workers": 3, "log_interval": 7}
     rename: Change = lambda s: s.update(name="other", seeds=[7])  # noqa: E731
     assert hashes(tmp_path, rename, smoothing=0.1, **machine) == first
-    assert not set(hashes(tmp_path, lr=0.004).values()) & set(first.values())
+    other = hashes(tmp_path, lr=0.004, data_dir="here/images")
+    assert not set(other.values()) & set(first.values())
 
 
 @pytest.mark.slow
 def test_hash_of_a_method_follows_its_own_keys(tmp_path: Path) -> None:
-    first = hashes(tmp_path)
+    def choosing(study: dict[str, Any]) -> None:  # which the experiment needs
+        study["methods"]["emax_finest"]["attn_kwargs"] = {"group_counts": [1, 2]}
+
+    first = hashes(tmp_path, choosing)
 
     def differing(change: Change) -> set[str]:
-        changed = hashes(tmp_path, change)
+        changed = hashes(tmp_path, lambda study: (choosing(study), change(study)))
         return {method for method in first if changed[method] != first[method]}
 
     assert differing(lambda s: s["methods"]["se"].update(attn_kwargs={"rd_ratio": 0.25})) == {"se"}

@@ -56,6 +56,14 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda s: s["methods"]["emax"]["space"].update({"attn_kwargs.factor": [0, 8]}),
         "factor must be a positive integer",
     ),
+    "value in the middle": (
+        lambda s: s["tune"]["space"].update(weight_decay=[0.1, -1.0, 0.2]),
+        "weight_decay must be at least 0",
+    ),
+    "set already": (
+        lambda s: s["methods"]["none"].update(recipe={"lr": 0.1}),
+        "the recipe of none sets lr, so it has no space",
+    ),
     "no attention": (
         lambda s: s["tune"]["space"].update({"attn_kwargs.factor": [8]}),
         "attn_kwargs need an attention",
