@@ -57,7 +57,7 @@ def summary(study: Study, results: Results, made_by: str) -> str:
     """
     declared = study.primary
     (_, _, *primary), origin = _primary(study, results), _facts(study, results)
-    names = "training time of all runs", "finished between", "devices", "commits", "seeds"
+    names = "processor time of all runs", "finished between", "devices", "commits", "seeds"
     parts = [f"Made by `{made_by}`: {len(results)} of {len(study.runs())} runs.", "", *primary, ""]
     parts += [*_methods(study, results, declared.backbone, declared.metric), ""]
     parts += [f"- {name}: {origin[name]}" for name in names]
@@ -273,9 +273,12 @@ def _facts(study: Study, results: Results) -> dict[str, str]:
         return ", ".join(sorted({" ".join(str(c[key]) for key in keys) for c in contents}))
 
     hours = sum(content["seconds"] for content in contents) / 3600
+    # Results of an earlier version do not have it.
+    cores = sum(content.get("processor_seconds", content["seconds"]) for content in contents) / 3600
     dates = sorted(content["date"] for content in contents)
     return {
         "training time of all runs": f"{hours:.2f} hours, each run on one device or core",
+        "processor time of all runs": f"{cores:.2f} core-hours, with their tests",
         "finished between": f"{dates[0]} and {dates[-1]}",
         "devices": of("device", "machine"),
         "backends of EMAX": of("backend"),

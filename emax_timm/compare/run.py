@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -38,9 +39,10 @@ from .experiments import EXPERIMENTS, parameters_ending
 from .gradients import record_gradients
 from .outcome import results
 
-__all__ = ["JOB", "RESULT", "environment", "make_run", "run", "trainer_of"]
+__all__ = ["JOB", "PROCESSOR", "RESULT", "environment", "make_run", "run", "trainer_of"]
 
 JOB, RESULT = "job.json", "result.json"
+PROCESSOR = "processor_seconds.txt"  # of the processes of a run that were stopped
 
 
 @command("python -m emax_timm.compare.run")
@@ -52,6 +54,8 @@ def run(argv: Sequence[str], prog: str) -> int:
     try:
         make_run(folder, job)
     except Stopped as stopped:
+        seconds = _processor_seconds(folder)
+        replace_file(folder / PROCESSOR, lambda file: file.write_text(str(seconds)))
         print(f"{prog}: {stopped}", file=sys.stderr)
         return 128 + stopped.number
     return 0
@@ -96,11 +100,19 @@ def make_run(folder: Path, job: dict[str, Any]) -> None:
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         content = {**job, **made_with, "date": date, **_cost(trainer), "diverged": diverged}
         content |= results(trainer, loader)
+        content["processor_seconds"] = _processor_seconds(folder)
     text = json.dumps(content, indent=1) + "\n"
     replace_file(folder / RESULT, lambda file: file.write_text(text, encoding="utf-8"))
     if (folder / checkpoint.CHECKPOINTS).exists():
         remove(folder / checkpoint.CHECKPOINTS)
         (folder / checkpoint.LAST).unlink(missing_ok=True)
+
+
+def _processor_seconds(folder: Path) -> float:
+    """Return the processor time of a run so far, without that of processes that were killed."""
+    path = folder / PROCESSOR
+    before = float(path.read_text()) if path.exists() else 0.0
+    return round(before + time.process_time(), 1)
 
 
 def trainer_of(config: TrainConfig, experiment: str | None, context: DistributedContext) -> Trainer:

@@ -9,6 +9,7 @@ import yaml
 from ..files import replace_file
 from ..tables import heading, row
 from .plot import NEEDED
+from .results import RESULT, read_json
 from .search import Search, candidates, load_optuna
 from .study import Study
 
@@ -45,13 +46,21 @@ def write_results(study: Study, searches: Sequence[Search], folder: Path) -> str
             head += "# Its init or experiment is no option of train.py, and so not here.\n"
         _write(folder / f"{name}.yaml", head + yaml.safe_dump(recipe, sort_keys=False))
     _write(folder / TUNED, yaml.safe_dump(tuned, sort_keys=False))
-    text = "\n".join(_table(search) for search in searches)
+    text = "\n".join(_table(search) for search in searches) + _cost(searches, folder)
     _write(folder / "trials.md", f"# {study.name}: trials\n\n{text}")
     try:
         _draw(searches, folder / "importance.png")
     except ImportError:
         text += f"\nthere is no plot: {NEEDED}\n"
     return text
+
+
+def _cost(searches: Sequence[Search], folder: Path) -> str:
+    """Say how much processor time the trials took."""
+    paths = [p for search in searches for p in (folder / search.cell).glob(f"trial-*/{RESULT}")]
+    seconds = [read_json(path).get("processor_seconds") for path in paths]
+    noted = [value for value in seconds if value is not None]
+    return f"\nProcessor time of {len(noted)} trials: {sum(noted) / 3600:.2f} core-hours.\n"
 
 
 def _write(path: Path, text: str) -> None:

@@ -22,6 +22,7 @@ from training_testing import only_line
 from emax_timm.compare.command import compare
 from emax_timm.compare.costs import COSTS, cost_table
 from emax_timm.compare.results import RESULT
+from emax_timm.compare.run import PROCESSOR
 from emax_timm.compare.statistics import unpaired
 from emax_timm.compare.study import read_study
 from emax_timm.compare.workers import cores
@@ -304,6 +305,8 @@ def test_study_that_is_stopped_and_killed_ends_as_one_that_is_not(
         found = [json.loads((folder / RESULT).read_text()) for folder in (whole, other)]
         assert found[0]["test"] == found[1]["test"]
         assert found[0]["core"] in cores()
+        assert min(content["processor_seconds"] for content in found) > 1
+    assert list((tmp_path / "stopped").rglob(PROCESSOR))
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "whole").rglob(RESULT)}
     assert len(times) == 4
     assert run(tmp_path / "whole").wait(600) == 0

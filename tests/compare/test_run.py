@@ -78,6 +78,7 @@ def test_run_that_diverges_is_a_result_with_its_name(images: Path, tmp_path: Pat
     assert "the loss or a gradient is not finite at " in result["diverged"]
     assert 0 <= result["test"]["top1"] <= 100
     assert result["epochs"] < 2
+    assert result["processor_seconds"] > 0
 
 
 def test_parameters_start_from_constants(images: Path, tmp_path: Path) -> None:
