@@ -136,11 +136,7 @@ def make_plan(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = FLOAT * (parameters + sum(buffer.numel() for buffer in model.buffers()))
     images = batches * ranks_batch
-    speed, card = images_per_second, None
-    if speed is None and not config.model_kwargs:  # which may make another model of it
-        one = measured_speed(config.model, *costs["input_size"][1:])
-        if one is not None:
-            speed, card = gpus * one.images, one.card
+    speed, card = _speed(config, gpus, costs["input_size"], images_per_second)
     return Plan(
         **costs,
         model=config.model,
@@ -163,6 +159,17 @@ def make_plan(
     )
 
 
+def _speed(
+    config: TrainConfig, gpus: int, size: tuple[int, ...], given: float | None
+) -> tuple[float | None, str | None]:
+    """Return images per second over all GPUs, and the card on which they were measured."""
+    if given is not None or config.model_kwargs:  # which may make another model of it
+        return given, None
+    _, height, width = size
+    one = measured_speed(config.model, height, width)
+    return (None, None) if one is None else (gpus * one.images, one.card)
+
+
 def _check_numbers(gpus: int, train_images: int, images_per_second: float | None) -> None:
     for name, value in (("--gpus", gpus), ("--train-images", train_images)):
         if value < 1:
@@ -176,8 +183,8 @@ def _kept(config: TrainConfig, train_images: int) -> int:
     return train_images - round(train_images * config.val_fraction)
 
 
-def report(made: Plan) -> str:
-    """Format the plan as aligned lines: a name, a value and what the value means."""
+def _rows(made: Plan) -> list[tuple[str, ...]]:
+    """Return the lines of the report: a name, a value and what the value means."""
     gpus = "1 GPU" if made.gpus == 1 else f"{made.gpus} GPUs"
     batch = f"{gpus} x {made.batch_size} images x {made.grad_accum_steps}"
     volume = made.images_per_epoch * IMAGE_BYTES
@@ -187,7 +194,7 @@ def report(made: Plan) -> str:
         where = f"measured on one {made.card}, times {made.gpus}" if made.card else "as given"
         speed = f"{made.images_per_second:,.0f}", where
         hours = f"{made.hours:.1f}", "of training, without validation"
-    rows = [
+    return [
         ("model", made.model, f"{made.num_classes} classes"),
         ("input", " x ".join(map(str, made.input_size)), ""),
         ("parameters", f"{made.parameters / 1e6:.2f} M", ""),
@@ -214,6 +221,11 @@ def report(made: Plan) -> str:
         ("images/s", *speed),
         ("hours", *hours),
     ]
+
+
+def report(made: Plan) -> str:
+    """Format the plan as aligned lines: a name, a value and what the value means."""
+    rows = _rows(made)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [
         f"{name:<{widths[0]}}  {value:>{widths[1]}}  {note}".rstrip() for name, value, note in rows
