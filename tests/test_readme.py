@@ -100,8 +100,7 @@ DOCS = [
 ]
 
 
-# The page on deployment scripts and traces: torch has deprecated both, and warns of checked sizes.
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the page on deployment
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_python_of_the_docs_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

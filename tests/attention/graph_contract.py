@@ -14,10 +14,6 @@ from emax_testing import assert_same, gradients, randn
 from tiers import mostly_slow
 from torch import Tensor, nn
 
-SCRIPTING = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning"),
-]
 EXTRACTORS = [
     timm.models.create_feature_extractor,
     torchvision.models.feature_extraction.create_feature_extractor,
@@ -41,8 +37,6 @@ def assert_equal_on_all_sizes(graph: Callable[[Tensor], Tensor], module: nn.Modu
 
 class GraphContract(Subject):
     """TorchScript and torch.fx: cheap enough for every attention, bare and gated."""
-
-    pytestmark = SCRIPTING
 
     @MODES
     def test_script_equals_eager_and_follows_its_mode(self, training: bool) -> None:

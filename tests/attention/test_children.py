@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from emax_testing import assert_same, gradients, make_ema, make_emax, randn
-from graph_contract import SCRIPTING
 from plain_forms import by_formulas
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -16,10 +15,7 @@ from torch.nn.utils import parametrize, prune
 from emax_timm import use_backend
 from emax_timm.ops import dispatch
 
-pytestmark = [
-    *SCRIPTING,
-    pytest.mark.parametrize("make", [make_ema, make_emax], ids=["EMA", "EMAX"]),
-]
+pytestmark = pytest.mark.parametrize("make", [make_ema, make_emax], ids=["EMA", "EMAX"])
 
 
 @pytest.fixture(autouse=True)

@@ -162,7 +162,7 @@ def test_set_grouping_keeps_the_buffers_and_their_dtype() -> None:
     assert warmup.dtype == temperature.dtype == torch.float32
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.filterwarnings("ignore:The TorchScript type system")  # of torch.fx's own class
 def test_a_traced_layer_can_be_scripted_and_follows_set_grouping() -> None:
     # The traced module shares the buffers; as plain modules its layers are no longer EMAX.
     module = make_emax(24, dtype=torch.float32)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from attention_contract import HALVES, MODES, seeded
 from emax_testing import VARIANTS, assert_same, force, gradients, randn, randomise
-from graph_contract import SCRIPTING
 from plain_forms import by_formulas
 from tiers import mostly_slow
 from torch import Tensor, nn
@@ -21,8 +20,6 @@ from emax_timm.attention import EMAX, EMAX1d, EMAX3d, create_attention, set_grou
 from emax_timm.benchmark.layers import saved_bytes
 from emax_timm.models.capture import capture_attention
 from emax_timm.ops import dispatch, reference
-
-pytestmark = SCRIPTING
 
 SIZES = {EMAX1d: [(1,), (2,), (9,)], EMAX3d: [(1, 1, 1), (2, 1, 5), (3, 4, 5), (1, 2, 2)]}
 CASES = [(kind, size) for kind, sizes in SIZES.items() for size in sizes]

@@ -8,14 +8,11 @@ from typing import Any
 import pytest
 import torch
 from emax_testing import VARIANTS, force, randn, randomise
-from graph_contract import SCRIPTING
 from torch import Tensor
 
 from emax_timm.attention import EMAX1d, set_grouping
 from emax_timm.models.capture import capture_attention
 from emax_timm.ops import dispatch
-
-pytestmark = SCRIPTING
 
 LENGTH = 9
 # Right-padded, left-padded, full, of one token, in the middle, without tokens, and with gaps.

@@ -138,8 +138,6 @@ def test_self_attention_without_its_projection_is_the_identity() -> None:
     assert torch.equal(module(x), x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("capture", [torch.jit.script, torch.fx.symbolic_trace])
 def test_scripted_and_traced_self_attention_pools_by_the_size_it_meets(capture: Any) -> None:
     module = make_msa(16, max_size=4)

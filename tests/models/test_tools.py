@@ -40,7 +40,6 @@ def attention_layers(model: nn.Module) -> list[Any]:
 
 @pytest.mark.slow
 @ONE
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_trace_equals_eager_at_other_sizes(name: str) -> None:
     model = model_named(name)
@@ -50,7 +49,6 @@ def test_trace_equals_eager_at_other_sizes(name: str) -> None:
 
 
 @ONE
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.slow
 def test_tensorboard_draws_the_graph(name: str, tmp_path: Path) -> None:
