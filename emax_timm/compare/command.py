@@ -68,9 +68,8 @@ def compare(argv: Sequence[str], prog: str) -> int:
     if config.study is None:
         raise UsageError("nothing to compare: give a study file")
     study = read_study(config.study)
-    mark = f"compare {study.name}"
     if config.write is not None:
-        text_around(Path(config.write), mark)  # refuses a bad file before anything is made
+        text_around(Path(config.write), _mark(study))  # refuses a bad file before anything is made
     check_methods(study, config.grouping)
     folder = Path(config.output) / study.name
     check_folder(study, folder)
@@ -92,12 +91,7 @@ def compare(argv: Sequence[str], prog: str) -> int:
                 return 128 + stopped.number
         if config.measure and not read_results(study, folder):
             return 0
-        made_by = shlex.join([*prog.split(), *argv])
-        status = _report(study, folder, made_by)
-        if config.write is not None:
-            text = summary(study, read_results(study, folder), made_by)
-            write_between(Path(config.write), mark, text)
-        return status
+        return _report(study, folder, shlex.join([*prog.split(), *argv]), config.write)
 
 
 def make_runs(study: Study, folder: Path, config: CompareConfig) -> None:
@@ -149,7 +143,11 @@ def job_of(run: Run, study: str, device: str, data_dir: str | None) -> dict[str,
     }
 
 
-def _report(study: Study, folder: Path, made_by: str) -> int:
+def _mark(study: Study) -> str:
+    return f"compare {study.name}"
+
+
+def _report(study: Study, folder: Path, made_by: str, page: str | None) -> int:
     results = read_results(study, folder)
     if not results:
         raise UsageError(f"no run of {folder} has ended, so there is nothing to report")
@@ -158,6 +156,8 @@ def _report(study: Study, folder: Path, made_by: str) -> int:
     text = report(study, results, costs, groupings, made_by)
     replace_file(folder / REPORT, lambda file: file.write_text(text, encoding="utf-8"))
     print(text)
+    if page is not None:
+        write_between(Path(page), _mark(study), summary(study, results, made_by))
     try:
         for backbone in backbones:
             draw(study, results, costs, backbone, folder / f"{backbone}.svg")

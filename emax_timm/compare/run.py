@@ -97,8 +97,7 @@ def make_run(folder: Path, job: dict[str, Any]) -> None:
                 trainer.run()
         except BadStepError as error:
             diverged = str(error)
-        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        content = {**job, **made_with, "date": date, **_cost(trainer), "diverged": diverged}
+        content = {**job, **made_with, "date": _now(), **_cost(trainer), "diverged": diverged}
         content |= results(trainer, loader)
         content["processor_seconds"] = _processor_seconds(folder)
     text = json.dumps(content, indent=1) + "\n"
@@ -148,8 +147,12 @@ def environment(context: DistributedContext) -> dict[str, Any]:
         "timm": timm.__version__,
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
         "machine": f"{platform.machine()} {_processor()}",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": _now(),
     }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def commit() -> str | None:

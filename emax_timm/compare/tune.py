@@ -17,7 +17,6 @@ from typing import Any
 from ..files import lock_folder, replace_file
 from ..runner import command
 from ..training.config import AT_LEAST_1, UsageError, from_mapping, option, parse_settings
-from ..training.config.checks import check_config
 from ..training.distributed import find_device
 from ..training.signals import Stopped, catch_signals
 from .cells import Cell, make_cell, train_config
@@ -121,7 +120,6 @@ def _searches(study: Study, options: TuneOptions, folder: Path) -> list[Search]:
         first = {key: values[0] for key, values in listed.items()}
         for changed in ({key: value} for key, values in listed.items() for value in values):
             trial = train_config(cell_with({**first, **changed}))  # every value is a valid option
-            check_config(trial)
             if not trial.val_split and not trial.val_fraction:
                 raise UsageError(
                     f"{source}: the trials have no validation split: "
