@@ -26,6 +26,7 @@ class Part(NamedTuple):
         commands: Commands that run one after the other; if one fails, the rest still runs.
         seconds: The time limit of all commands together.
         needs: What must be there: `gpu`, `module NAME`, or `file PATH` in the checkout.
+        default: Whether it runs unless others are asked for.
     """
 
     name: str
@@ -33,10 +34,13 @@ class Part(NamedTuple):
     commands: list[Command]
     seconds: int
     needs: list[str]
+    default: bool = True
 
 
-TEST = "-m pytest {root}/tests/ops/test_triton.py -c {root}/pyproject.toml --rootdir {root}"
-TEST += " -o addopts= -p no:cacheprovider --basetemp {cache}/pytest -v --tb short"
+PYTEST = "-m pytest -c {root}/pyproject.toml --rootdir {root} -o addopts= -p no:cacheprovider"
+PYTEST += " --basetemp {cache}/pytest -v --tb short {root}/tests/"
+TEST = f"{PYTEST}ops/test_triton.py"
+STEPS = ("compare/test_graphs.py", "compare/test_turns.py", "training/test_sync.py")
 EMAX = "-m emax_cli benchmark"
 ON_GPU = "--device cuda --amp bf16 --json {json}"
 NETWORKS = f"{EMAX} models {ON_GPU} --channels-last -b 128 --rounds 5"
@@ -110,5 +114,16 @@ PARTS = [
         ],
         65,
         LIBRARY,
+    ),
+    Part(
+        "together",
+        "runs of a study side by side, each step a CUDA graph: bits, and the time of a step",
+        [
+            *(Command(f"{PYTEST}{file} -k gpu") for file in STEPS),
+            Command("{ci}/gpu_together.py --folder {cache}/together --json {json}"),
+        ],
+        240,
+        ["file tests/compare/test_graphs.py", "module pytest", *LIBRARY],
+        default=False,
     ),
 ]

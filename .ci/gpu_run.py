@@ -1,8 +1,9 @@
 """The runner of `.ci/gpu`: each part in its time limit, then one JSON file and one of Markdown.
 
-`.ci/gpu` runs all parts; `--parts modules,models` some of them; `--seconds tester=300` gives one
-another limit. $OUT (default: build/gpu in the checkout) is the folder of gpu.json, gpu.md and
-gpu.log, with the output of all parts. Caches are in $OUT/cache, or where $EMAX_GPU_CACHE says.
+`.ci/gpu` runs all parts but `together`; `--parts modules,together` runs those that it names;
+`--seconds tester=300` gives one another limit. $OUT (default: build/gpu in the checkout) is the
+folder of gpu.json, gpu.md and gpu.log, with the output of all parts. Caches are in $OUT/cache, or
+where $EMAX_GPU_CACHE says.
 A part that fails, takes too long or lacks something is said to, and the rest still runs; the exit
 status is 0 if all parts passed.
 """
@@ -226,6 +227,7 @@ def _environment(folders: Folders) -> dict[str, str]:
 
 def _parser(parts: Sequence[Part]) -> argparse.ArgumentParser:
     names = [part.name for part in parts]
+    default = [part.name for part in parts if part.default]
 
     def chosen(text: str) -> list[str]:
         wrong = set(text.split(",")) - set(names)
@@ -243,7 +245,7 @@ def _parser(parts: Sequence[Part]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(".ci/gpu", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     text = ", ".join(f"{part.name} ({part.seconds} s: {part.text})" for part in parts)
-    parser.add_argument("--parts", type=chosen, default=names, metavar="A,B", help=f"of {text}")
+    parser.add_argument("--parts", type=chosen, default=default, metavar="A,B", help=f"of {text}")
     text = "another time limit for a part"
     parser.add_argument("--seconds", nargs="+", action=Seconds, default={}, help=text)
     text = "the time limit of all parts together (default: %(default)s)"

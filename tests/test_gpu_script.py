@@ -136,7 +136,7 @@ def test_commands_are_understood(command: Command, tmp_path: Path) -> None:
 
 def test_all_parts_together_take_less_than_eight_minutes() -> None:
     assert gpu_run.TOTAL < 480
-    assert sum(one.seconds for one in PARTS) <= 480
+    assert sum(one.seconds for one in PARTS if one.default) <= 480
     assert len({one.name for one in PARTS}) == len(PARTS)
 
 

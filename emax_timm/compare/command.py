@@ -1,5 +1,6 @@
 """`emax compare STUDY.yaml`: make the runs of a study, and report what attention brings."""
 
+import itertools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from .plot import NEEDED, draw
 from .report import report, summary
 from .results import check_folder, merge, read_results
 from .study import Study, read_study
-from .workers import StudyOptions, Workers, has_result, open_workers
+from .workers import StudyOptions, cores, has_result, open_workers
 
 __all__ = ["CompareConfig", "compare", "job_of", "make_runs"]
 
@@ -112,18 +113,42 @@ def make_runs(study: Study, folder: Path, config: CompareConfig) -> None:
     total, done = len(study.runs()), len(study.runs()) - len(left)
     if done:
         print(f"{done} of {total} runs have ended before", flush=True)
-    with catch_signals() as stop, open_workers(config.jobs, device, stop) as workers:
-        while left or workers.running:
-            while left and workers.free:
-                start(workers, folder, left.pop(0), study, config)
+    groups, processes = together(left, config.jobs), 1
+    if device == "cpu":
+        groups, processes = [[run] for run in left], config.jobs
+    with catch_signals() as stop, open_workers(processes, device, stop) as workers:
+        while groups or workers.running:
+            while groups and workers.free:
+                workers.start(_jobs(groups.pop(0), folder, study, config, device))
             for path in workers.ended():
                 done += 1
                 print(f"{done}/{total} {path.relative_to(folder)}", flush=True)
 
 
-def start(workers: Workers, folder: Path, run: Run, study: Study, config: CompareConfig) -> None:
-    """Start the process of a run."""
-    workers.start(folder / run.folder, job_of(run, study.name, config.device, config.data_dir))
+def together(runs: Sequence[Run], most: int) -> list[list[Run]]:
+    """Group the runs that a process makes side by side: those of a seed, or `most` if it is not 0.
+
+    They have a backbone in common, too, so that their steps take about the same time.
+    """
+    groups = []
+    for _, same in itertools.groupby(runs, lambda run: (run.cell.backbone, run.seed)):
+        group = list(same)
+        size = most or len(group)
+        groups += [group[first : first + size] for first in range(0, len(group), size)]
+    return groups
+
+
+def _jobs(
+    runs: Sequence[Run], folder: Path, study: Study, config: CompareConfig, device: str
+) -> dict[Path, dict[str, Any]]:
+    """Return the jobs of a process by their run directories."""
+    jobs = {
+        folder / run.folder: job_of(run, study.name, config.device, config.data_dir) for run in runs
+    }
+    if device != "cpu":
+        for job in jobs.values():  # their data loaders share the cores
+            job["config"]["workers"] = max(1, len(cores()) // len(jobs))
+    return jobs
 
 
 def job_of(run: Run, study: str, device: str, data_dir: str | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..attention import EMAX
 from ..files import replace_file
+from ..training.conditional import base_optimizer
 from ..training.journal import read_rows
 from ..training.trainer import Trainer
 
@@ -63,9 +64,7 @@ def record_gradients(trainer: Trainer, folder: Path) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
 
-    # Lookahead of timm wraps the optimizer that makes the steps.
-    optimizer: Any = getattr(trainer.optimizer, "_base_optimizer", trainer.optimizer)
-    optimizer.register_step_pre_hook(before_step)
+    base_optimizer(trainer.optimizer).register_step_pre_hook(before_step)
 
 
 def _line(row: dict[str, Any]) -> str:

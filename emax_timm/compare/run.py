@@ -1,20 +1,21 @@
-"""One run of a study, in a process of its own: train, test once, and write result.json.
+"""A process that makes runs of a study: it trains, tests once, and writes result.json of each.
 
-    python -m emax_timm.compare.run RUN_DIRECTORY
+    python -m emax_timm.compare.run RUN_DIRECTORY...
 
-The run directory holds job.json: the options of train.py (`config`), constants to start parameters
+A run directory holds job.json: the options of train.py (`config`), constants to start parameters
 from (`init`), a change of the model (`experiment`), the processor that the process is pinned to
 (`core`), and what identifies the run.
-An interrupted run continues where it stood.
+Several runs take turns, step by step. An interrupted run continues where it stood.
 """
 
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,20 @@ from ..ops import explain
 from ..runner import command
 from ..training import checkpoint
 from ..training.build import build_trainer
+from ..training.conditional import base_optimizer
 from ..training.config import TrainConfig, from_mapping
 from ..training.distributed import DistributedContext, open_distributed_context
 from ..training.guard import BadStepError
-from ..training.signals import Stopped, catch_signals
+from ..training.signals import Stop, Stopped, catch_signals
 from ..training.trainer import Trainer
 from ..version import __version__
 from .experiments import EXPERIMENTS, parameters_ending
 from .gradients import record_gradients
+from .graphs import graphed_passes
 from .outcome import results
+from .turns import in_turns
 
-__all__ = ["JOB", "PROCESSOR", "RESULT", "environment", "make_run", "run", "trainer_of"]
+__all__ = ["JOB", "PROCESSOR", "RESULT", "environment", "make_runs", "run", "trainer_of"]
 
 JOB, RESULT = "job.json", "result.json"
 PROCESSOR = "processor_seconds.txt"  # of the processes of a run that were stopped
@@ -47,15 +51,17 @@ PROCESSOR = "processor_seconds.txt"  # of the processes of a run that were stopp
 
 @command("python -m emax_timm.compare.run")
 def run(argv: Sequence[str], prog: str) -> int:
-    """Make the run of the directory that `argv` names; returns the exit status."""
-    folder = Path(argv[0])
-    job = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    _settle_on(job["core"])
+    """Make the runs of the directories that `argv` names; returns the exit status."""
+    folders = [Path(name) for name in argv]
+    jobs = {f: json.loads((f / JOB).read_text(encoding="utf-8")) for f in folders}
+    _settle_on(jobs[folders[0]]["core"])
     try:
-        make_run(folder, job)
+        make_runs(jobs)
     except Stopped as stopped:
-        seconds = _processor_seconds(folder)
-        replace_file(folder / PROCESSOR, lambda file: file.write_text(str(seconds)))
+        for folder in folders:
+            if not (folder / RESULT).exists():
+                seconds = _processor_seconds(folder, len(folders))
+                replace_file(folder / PROCESSOR, lambda file, s=seconds: file.write_text(str(s)))
         print(f"{prog}: {stopped}", file=sys.stderr)
         return 128 + stopped.number
     return 0
@@ -65,7 +71,6 @@ def _settle_on(core: int | None) -> None:
     """Use one thread of one core, and end with the process that has started this one."""
     if sys.platform == "linux":
         import ctypes
-        import signal
 
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG of linux/prctl.h
         if core is not None:
@@ -74,8 +79,44 @@ def _settle_on(core: int | None) -> None:
         torch.set_num_threads(1)
 
 
-def make_run(folder: Path, job: dict[str, Any]) -> None:
+def make_runs(jobs: Mapping[Path, dict[str, Any]]) -> None:
+    """Make the run of each folder; several take turns, and on a GPU each step is a graph.
+
+    Raises:
+        Stopped: If a signal asked for it; checkpoints have been written.
+        Exception: The first that a run raises; the others have been stopped like that.
+    """
+    with catch_signals() as stop:
+        if len(jobs) == 1:
+            for folder, job in jobs.items():
+                make_run(folder, job, stop)
+            return
+
+        def maker(folder: Path, job: dict[str, Any]) -> Callable[[Callable[[], None]], None]:
+            return lambda hand_over: make_run(folder, job, stop, len(jobs), hand_over)
+
+        errors = in_turns(
+            [maker(*each) for each in jobs.items()], lambda: stop(signal.SIGTERM, None)
+        )
+    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
+        raise error
+
+
+def make_run(
+    folder: Path,
+    job: dict[str, Any],
+    stop: Stop,
+    together: int = 1,
+    hand_over: Callable[[], None] | None = None,
+) -> None:
     """Train as the job says, test the best weights, and write `RESULT` into the folder.
+
+    Args:
+        folder: The run directory.
+        job: What is in its `JOB`.
+        stop: Holds the signal that asks the run to stop, if there was one.
+        together: The number of runs that this process makes side by side.
+        hand_over: Called after each of the optimizer's steps, to let the others make one.
 
     Raises:
         Stopped: If a signal asked for it; a checkpoint has been written.
@@ -90,16 +131,23 @@ def make_run(folder: Path, job: dict[str, Any]) -> None:
         if trainer.step == 0:
             start_from(trainer, job["init"])
         record_gradients(trainer, folder)
+        if hand_over is not None:
+            # All random numbers of a step are drawn by then, and the next step's are seeded anew.
+            hook = lambda *_: hand_over()  # noqa: E731
+            base_optimizer(trainer.optimizer).register_step_post_hook(hook)
+        trainer.stop = stop
         made_with = environment(context)  # of the code that trains: a checkout may change meanwhile
         diverged = None
         try:
-            with catch_signals() as trainer.stop:
+            with graphed_passes(trainer):
                 trainer.run()
         except BadStepError as error:
             diverged = str(error)
         content = {**job, **made_with, "date": _now(), **_cost(trainer), "diverged": diverged}
         content |= results(trainer, loader)
-        content["processor_seconds"] = _processor_seconds(folder)
+        content |= {"together": together, "processor_seconds": _processor_seconds(folder, together)}
+        if together > 1:
+            content["memory_bytes"] = None  # what has been measured is that of all of them
     text = json.dumps(content, indent=1) + "\n"
     replace_file(folder / RESULT, lambda file: file.write_text(text, encoding="utf-8"))
     if (folder / checkpoint.CHECKPOINTS).exists():
@@ -107,11 +155,11 @@ def make_run(folder: Path, job: dict[str, Any]) -> None:
         (folder / checkpoint.LAST).unlink(missing_ok=True)
 
 
-def _processor_seconds(folder: Path) -> float:
-    """Return the processor time of a run so far, without that of processes that were killed."""
+def _processor_seconds(folder: Path, together: int) -> float:
+    """Return a run's share of the processor time, without that of processes that were killed."""
     path = folder / PROCESSOR
     before = float(path.read_text()) if path.exists() else 0.0
-    return round(before + time.process_time(), 1)
+    return round(before + time.process_time() / together, 1)
 
 
 def trainer_of(config: TrainConfig, experiment: str | None, context: DistributedContext) -> Trainer:

@@ -133,7 +133,7 @@ class Search:
             self.finish()
         else:
             job = job_of(Run(cell, self.options.seed), str(self.root), device, data_dir)
-            workers.start(self.folder, job)
+            workers.start({self.folder: job})
 
     def _suggest(self, key: str, values: Any) -> Any:
         if isinstance(values, list):

@@ -1,4 +1,7 @@
-"""Processes that make runs: on CPUs one on each core, pinned to it, with one thread."""
+"""Processes that make runs: on CPUs one on each core, pinned to it, with one thread.
+
+On a GPU one process makes several runs side by side.
+"""
 
 import contextlib
 import json
@@ -7,10 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..files import replace_file
 from ..runner import FailedRunError
@@ -36,7 +39,7 @@ class StudyOptions:
     jobs: int = option(
         0,
         "runs or trials at a time (default: on CPUs one on each core, pinned to it, with one "
-        "thread; on a GPU one)",
+        "thread; on a GPU all runs of a seed, in one process, or one trial)",
         bounds=(0, 4096),
     )
     device: str = option("", "device to train on (default: cuda if available, else cpu)")
@@ -50,8 +53,16 @@ def cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+class Process(NamedTuple):
+    """A process, the core that it is pinned to, and the file that it prints into."""
+
+    process: subprocess.Popen
+    core: int | None
+    log: Path
+
+
 class Workers:
-    """At most so many processes at a time, each making a run.
+    """At most so many processes at a time, each making a run, or several of them.
 
     Args:
         slots: For each process the core that it is pinned to; None leaves its threads alone.
@@ -60,25 +71,27 @@ class Workers:
 
     def __init__(self, slots: list[int | None], stop: Stop) -> None:
         self.free, self.stop = list(slots), stop
-        self.running: dict[Path, tuple[subprocess.Popen, int | None]] = {}
+        self.running: dict[Path, Process] = {}
         self.asked: set[Path] = set()  # to stop
 
-    def start(self, folder: Path, job: dict[str, Any]) -> None:
-        """Start the process of a run; there must be a free slot."""
+    def start(self, jobs: Mapping[Path, dict[str, Any]]) -> None:
+        """Start a process that makes the run of each folder; there must be a free slot."""
         core = self.free.pop(0)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**job, "core": core}, indent=1)
-        replace_file(folder / JOB, lambda file: file.write_text(text, encoding="utf-8"))
+        for folder, job in jobs.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({**job, "core": core}, indent=1)
+            replace_file(folder / JOB, lambda file, t=text: file.write_text(t, encoding="utf-8"))
         environment = os.environ | (ONE_THREAD if core is not None else {})
-        with (folder / LOG).open("ab") as log:
+        path = next(iter(jobs)) / LOG
+        with path.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "emax_timm.compare.run", str(folder)],
+                [sys.executable, "-m", "emax_timm.compare.run", *map(str, jobs)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=environment,
             )
-        self.running[folder] = process, core
+        self.running |= dict.fromkeys(jobs, Process(process, core, path))
 
     def ended(self) -> list[Path]:
         """Wait a moment; return the runs that have ended well since the last call.
@@ -91,30 +104,31 @@ class Workers:
         if self.stop.number:
             raise Stopped(self.stop.number)
         done = []
-        for folder, (process, core) in list(self.running.items()):
-            status = process.poll()
+        for folder, one in list(self.running.items()):
+            status = one.process.poll()
             if status is None:
                 continue
             del self.running[folder]
-            self.free.append(core)
+            if one not in self.running.values():
+                self.free.append(one.core)
             # A process that was asked as it ended had no handler of the signal any more.
             asked = folder in self.asked and status in (128 + signal.SIGTERM, -signal.SIGTERM)
             if status and not asked:
-                raise FailedRunError(f"{folder} failed: {_last_line(folder / LOG)}")
+                raise FailedRunError(f"{folder} failed: {_last_line(one.log)}")
             done.append(folder)
         return done
 
     def end(self, folder: Path) -> None:
         """Ask the process of a run to stop; it writes a checkpoint first."""
         self.asked.add(folder)
-        self.running[folder][0].terminate()
+        self.running[folder].process.terminate()
 
     def end_all(self) -> None:
         """Ask all processes to stop, and wait for them."""
-        for process, _ in self.running.values():
-            process.terminate()
-        for process, _ in self.running.values():
-            process.wait()
+        for one in self.running.values():
+            one.process.terminate()
+        for one in self.running.values():
+            one.process.wait()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .config import TrainConfig
 
-__all__ = ["OptimizerStep", "Refusal", "as_integers"]
+__all__ = ["OptimizerStep", "Refusal", "as_integers", "base_optimizer"]
 
 # torch's optimizers whose fused kernels take a flag that leaves the step out, as they do for
 # torch's gradient scaler.
@@ -106,7 +106,7 @@ class OptimizerStep:
         self.parameters = list(model.parameters())
         # The device is where the parameters are; what is elsewhere is for the host to restore.
         self.device = self.parameters[0].device
-        base: Any = _base(optimizer)
+        base: Any = base_optimizer(optimizer)
         own = {"fused", "foreach", "capturable", "differentiable"} & config.opt_kwargs.keys()
         if self.device.type == "cuda" and type(base) in FUSED and not own:
             for group in base.param_groups:
@@ -118,7 +118,7 @@ class OptimizerStep:
 
     def needs_host(self) -> str:
         """Return why only the host can leave out a step of this optimizer; "" if the device can."""
-        kind = type(_base(self.optimizer))
+        kind = type(base_optimizer(self.optimizer))
         if not kind.__module__.startswith(("timm.optim.", "torch.optim.")):
             return f"{kind.__name__} may keep its state anywhere"
         return ""
@@ -235,7 +235,7 @@ class _HostState:
     def __init__(
         self, optimizer: torch.optim.Optimizer, device: torch.device, last: "_HostState | None"
     ) -> None:
-        self.optimizer, self.device = _base(optimizer), device
+        self.optimizer, self.device = base_optimizer(optimizer), device
         self.on_device: list[Tensor] = []
         state, groups = self.optimizer.state, self.optimizer.param_groups
         self._values = [value for values in state.values() for value in values.values()]
@@ -285,6 +285,6 @@ def _same(first: list[Any], second: list[Any]) -> bool:
     return len(first) == len(second) and all(map(operator.is_, first, second))
 
 
-def _base(optimizer: Any) -> torch.optim.Optimizer:
+def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """Return the optimizer itself; timm's Lookahead wraps it."""
     return getattr(optimizer, "_base_optimizer", optimizer)

@@ -146,7 +146,7 @@ class Trainer(Run):
         self.groupings[0].set(self.step)
         self.guard.keep()
         seed_step(self.config.seed, self.step, self.context.rank)
-        loss = self._backward(batches)
+        loss = self.backward(batches)
         norm, overflow = self.update.check()
         self.settle(self.guard.kept)  # of the step before; the device is busy with this one
         verdict = self.guard.ask(self._place(), self._report(loss, norm, overflow))
@@ -192,7 +192,7 @@ class Trainer(Run):
             resume.rewind(self, verdict.step.number)
             raise
 
-    def _backward(self, batches: list[Batch]) -> Tensor:
+    def backward(self, batches: list[Batch]) -> Tensor:
         """Accumulate the gradients of the mean loss of `batches`; returns this loss, []."""
         loss = torch.zeros((), device=self.context.device)
         for index, (images, labels) in enumerate(batches):

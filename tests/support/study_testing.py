@@ -11,7 +11,7 @@ import yaml
 
 from emax_timm.compare.cells import Cell, Run, train_config
 from emax_timm.compare.command import job_of
-from emax_timm.compare.run import JOB, RESULT, make_run
+from emax_timm.compare.run import JOB, RESULT, make_runs
 from emax_timm.compare.run import trainer_of as trainer_of_run
 from emax_timm.compare.study import Study, read_study
 from emax_timm.training.distributed import DistributedContext
@@ -21,6 +21,7 @@ __all__ = [
     "STUDY",
     "cell_of",
     "made",
+    "made_together",
     "result_of",
     "study_on",
     "trainer_of",
@@ -119,17 +120,29 @@ def cell_of(study: Study, method: str) -> Cell:
     return cell
 
 
-def trainer_of(study: Study, method: str, seed: int, folder: Path) -> Trainer:
+def trainer_of(
+    study: Study, method: str, seed: int, folder: Path, context: DistributedContext = CPU
+) -> Trainer:
     """The trainer of a run that is not made."""
     cell = cell_of(study, method)
     config = train_config(cell, seed=seed, output=str(folder), experiment=method)
-    return trainer_of_run(config, cell.experiment, CPU)
+    return trainer_of_run(config, cell.experiment, context)
 
 
 def made(study: Study, method: str, seed: int, folder: Path) -> dict[str, Any]:
     """The result of a run that is made in this process."""
-    job = job_of(Run(cell_of(study, method), seed), study.name, "cpu", None)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / JOB).write_text(json.dumps(job))
-    make_run(folder, job)
-    return json.loads((folder / RESULT).read_text())
+    return made_together(study, [(method, seed)], folder.parent, [folder.name])[0]
+
+
+def made_together(
+    study: Study, runs: list[tuple[str, int]], folder: Path, names: list[str], device: str = "cpu"
+) -> list[dict[str, Any]]:
+    """The results of runs, methods and seeds, that are made side by side in folders with names."""
+    jobs = {}
+    for (method, seed), name in zip(runs, names, strict=True):
+        job = job_of(Run(cell_of(study, method), seed), study.name, device, None)
+        jobs[folder / name] = job
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / JOB).write_text(json.dumps(job))
+    make_runs(jobs)
+    return [json.loads((path / RESULT).read_text()) for path in jobs]
