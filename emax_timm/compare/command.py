@@ -145,8 +145,8 @@ def _jobs(
     jobs = {
         folder / run.folder: job_of(run, study.name, config.device, config.data_dir) for run in runs
     }
-    if device != "cpu":
-        for job in jobs.values():  # their data loaders share the cores
+    for job in jobs.values() if device != "cpu" else ():
+        if not job["config"]["workers"]:  # their data loaders share the cores
             job["config"]["workers"] = max(1, len(cores()) // len(jobs))
     return jobs
 

@@ -181,11 +181,8 @@ def cost_table(study: Study, results: Results, costs: dict[str, Any], backbone: 
             values = [content[key] / scale for content in runs if content[key] is not None]
             return f"{statistics.median(values):.1f}" if values else ""
 
-        minutes = [content["seconds"] / content.get("together", 1) / 60 for content in runs]
-
         cells = [f"{runs[0]['parameters'] / 1e6:.3f}", f"{runs[0]['macs'] / 1e6:.1f}"]
         cells += ["" if value is None else f"{value:.1f}" for value in speed]
-        cells += [median("memory_bytes", 1e6), f"{statistics.median(minutes):.1f}"]
-        cells.append(median("training_top1"))
+        cells += [median("memory_bytes", 1e6), median("seconds", 60), median("training_top1")]
         lines.append(row([method, *cells]))
     return [*lines, "", source]

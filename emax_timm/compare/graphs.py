@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..training.trainer import Batch, Trainer
 
-__all__ = ["GraphedPasses", "graphed_passes"]
+__all__ = ["GraphedPasses", "graphed_passes", "with_own_generator"]
 
 WARM_UP = 3  # steps before the capture, in which kernels are compiled and libraries choose theirs
 
@@ -22,21 +22,45 @@ WARM_UP = 3  # steps before the capture, in which kernels are compiled and libra
 def graphed_passes(trainer: Trainer) -> Iterator[None]:
     """On a GPU, train on a stream of its own within the context, and by a graph where that can be.
 
-    It cannot where the batches are mixed in the step itself, by random numbers of the host, nor
-    where the model is compiled, which has its own way to graphs, or distributed.
+    It cannot where the batches are mixed in the step itself, by random numbers of the host, where
+    the model is compiled, which has its own way to graphs, or distributed, nor where activations
+    are computed anew, which reads the state of the generators.
     """
-    if trainer.context.device.type != "cuda":
+    device = trainer.context.device
+    if device.type != "cuda":
         yield
         return
-    if trainer.mixup is None and trainer.network is trainer.model:
+    same = trainer.mixup is None and not trainer.config.grad_checkpointing
+    if same and trainer.network is trainer.model:
         trainer.backward = GraphedPasses(trainer, _capture)
-    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-    stream.wait_stream(before)
-    try:
-        with torch.cuda.stream(stream):
-            yield
-    finally:
-        before.wait_stream(stream)
+    with torch.cuda.device(device):
+        before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(before)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            before.wait_stream(stream)
+
+
+def with_own_generator(hand_over: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Let the others have a turn with generators of the GPU of their own.
+
+    A graph reads seed and offset from the GPU when it runs, and there they are part of a
+    generator's state: that of a run whose turn is next must not be written over one that is read.
+    """
+    if device.type != "cuda":
+        return hand_over
+    with torch.cuda.device(device):
+        default = torch.cuda.default_generators[torch.cuda.current_device()]
+    own = default.clone_state()
+    default.graphsafe_set_state(own)
+
+    def hand_over_and_restore() -> None:
+        hand_over()
+        default.graphsafe_set_state(own)
+
+    return hand_over_and_restore
 
 
 class Graph(NamedTuple):
@@ -62,17 +86,18 @@ class GraphedPasses:
     ) -> None:
         self.trainer, self.capture, self.passes = trainer, capture, trainer.backward
         self.steps = 0
+        self.shapes: list[list[torch.Size]] = []  # of the first step's batches
         self.graph: Graph | None = None
 
     def __call__(self, batches: list[Batch]) -> Tensor:
         """Leave the gradients of the mean loss of `batches` in the parameters; returns it, []."""
         self.steps += 1
-        if self.steps <= WARM_UP:
+        self.shapes = self.shapes or _shapes(batches)
+        # An epoch's last batches may be fewer.
+        if self.steps <= WARM_UP or _shapes(batches) != self.shapes:
             return self.passes(batches)
         if self.graph is None:
             self.graph = self._graph(batches)
-        if _shapes(batches) != _shapes(self.graph.batches):  # the last ones of an epoch
-            return self.passes(batches)
         for own, batch in zip(self.graph.batches, batches, strict=True):
             for mine, given in zip(own, batch, strict=True):
                 mine.copy_(given, non_blocking=True)

@@ -272,13 +272,12 @@ def _facts(study: Study, results: Results) -> dict[str, str]:
     def of(*keys: str) -> str:
         return ", ".join(sorted({" ".join(str(c[key]) for key in keys) for c in contents}))
 
-    hours = sum(content["seconds"] / content.get("together", 1) for content in contents) / 3600
+    hours = sum(content["seconds"] for content in contents) / 3600
     # Results of an earlier version do not have it.
     cores = sum(content.get("processor_seconds", content["seconds"]) for content in contents) / 3600
     dates = sorted(content["date"] for content in contents)
     return {
-        "training time of all runs": f"{hours:.2f} hours, each run on one device or core, or its "
-        "share of the time if several ran side by side",
+        "training time of all runs": f"{hours:.2f} hours, each run on one device or core",
         "processor time of all runs": f"{cores:.2f} core-hours, with their tests",
         "finished between": f"{dates[0]} and {dates[-1]}",
         "devices": of("device", "machine"),

@@ -8,6 +8,7 @@ from (`init`), a change of the model (`experiment`), the processor that the proc
 Several runs take turns, step by step. An interrupted run continues where it stood.
 """
 
+import functools
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ from ..attention import EMAX
 from ..files import remove, replace_file
 from ..models.cost import count_macs
 from ..ops import explain
-from ..runner import command
+from ..runner import FailedRunError, command
 from ..training import checkpoint
 from ..training.build import build_trainer
 from ..training.conditional import base_optimizer
@@ -39,7 +40,7 @@ from ..training.trainer import Trainer
 from ..version import __version__
 from .experiments import EXPERIMENTS, parameters_ending
 from .gradients import record_gradients
-from .graphs import graphed_passes
+from .graphs import graphed_passes, with_own_generator
 from .outcome import results
 from .turns import in_turns
 
@@ -58,10 +59,6 @@ def run(argv: Sequence[str], prog: str) -> int:
     try:
         make_runs(jobs)
     except Stopped as stopped:
-        for folder in folders:
-            if not (folder / RESULT).exists():
-                seconds = _processor_seconds(folder, len(folders))
-                replace_file(folder / PROCESSOR, lambda file, s=seconds: file.write_text(str(s)))
         print(f"{prog}: {stopped}", file=sys.stderr)
         return 128 + stopped.number
     return 0
@@ -84,7 +81,7 @@ def make_runs(jobs: Mapping[Path, dict[str, Any]]) -> None:
 
     Raises:
         Stopped: If a signal asked for it; checkpoints have been written.
-        Exception: The first that a run raises; the others have been stopped like that.
+        Exception: What the first one raises that fails; the others have been stopped like that.
     """
     with catch_signals() as stop:
         if len(jobs) == 1:
@@ -93,21 +90,30 @@ def make_runs(jobs: Mapping[Path, dict[str, Any]]) -> None:
             return
 
         def maker(folder: Path, job: dict[str, Any]) -> Callable[[Callable[[], None]], None]:
-            return lambda hand_over: make_run(folder, job, stop, len(jobs), hand_over)
+            def make(hand_over: Callable[[], None]) -> None:
+                try:
+                    make_run(folder, job, stop, hand_over)
+                except Stopped:
+                    raise
+                except torch.OutOfMemoryError as error:
+                    raise FailedRunError(
+                        f"{folder}: the device's memory is too small for {len(jobs)} runs side by "
+                        "side; make fewer at a time with --jobs"
+                    ) from error
+                except Exception:
+                    print(f"{folder} has failed", file=sys.stderr)
+                    raise
 
-        errors = in_turns(
-            [maker(*each) for each in jobs.items()], lambda: stop(signal.SIGTERM, None)
-        )
+            return make
+
+        makers = [maker(folder, {**job, "together": len(jobs)}) for folder, job in jobs.items()]
+        errors = in_turns(makers, lambda: stop(signal.SIGTERM, None))
     for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
         raise error
 
 
 def make_run(
-    folder: Path,
-    job: dict[str, Any],
-    stop: Stop,
-    together: int = 1,
-    hand_over: Callable[[], None] | None = None,
+    folder: Path, job: dict[str, Any], stop: Stop, hand_over: Callable[[], None] | None = None
 ) -> None:
     """Train as the job says, test the best weights, and write `RESULT` into the folder.
 
@@ -115,8 +121,8 @@ def make_run(
         folder: The run directory.
         job: What is in its `JOB`.
         stop: Holds the signal that asks the run to stop, if there was one.
-        together: The number of runs that this process makes side by side.
-        hand_over: Called after each of the optimizer's steps, to let the others make one.
+        hand_over: Lets the other runs of the process make a step each; it is called after each of
+            the optimizer's steps.
 
     Raises:
         Stopped: If a signal asked for it; a checkpoint has been written.
@@ -124,7 +130,10 @@ def make_run(
     settings = {**job["config"], "output": str(folder.parent), "experiment": folder.name}
     settings["resume"] = str(folder) if checkpoint.checkpoints(folder) else "auto"
     config = from_mapping(TrainConfig, settings, str(folder / JOB))
+    spent = _Spent(folder, hand_over is None)
     with open_distributed_context(config.device, config.dist_timeout) as context:
+        if hand_over is not None:
+            hand_over = with_own_generator(hand_over, context.device)
         # A job of an earlier version has no experiment.
         trainer = trainer_of(config, job.get("experiment"), context)
         loader, trainer.test_loader = trainer.test_loader, None  # tested below, with its slices
@@ -133,7 +142,7 @@ def make_run(
         record_gradients(trainer, folder)
         if hand_over is not None:
             # All random numbers of a step are drawn by then, and the next step's are seeded anew.
-            hook = lambda *_: hand_over()  # noqa: E731
+            hook = functools.partial(spent.elsewhere, trainer, hand_over)
             base_optimizer(trainer.optimizer).register_step_post_hook(hook)
         trainer.stop = stop
         made_with = environment(context)  # of the code that trains: a checkout may change meanwhile
@@ -143,10 +152,13 @@ def make_run(
                 trainer.run()
         except BadStepError as error:
             diverged = str(error)
-        content = {**job, **made_with, "date": _now(), **_cost(trainer), "diverged": diverged}
-        content |= results(trainer, loader)
-        content |= {"together": together, "processor_seconds": _processor_seconds(folder, together)}
-        if together > 1:
+        except Stopped:
+            spent.note()
+            raise
+        content = {"together": 1, **job, **made_with, "date": _now()}
+        content |= {**_cost(trainer), "diverged": diverged, **results(trainer, loader)}
+        content["processor_seconds"] = spent.seconds()
+        if content["together"] > 1:
             content["memory_bytes"] = None  # what has been measured is that of all of them
     text = json.dumps(content, indent=1) + "\n"
     replace_file(folder / RESULT, lambda file: file.write_text(text, encoding="utf-8"))
@@ -155,11 +167,34 @@ def make_run(
         (folder / checkpoint.LAST).unlink(missing_ok=True)
 
 
-def _processor_seconds(folder: Path, together: int) -> float:
-    """Return a run's share of the processor time, without that of processes that were killed."""
-    path = folder / PROCESSOR
-    before = float(path.read_text()) if path.exists() else 0.0
-    return round(before + time.process_time() / together, 1)
+class _Spent:
+    """The processor time of a run, without that of processes that were killed.
+
+    Args:
+        folder: The run directory, which holds that of processes that were stopped.
+        alone: Whether all of the process's time is this run's, from its start.
+    """
+
+    def __init__(self, folder: Path, alone: bool) -> None:
+        self.path = folder / PROCESSOR
+        self.others = 0.0 if alone else time.process_time()
+
+    def elsewhere(self, trainer: Trainer, hand_over: Callable[[], None], *_: Any) -> None:
+        """Hand over, and leave out the time that the others take."""
+        start, processor = time.monotonic(), time.process_time()
+        hand_over()
+        trainer.timing.elsewhere += time.monotonic() - start
+        self.others += time.process_time() - processor
+
+    def seconds(self) -> float:
+        """Return the time so far."""
+        before = float(self.path.read_text()) if self.path.exists() else 0.0
+        return round(before + time.process_time() - self.others, 1)
+
+    def note(self) -> None:
+        """Write the time so far into the folder, for the process that goes on."""
+        seconds = str(self.seconds())
+        replace_file(self.path, lambda file: file.write_text(seconds))
 
 
 def trainer_of(config: TrainConfig, experiment: str | None, context: DistributedContext) -> Trainer:

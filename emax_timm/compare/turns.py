@@ -10,7 +10,7 @@ __all__ = ["in_turns"]
 Function = Callable[[Callable[[], None]], None]
 
 
-def in_turns(functions: Sequence[Function], failed: Callable[[], None]) -> list[Exception]:
+def in_turns(functions: Sequence[Function], failed: Callable[[], None]) -> list[BaseException]:
     """Call each function in a thread of its own; one runs at a time, until it hands over or ends.
 
     What is global, such as the state of random number generators, is whatever the one before has
@@ -24,7 +24,7 @@ def in_turns(functions: Sequence[Function], failed: Callable[[], None]) -> list[
         The exceptions, the first one first, once all have ended.
     """
     turns, changed = deque(range(len(functions))), threading.Condition()
-    errors: list[Exception] = []
+    errors: list[BaseException] = []
 
     def wait(number: int) -> None:
         changed.notify_all()
@@ -40,7 +40,7 @@ def in_turns(functions: Sequence[Function], failed: Callable[[], None]) -> list[
             wait(number)
         try:
             function(hand_over)
-        except Exception as error:
+        except BaseException as error:
             errors.append(error)
             failed()
         finally:

@@ -114,7 +114,8 @@ class Workers:
             # A process that was asked as it ended had no handler of the signal any more.
             asked = folder in self.asked and status in (128 + signal.SIGTERM, -signal.SIGTERM)
             if status and not asked:
-                raise FailedRunError(f"{folder} failed: {_last_line(one.log)}")
+                names = [folder, *(f for f, other in self.running.items() if other == one)]
+                raise FailedRunError(f"{', '.join(map(str, names))} failed: {_last_line(one.log)}")
             done.append(folder)
         return done
 

@@ -92,7 +92,9 @@ def emax(x: Tensor, parts: Parts, noise: Tensor | None = None) -> tuple[Tensor, 
     if parts.residual_gate is not None:
         out = x + parts.residual_gate.reshape(1, c, *ones) * (out - x)
     probs = torch.softmax(logits, 1)
-    chosen = torch.tensor(config.candidates, device=x.device)[probs.argmax(1)]
+    # Made on the device: a copy from the host cannot be part of a CUDA graph.
+    counts = torch.cat([torch.full((1,), count, device=x.device) for count in config.candidates])
+    chosen = counts[probs.argmax(1)]
     return out, EMAXMaps(spatial, w_c.reshape(b, c), w_g.reshape(b, c), probs, chosen)
 
 

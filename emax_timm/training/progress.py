@@ -26,11 +26,14 @@ class Timing:
         compute: Seconds spent in training steps. On a GPU a step returns before its kernels have
             run, but the next step waits for the outcome of this one, so that over many steps no
             time is lost.
+        elsewhere: Seconds within steps in which other runs of the process had their turns; they
+            are not counted in `compute`.
     """
 
     images: int = 0
     wait: float = 0.0
     compute: float = 0.0
+    elsewhere: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -61,9 +64,9 @@ class Timing:
     @contextmanager
     def computing(self, images: int) -> Iterator[None]:
         """Measure the time of a step that trains on `images` images over all ranks."""
-        start = time.monotonic()
+        start = time.monotonic() - self.elsewhere
         yield
-        self.compute += time.monotonic() - start
+        self.compute += time.monotonic() - self.elsewhere - start
         self.images += images
 
 

@@ -59,7 +59,8 @@ class Trainer(Run):
                 raise
 
     def _run_epoch(self, log: RunLog | None) -> None:
-        start = time.monotonic() - self.timing.seconds  # the time before a resume counts too
+        # The time before a resume counts too, and that of other runs in this process does not.
+        start = time.monotonic() - self.timing.seconds - self.timing.elsewhere
         loss = self.train_epoch()
         due = (self.epoch + 1) % self.config.val_interval == 0 or self.epoch + 1 == self.epochs
         metrics = self.validate() if due and self.val_loader is not None else None
@@ -67,7 +68,7 @@ class Trainer(Run):
         lr = self.optimizer.param_groups[0]["lr"]
         if self.scheduler is not None:
             self.scheduler.step(self.epoch, getattr(metrics, self.config.eval_metric, None))
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - self.timing.elsewhere - start
         self.seconds += seconds
         record_epoch(self, log, loss, metrics, lr, seconds)
         self.losses, self.timing, self.guard.corrupt = [], Timing(), 0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
+from gpu_semantics import one_hot_as_on_a_gpu
 from tiers import mostly_slow
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -82,12 +82,7 @@ class Reads(TorchFunctionMode):
 
 @pytest.fixture(autouse=True)
 def _one_hot_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    # On a CPU alone torch's one_hot reads the least and the greatest class, to check them.
-    def one_hot(index: Tensor, classes: int) -> Tensor:
-        zeros = torch.zeros(*index.shape, classes, dtype=torch.int64, device=index.device)
-        return zeros.scatter_(-1, index[..., None], 1)
-
-    monkeypatch.setattr(F, "one_hot", one_hot)
+    one_hot_as_on_a_gpu(monkeypatch)
 
 
 def waits_of(trainer: Trainer, steps: int = 2) -> list[str]:
