@@ -41,6 +41,7 @@ def draw(study: Study, results: Results, costs: dict[str, Any], backbone: str, p
         ylabel=f"test {title}",
     )
     axis.title.set_fontsize(10)
+    axis.margins(x=0.12)  # the names stand beside the points
     axis.grid(alpha=0.3)
     save_figure(figure, path)
 
