@@ -22,8 +22,9 @@ from ..training.distributed import open_distributed_context
 from ..training.progress import Progress
 from ..training.trainer import Trainer
 from .cells import Cell, machine_options, train_config
+from .provenance import environment
 from .results import Results, read_json, write_json
-from .run import environment, trainer_of
+from .run import trainer_of
 from .study import Study
 from .workers import cores
 

@@ -27,8 +27,9 @@ from ..training.trainer import Trainer
 from .cells import Run, machine_options, train_config
 from .gradients import GRADIENTS, choosing_layers
 from .outcome import outcomes, slices_of
+from .provenance import environment
 from .results import GROUPING, read_json, write_json
-from .run import RESULT, environment, trainer_of
+from .run import RESULT, trainer_of
 from .study import Study
 
 __all__ = [

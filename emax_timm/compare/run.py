@@ -11,23 +11,18 @@ Several runs take turns, step by step. An interrupted run continues where it sto
 import functools
 import json
 import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
-from ..attention import EMAX
 from ..files import remove, replace_file
 from ..models.cost import count_macs
-from ..ops import explain
 from ..runner import FailedRunError, command
 from ..training import checkpoint
 from ..training.build import build_trainer
@@ -37,14 +32,14 @@ from ..training.distributed import DistributedContext, open_distributed_context
 from ..training.guard import BadStepError
 from ..training.signals import Stop, Stopped, catch_signals
 from ..training.trainer import Trainer
-from ..version import __version__
 from .experiments import EXPERIMENTS, parameters_ending
 from .gradients import record_gradients
 from .graphs import graphed_passes, with_own_generator
 from .outcome import results
+from .provenance import environment, now
 from .turns import in_turns
 
-__all__ = ["JOB", "PROCESSOR", "RESULT", "environment", "make_runs", "run", "trainer_of"]
+__all__ = ["JOB", "PROCESSOR", "RESULT", "make_runs", "run", "trainer_of"]
 
 JOB, RESULT = "job.json", "result.json"
 PROCESSOR = "processor_seconds.txt"  # of the processes of a run that were stopped
@@ -89,27 +84,31 @@ def make_runs(jobs: Mapping[Path, dict[str, Any]]) -> None:
                 make_run(folder, job, stop)
             return
 
-        def maker(folder: Path, job: dict[str, Any]) -> Callable[[Callable[[], None]], None]:
-            def make(hand_over: Callable[[], None]) -> None:
-                try:
-                    make_run(folder, job, stop, hand_over)
-                except Stopped:
-                    raise
-                except torch.OutOfMemoryError as error:
-                    raise FailedRunError(
-                        f"{folder}: the device's memory is too small for {len(jobs)} runs side by "
-                        "side; make fewer at a time with --jobs"
-                    ) from error
-                except Exception:
-                    print(f"{folder} has failed", file=sys.stderr)
-                    raise
-
-            return make
-
-        makers = [maker(folder, {**job, "together": len(jobs)}) for folder, job in jobs.items()]
+        makers = [
+            functools.partial(_make_beside, folder, {**job, "together": len(jobs)}, stop)
+            for folder, job in jobs.items()
+        ]
         errors = in_turns(makers, lambda: stop(signal.SIGTERM, None))
     for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):
         raise error
+
+
+def _make_beside(
+    folder: Path, job: dict[str, Any], stop: Stop, hand_over: Callable[[], None]
+) -> None:
+    """Make one of several runs, and say which it is if it fails."""
+    try:
+        make_run(folder, job, stop, hand_over)
+    except Stopped:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise FailedRunError(
+            f"{folder}: the device's memory is too small for {job['together']} runs side by side; "
+            "make fewer at a time with --jobs"
+        ) from error
+    except Exception:
+        print(f"{folder} has failed", file=sys.stderr)
+        raise
 
 
 def make_run(
@@ -155,7 +154,7 @@ def make_run(
         except Stopped:
             spent.note()
             raise
-        content = {"together": 1, **job, **made_with, "date": _now()}
+        content = {"together": 1, **job, **made_with, "date": now()}
         content |= {**_cost(trainer), "diverged": diverged, **results(trainer, loader)}
         content["processor_seconds"] = spent.seconds()
         if content["together"] > 1:
@@ -214,53 +213,6 @@ def start_from(trainer: Trainer, init: dict[str, float]) -> None:
         for model in models:
             for parameter in parameters_ending(model, end):
                 parameter.fill_(value)
-
-
-def environment(context: DistributedContext) -> dict[str, Any]:
-    """Return what a measurement is made with: versions, commit, machine, and when."""
-    device = context.device
-    cuda = device.type == "cuda"
-    layer = EMAX(32).to(device)
-    backends = explain(torch.zeros(1, 32, 4, 4, device=device), layer.weights())
-    return {
-        "backend": next(name for name, reason in backends.items() if reason is None),
-        "commit": commit(),
-        "emax_timm": __version__,
-        "torch": str(torch.__version__),
-        "timm": timm.__version__,
-        "device": torch.cuda.get_device_name(device) if cuda else device.type,
-        "machine": f"{platform.machine()} {_processor()}",
-        "date": _now(),
-    }
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def commit() -> str | None:
-    """Return the commit of the checkout that this package is in, with + for changes, if any."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        tracked = git("ls-files", "--error-unmatch", __file__)  # not a repository around a venv
-        if not tracked or not (name := git("rev-parse", "--short=12", "HEAD")):
-            return None
-        return name + ("+" if git("status", "--porcelain", "--", "..") else "")
-    except OSError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
 
 
 def _cost(trainer: Trainer) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Functions, and runs of a study, that take turns in one process compute what they do alone."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -12,14 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from interpreters import ENVIRONMENT
-from study_testing import cell_of, made, made_together, study_on
+from study_testing import made, made_together, study_on, write_jobs
 from training_testing import rows_without_seconds
 
-from emax_timm.compare.cells import Run
-from emax_timm.compare.command import job_of, together
-from emax_timm.compare.run import JOB, RESULT
+from emax_timm.compare.command import together
+from emax_timm.compare.run import RESULT
 from emax_timm.compare.turns import in_turns
-from emax_timm.compare.workers import cores
 from emax_timm.training.signals import Stopped
 
 
@@ -114,13 +111,7 @@ def test_processes_that_are_stopped_go_on_with_all_of_their_runs(
     images: Path, tmp_path: Path
 ) -> None:
     study = study_on(images, tmp_path, epochs=30)
-    jobs = {
-        tmp_path / name: {**job_of(Run(cell_of(study, method), seed), "small", "cpu", None)}
-        for (method, seed), name in zip(RUNS, NAMES, strict=True)
-    }
-    for folder, job in jobs.items():
-        folder.mkdir()
-        (folder / JOB).write_text(json.dumps({**job, "core": cores()[0]}))
+    jobs = write_jobs(study, RUNS, tmp_path, NAMES)
     command = [sys.executable, "-m", "emax_timm.compare.run", *map(str, jobs)]
     environment = ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
     for number, status in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):

@@ -1,4 +1,4 @@
-"""What torch does on a CPU otherwise than on a GPU."""
+"""Have torch do on a CPU what it does on a GPU."""
 
 import pytest
 import torch

@@ -14,6 +14,7 @@ from emax_timm.compare.command import job_of
 from emax_timm.compare.run import JOB, RESULT, make_runs
 from emax_timm.compare.run import trainer_of as trainer_of_run
 from emax_timm.compare.study import Study, read_study
+from emax_timm.compare.workers import cores
 from emax_timm.training.distributed import DistributedContext
 from emax_timm.training.trainer import Trainer
 
@@ -25,6 +26,7 @@ __all__ = [
     "result_of",
     "study_on",
     "trainer_of",
+    "write_jobs",
     "write_results_of",
     "write_study",
 ]
@@ -138,11 +140,19 @@ def made_together(
     study: Study, runs: list[tuple[str, int]], folder: Path, names: list[str], device: str = "cpu"
 ) -> list[dict[str, Any]]:
     """The results of runs, methods and seeds, that are made side by side in folders with names."""
+    jobs = write_jobs(study, runs, folder, names, device)
+    make_runs(jobs)
+    return [json.loads((path / RESULT).read_text()) for path in jobs]
+
+
+def write_jobs(
+    study: Study, runs: list[tuple[str, int]], folder: Path, names: list[str], device: str = "cpu"
+) -> dict[Path, dict[str, Any]]:
+    """What a process has to make, by run directory, written there as for a process on a core."""
     jobs = {}
     for (method, seed), name in zip(runs, names, strict=True):
         job = job_of(Run(cell_of(study, method), seed), study.name, device, None)
         jobs[folder / name] = job
         (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / JOB).write_text(json.dumps(job))
-    make_runs(jobs)
-    return [json.loads((path / RESULT).read_text()) for path in jobs]
+        (folder / name / JOB).write_text(json.dumps({**job, "core": cores()[0]}))
+    return jobs
