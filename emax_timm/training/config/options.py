@@ -105,7 +105,11 @@ class EvaluationOptions:
     split: str | None = option(
         None, "split to validate on (default: the run's test split, else its validation split)"
     )
-    num_samples: int | None = option(None, "images of an iterable split")
+    num_samples: int | None = option(
+        None,
+        "images: the length of a stream; else as many of the split, at random",
+        bounds=AT_LEAST_1,
+    )
     batch_size: int | None = option(
         None, "images per forward pass (default: as the run)", "-b", bounds=AT_LEAST_1
     )

@@ -33,10 +33,12 @@ class TrainDataOptions:
         bounds=FRACTION,
     )
     train_num_samples: int | None = option(
-        None, "images of an iterable training split", bounds=AT_LEAST_1
+        None,
+        "training images: the length of a stream; else as many of the split, at random",
+        bounds=AT_LEAST_1,
     )
     val_num_samples: int | None = option(
-        None, "images of an iterable validation split", bounds=AT_LEAST_1
+        None, "validation images, as --train-num-samples", bounds=AT_LEAST_1
     )
     epoch_repeats: float = option(
         0.0, "passes over an iterable training split per epoch", bounds=AT_LEAST_0

@@ -47,13 +47,40 @@ def open_split(
         training: Whether the split is trained on.
         must_exist: Refuse a data folder without a folder for the split, as for training; otherwise
             such a folder is taken to be the split.
-        batch_size, num_samples, seed, repeats: Arguments of timm's iterable data sets.
+        num_samples: The length of a stream; of other data, take so many images, which are chosen at
+            random but are the same in every run.
+        batch_size, seed, repeats: Arguments of timm's iterable data sets.
 
     Raises:
-        UsageError: If the split does not exist, cannot be read or is empty.
+        UsageError: If the split does not exist, cannot be read, is empty, or has fewer images than
+            `num_samples`.
     """
-    kind, name, root = _source(options, split, must_exist or training)
     mode = options.input_img_mode or input_img_mode
+    stream = {
+        "batch_size": batch_size,
+        "num_samples": num_samples,
+        "seed": seed,
+        "repeats": repeats,
+    }
+    dataset = _open(options, split, mode, training, must_exist or training, stream)
+    if num_samples is None or isinstance(dataset, IterableDataset) or num_samples == len(dataset):
+        return dataset
+    if num_samples > len(dataset):
+        raise UsageError(
+            f"split {split!r} has {len(dataset):,} images, fewer than the {num_samples:,} asked for"
+        )
+    return Subset(dataset, sorted(_order(len(dataset))[:num_samples]))
+
+
+def _open(
+    options: DataOptions,
+    split: str,
+    mode: str,
+    training: bool,
+    must_exist: bool,
+    stream: dict[str, Any],
+) -> Any:
+    kind, name, root = _source(options, split, must_exist)
     if kind == "scenes":
         scenes = open_scenes(name, root, split, training, options.dataset_download)
         return ConvertedImages(scenes, mode)
@@ -68,13 +95,10 @@ def open_split(
         is_training=training,
         class_map=_class_map(options.class_map, Path(root)),
         download=options.dataset_download,
-        batch_size=batch_size,
-        num_samples=num_samples,
-        seed=seed,
-        repeats=repeats,
         input_img_mode=mode,
         input_key=options.input_key or (_wds_keys() if kind == "wds" else None),
         target_key=options.target_key,
+        **stream,
     )
     if isinstance(dataset, ImageDataset):
         return ImageFiles(dataset.reader, mode, options.exif_orientation)
@@ -222,10 +246,15 @@ def hold_out(dataset: Any, fraction: float) -> tuple[Subset, Subset]:
     size = round(len(dataset) * fraction)
     if not 0 < size < len(dataset):
         raise UsageError(f"--val-fraction {fraction} leaves a part of {len(dataset)} images empty")
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    order = _order(len(dataset))
     # Each part has a shallow copy, because their transforms differ.
     held_out, rest = sorted(order[:size]), sorted(order[size:])
     return Subset(copy(dataset), rest), Subset(_fixed(copy(dataset)), held_out)
+
+
+def _order(length: int) -> list[int]:
+    """Return a random order of indices, the same in every run."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def _fixed(dataset: Any) -> Any:

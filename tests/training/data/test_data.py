@@ -29,6 +29,7 @@ from emax_timm.training.data import (
 )
 from emax_timm.training.data.datasets import DEBIAN_FASHION_MNIST
 from emax_timm.training.distributed import DistributedContext
+from emax_timm.training.splits import open_splits
 
 SAMPLE = SAMPLES / "fashion_mnist"
 CPU = DistributedContext(torch.device("cpu"))
@@ -36,7 +37,8 @@ CPU = DistributedContext(torch.device("cpu"))
 
 def open_train(root: Path | str, **options: Any) -> Any:
     config = TrainConfig(data_dir=str(root), **options)
-    return open_split(config, config.train_split, "RGB", training=True, batch_size=8)
+    samples, seed = config.train_num_samples, config.seed
+    return open_split(config, config.train_split, "RGB", True, 8, num_samples=samples, seed=seed)
 
 
 def open_sample(split: str, mode: str = "L") -> Any:
@@ -111,6 +113,27 @@ def test_hold_out_is_disjoint_complete_and_always_the_same(images: Path) -> None
     for part in (rest, held_out):
         for index in (0, 3):
             assert part[index][1] == dataset[part.indices[index]][1]
+
+
+def test_num_samples_takes_the_same_images_of_all_classes_in_every_run(images: Path) -> None:
+    whole, part = open_train(images), open_train(images, train_num_samples=8)
+    assert len(part) == 8
+    assert (
+        part.indices
+        == open_train(images, train_num_samples=8, seed=7).indices
+        == sorted(part.indices)
+    )
+    assert [part[i][1] for i in range(8)] == [whole[i][1] for i in part.indices]
+    assert {part[i][1] for i in range(8)} == {0, 1}
+    assert len(open_train(images, train_num_samples=32)) == 32
+    with pytest.raises(UsageError, match="split 'train' has 32 images, fewer than the 33 asked"):
+        open_train(images, train_num_samples=33)
+
+
+def test_val_fraction_is_of_the_images_that_train_num_samples_takes(images: Path) -> None:
+    config = TrainConfig(data_dir=str(images), train_num_samples=16, val_fraction=0.25)
+    splits, _ = open_splits(config)
+    assert (len(splits["train"]), len(splits["validation"])) == (12, 4)
 
 
 def test_hold_out_leaves_the_global_generator_alone(images: Path) -> None:
