@@ -246,10 +246,13 @@ def hold_out(dataset: Any, fraction: float) -> tuple[Subset, Subset]:
     size = round(len(dataset) * fraction)
     if not 0 < size < len(dataset):
         raise UsageError(f"--val-fraction {fraction} leaves a part of {len(dataset)} images empty")
-    order = _order(len(dataset))
+    whole, indices = dataset, range(len(dataset))
+    if isinstance(dataset, Subset):  # of --train-num-samples
+        whole, indices = dataset.dataset, dataset.indices
+    order = [indices[place] for place in _order(len(indices))]
     # Each part has a shallow copy, because their transforms differ.
     held_out, rest = sorted(order[:size]), sorted(order[size:])
-    return Subset(copy(dataset), rest), Subset(_fixed(copy(dataset)), held_out)
+    return Subset(copy(whole), rest), Subset(_fixed(copy(whole)), held_out)
 
 
 def _order(length: int) -> list[int]:

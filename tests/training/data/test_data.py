@@ -134,6 +134,11 @@ def test_val_fraction_is_of_the_images_that_train_num_samples_takes(images: Path
     config = TrainConfig(data_dir=str(images), train_num_samples=16, val_fraction=0.25)
     splits, _ = open_splits(config)
     assert (len(splits["train"]), len(splits["validation"])) == (12, 4)
+    taken = open_train(images, train_num_samples=16).indices
+    assert sorted([*splits["train"].indices, *splits["validation"].indices]) == taken
+    # Each has a transform of its own.
+    splits["train"].transform, splits["validation"].transform = str, repr
+    assert (splits["train"].transform, splits["validation"].transform) == (str, repr)
 
 
 def test_hold_out_leaves_the_global_generator_alone(images: Path) -> None:

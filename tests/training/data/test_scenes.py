@@ -1,7 +1,5 @@
 """Fashion scenes: one item each, a function of the seed, the epoch and the index."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -90,9 +88,10 @@ def test_splits_share_no_item() -> None:
     assert found["train"] | found["validation"] == found["train+validation"]
 
 
-def test_held_out_scenes_are_fixed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("samples", [None, 500])
+def test_held_out_scenes_are_fixed(samples: int | None) -> None:
     options = TrainConfig(dataset="scenes/sample_48")
-    dataset = open_split(options, "train", "L", training=True, batch_size=8)
+    dataset = open_split(options, "train", "L", True, batch_size=8, num_samples=samples)
     names = class_names(dataset)
     assert names is not None
     assert len(names) == 10
