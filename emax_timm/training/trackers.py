@@ -60,6 +60,7 @@ def _wandb(folder: Path, config: dict[str, Any], epoch: int) -> Iterator[Log]:
         dir=folder,
         config=config,
         allow_val_change=True,  # a resumed run may have more epochs
+        reinit="create_new",  # not the run of another trainer in this process
         settings=wandb.Settings(console="off"),
     ) as run:
         yield lambda epoch, row: run.log(row, step=epoch)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sqlite3
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,6 +177,44 @@ def test_trackio_holds_the_rows(
     assert {row[2]: json.loads(row[3]) for row in found} == dict(
         enumerate(expected_rows(trainer.folder))
     )
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_logged_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU, where the runs of a seed are threads of one process that take turns."""
+    for module in ("trackio.utils", "trackio.sqlite_storage"):
+        monkeypatch.setattr(f"{module}.TRACKIO_DIR", tmp_path / "trackio")
+    folders = [tmp_path / "first", tmp_path / "second"]
+    turns = [threading.Semaphore(1), threading.Semaphore(0)]
+
+    def run(place: int) -> None:
+        folders[place].mkdir()
+        mine, other = turns[place], turns[1 - place]
+        mine.acquire()
+        with open_trackers(["wandb", "trackio"], folders[place], {}) as log:
+            for epoch in range(2):
+                other.release()
+                mine.acquire()
+                log(epoch, {"loss": 10.0 * place + epoch})
+        other.release()
+
+    threads = [threading.Thread(target=run, args=(place,)) for place in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert "failed" not in capfd.readouterr().err
+    expected = [{epoch: {"loss": 10.0 * place + epoch} for epoch in range(2)} for place in range(2)]
+    for folder, rows in zip(folders, expected, strict=True):
+        (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
+        assert wandb_rows(file) == rows
+    with sqlite3.connect(tmp_path / "trackio" / "emax-timm.db") as base:
+        found = base.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
+    for folder, rows in zip(folders, expected, strict=True):
+        name = f"{folder.name}-{(folder / 'run_id').read_text().strip()}"
+        assert {step: json.loads(row) for run, step, row in found if run == name} == rows
 
 
 def test_missing_package_is_refused_before_anything_is_written(
