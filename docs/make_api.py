@@ -19,7 +19,7 @@ HEAD = """\
 # Public names
 
 `import emax_timm` registers the models with timm and gives these names. Everything else in the
-package is internal and may change.
+package is internal and may change, but for what the other pages name.
 
 Made by `python docs/make_api.py` from the docstrings. In shapes b is the batch, c the channels, h
 and w are the height and the width, l is the length of a sequence, t the number of frames, F is the
@@ -135,9 +135,10 @@ def _docstring(node: ast.FunctionDef | ast.ClassDef) -> str:
             lines.append(block)
             continue
         lines.append(f"{section}\n")
-        for entry in re.split(r"\n(?=\S)", textwrap.dedent(rest)):
-            text = " ".join(entry.split())
-            named = ENTRY.fullmatch(text) if section in ("Args:", "Raises:") else None
+        has_names = section in ("Args:", "Raises:")
+        entries = re.split(r"\n(?=\S)", textwrap.dedent(rest)) if has_names else [rest]
+        for text in (" ".join(entry.split()) for entry in entries):
+            named = ENTRY.fullmatch(text) if has_names else None
             lines.append(f"- `{named[1]}`: {named[2]}" if named else f"- {text}")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"

@@ -25,9 +25,9 @@ that says what is in their place, all of them in one line.
 timm writes an `args.yaml` beside each run. `train.py -c args.yaml` takes it as it is, as long as
 the options that are not here have timm's default.
 
-Three things are left out although timm has them. Batch norms of their own for augmentation splits
-(`--split-bn`) and distillation (`--kd-model-name`) would be more than an option. Weights of the
-classes are in none of timm's published recipes; timm has them for several labels per image only.
+The greatest omissions are batch norms of their own for augmentation splits (`--split-bn`),
+distillation (`--kd-model-name`), NaFlex and several labels per image: each would be more than an
+option.
 
 Made by `python docs/make_timm_flags.py` from `emax_timm/training/config/timm_flags.yaml`, which
 names its sources.

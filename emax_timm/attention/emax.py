@@ -145,11 +145,13 @@ class EMAX(nn.Module):
     def attention(self, x: Tensor) -> EMAXMaps:
         """Compute the attention maps of x [b, c, h, w] without applying them.
 
-        In training mode every call draws new noise for the choice of group counts.
+        The portable backend computes them, whatever backend was requested. In training mode every
+        call draws new noise for the choice of group counts.
 
         Raises:
             ValueError: If x has another shape or number of channels.
-            RuntimeError: If a backend was requested that cannot serve.
+            RuntimeError: If a child module was replaced, and a backend other than the portable one
+                was requested.
         """
         if not torch.jit.is_scripting():
             change = changed_child(self)

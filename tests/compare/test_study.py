@@ -244,5 +244,7 @@ def test_commands_of_the_page_are_understood() -> None:
 def test_search_of_the_page_is_read() -> None:
     (block,) = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     options = from_mapping(TuneOptions, yaml.safe_load(block)["tune"], "the page")
-    assert options.trials == len(options.space["lr"]) == 6
-    assert from_mapping(Prune, options.prune, "the page").rule == "median"
+    study = read_study("studies/scenes48_convnext")  # which the command below it names
+    assert options == from_mapping(TuneOptions, study.file.tune, "the study")
+    (rule,) = re.findall(r"`prune: (\{.*?\})`", PAGE.replace("\n", " "))
+    assert from_mapping(Prune, yaml.safe_load(rule), "the page").rule == "median"

@@ -48,7 +48,8 @@ def flags_of(kind: type, prog: str) -> Parser:
     hints = typing.get_type_hints(kind)
     # Each base of the options class becomes a group of flags.
     for part in reversed(kind.__mro__[:-1]):
-        group = parser if part is kind else parser.add_argument_group(part.__doc__)
+        title = (part.__doc__ or "").rstrip(".")
+        group = parser if part is kind else parser.add_argument_group(title)
         for name in vars(part).get("__annotations__", {}):
             field = kind.__dataclass_fields__[name]
             _add_flag(group, field, hints[name])

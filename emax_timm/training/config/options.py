@@ -37,7 +37,11 @@ class DataOptions:
     exif_orientation: bool = option(
         False, "not in timm, which ignores it: turn images upright as their EXIF orientation says"
     )
-    input_key: str | None = option(None, "key of the images in hfds, wds and tfds data")
+    input_key: str | None = option(
+        None,
+        "key of the images in hfds, wds and tfds data; of folders and tars the extensions "
+        "of images, such as .png;.jpg (default: all)",
+    )
     target_key: str | None = option(None, "key of the labels in hfds, wds and tfds data")
     workers: int = option(
         4, "processes that load images; 0 loads in the main process", "-j", bounds=AT_LEAST_0
