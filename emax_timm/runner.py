@@ -2,8 +2,9 @@
 
 An exception class with an `exit_code`, as in click, is meant for whoever typed the command: 2 for
 an error in the command line, the files or the machine, 1 for a run that failed. An `OSError` that
-names a file is an error in the files too, such as a path that cannot even be looked up. All other
-exceptions are defects of this package, and keep their traceback.
+names a file is an error in the files too, such as a path that cannot even be looked up. Ctrl-C ends
+a command that does not handle it itself. All other exceptions are defects of this package, and keep
+their traceback.
 """
 
 import functools
@@ -42,6 +43,9 @@ def command(prog: str) -> Callable[[Callable[[Sequence[str], str], int]], Comman
             except BrokenPipeError:  # whoever reads stdout, such as `head`, has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 128 + 13  # as if SIGPIPE had ended it
+            except KeyboardInterrupt:
+                print(f"{prog}: interrupted", file=sys.stderr)
+                return 128 + 2  # as if SIGINT had ended it
             except Exception as error:
                 exit_code, message = getattr(error, "exit_code", None), str(error)
                 if isinstance(error, OSError) and error.filename is not None:

@@ -6,7 +6,8 @@ A cell is a backbone with a method; it has a run for each seed.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +27,23 @@ from ..training.config import (
     option,
 )
 from ..training.config.checks import check_config
+from ..training.config.options import DataOptions
 from ..training.sources import weights_file
+from ..training.splits import open_splits
 from .experiments import EXPERIMENTS, parameters_ending
 
-__all__ = ["Backbone", "Cell", "Method", "Run", "machine_options", "make_cell", "train_config"]
+__all__ = [
+    "Backbone",
+    "Cell",
+    "Method",
+    "Run",
+    "check_data",
+    "check_data_dir",
+    "machine_options",
+    "make_cell",
+    "own_options",
+    "train_config",
+]
 
 # Options of train.py that the study sets itself.
 RESERVED = ("experiment", "model", "model_kwargs", "output", "resume", "seed")
@@ -127,6 +141,56 @@ def train_config(cell: Cell, **settings: Any) -> TrainConfig:
     return from_mapping(TrainConfig, layered(cell.settings, settings), str(cell.folder))
 
 
+def check_data_dir(cells: Iterable[Cell], data_dir: str | None) -> None:
+    """Check that a folder of images in place of the study's has its name, which the hash knows.
+
+    Raises:
+        UsageError: If it has another.
+    """
+    for cell in cells if data_dir else ():
+        config = train_config(cell)
+        name, given = _data_folder(config), Path(data_dir or "").resolve().name
+        if not config.dataset and name != given:
+            study = f"are in a folder {name}" if name else "have no data_dir"
+            raise UsageError(
+                f"--data-dir {data_dir}: the data of the study file {study}, and results on "
+                "different data must not mix; name the folder there"
+            )
+
+
+def check_data(cells: Iterable[Cell], data_dir: str | None) -> None:
+    """Open the data of all cells, so that what is wrong with them is known before the first run.
+
+    Raises:
+        UsageError: If a split does not exist, or does not fit the others.
+    """
+    options = {field.name for field in dataclasses.fields(DataOptions)}
+    options |= {"train_split", "val_split", "test_split", "val_fraction", "num_classes"}
+    options |= {"train_num_samples", "val_num_samples", "in_chans", "img_size", "input_size"}
+    opened = set()
+    for cell in cells:
+        config = train_config(cell, **machine_options("", data_dir))
+        content = {name: getattr(config, name) for name in sorted(options)}
+        if (key := json.dumps(content)) not in opened:
+            opened.add(key)
+            try:
+                open_splits(config)
+            except UsageError as error:
+                raise UsageError(f"{cell.folder}: {error}") from None
+
+
+def _data_folder(config: TrainConfig) -> str:
+    return Path(config.data or config.data_dir or "").name
+
+
+def own_options(
+    recipe: Mapping[str, Any], attn_kwargs: Mapping[str, Any], stages: bool
+) -> set[str]:
+    """Return the options that a method sets itself, as a search space names them."""
+    own = {str(key).replace("-", "_") for key in recipe}
+    return own | {f"attn_kwargs.{key}" for key in attn_kwargs} | ({"stages"} if stages else set())
+
+
 def apply_values(
     backbone: Backbone, method: Method, values: Mapping[str, Any], source: str
 ) -> tuple[Method, dict[str, Any]]:
@@ -142,7 +206,7 @@ def apply_values(
     """
     options, changes = {}, {}
     for key, value in values.items():
-        group, _, name = key.rpartition(".")
+        group, _, name = str(key).rpartition(".")
         if group == "attn_kwargs":
             changes["attn_kwargs"] = {
                 **method.attn_kwargs,
@@ -209,8 +273,10 @@ def _check_changes(config: TrainConfig, method: Method, source: str) -> None:
         try:
             if method.experiment:
                 EXPERIMENTS[method.experiment](model)
-            for end in method.init:
-                parameters_ending(model, end)
+            for end, value in method.init.items():
+                parameters_ending(model, str(end))
+                if type(value) not in (int, float) or not math.isfinite(value):
+                    raise UsageError(f"init: {end} must be a number, not {value!r}")
         except UsageError as error:
             raise UsageError(f"{source}: {error}") from None
 
@@ -242,7 +308,7 @@ def _hash(config: TrainConfig, method: Method) -> str:
     if method.experiment:
         content["experiment"] = method.experiment
     if not config.dataset:  # a folder; the same data may have another place on another machine
-        content["folder"] = Path(config.data or config.data_dir or "").name
+        content["folder"] = _data_folder(config)
     if config.pretrained_path:
         content["weights"] = sha256_of(Path(config.pretrained_path))
     if config.initial_checkpoint:

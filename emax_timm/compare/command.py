@@ -14,16 +14,16 @@ from ..tables import text_around, write_between
 from ..training.config import UsageError, from_mapping, option, parse_settings
 from ..training.distributed import find_device
 from ..training.signals import Stopped, catch_signals
-from .cells import Run, machine_options, train_config
+from .cells import Run, check_data, check_data_dir, machine_options, train_config
 from .costs import measure, read_costs
 from .grouping import analyse, check_methods
 from .grouping_plot import draw_grouping
 from .grouping_report import read_groupings
 from .plot import NEEDED, draw
 from .report import report, summary
-from .results import check_folder, merge, read_results
+from .results import check_folder, declaration, declare, merge, read_results
 from .study import Study, read_study
-from .workers import StudyOptions, cores, has_result, open_workers
+from .workers import StudyOptions, cores, has_result, open_workers, slots
 
 __all__ = ["CompareConfig", "compare", "job_of", "make_runs"]
 
@@ -68,7 +68,11 @@ def compare(argv: Sequence[str], prog: str) -> int:
     config = from_mapping(CompareConfig, settings, "the command line")
     if config.study is None:
         raise UsageError("nothing to compare: give a study file")
+    kinds = ("merge", "report", "grouping", "measure")
+    if len(asked := [f"--{name}" for name in kinds if getattr(config, name)]) > 1:
+        raise UsageError(f"{asked[0]} and {asked[1]} are two things; give one after the other")
     study = read_study(config.study)
+    check_data_dir(study.cells, config.data_dir)
     if config.write is not None:
         text_around(Path(config.write), _mark(study))  # refuses a bad file before anything is made
     check_methods(study, config.grouping)
@@ -109,6 +113,8 @@ def make_runs(study: Study, folder: Path, config: CompareConfig) -> None:
             "tune, or give them {} there"
         )
     device = find_device(config.device).type
+    slots(config.jobs, device)
+    check_data(study.cells, config.data_dir)
     left = [run for run in study.runs() if not has_result(folder / run.folder)]
     total, done = len(study.runs()), len(study.runs()) - len(left)
     if done:
@@ -117,6 +123,7 @@ def make_runs(study: Study, folder: Path, config: CompareConfig) -> None:
     if device == "cpu":
         groups, processes = [[run] for run in left], config.jobs
     with catch_signals() as stop, open_workers(processes, device, stop) as workers:
+        declare(study, folder)
         while groups or workers.running:
             while groups and workers.free:
                 workers.start(_jobs(groups.pop(0), folder, study, config, device))
@@ -176,13 +183,17 @@ def _report(study: Study, folder: Path, made_by: str, page: str | None) -> int:
     results = read_results(study, folder)
     if not results:
         raise UsageError(f"no run of {folder} has ended, so there is nothing to report")
+    primary = study.primary.backbone
+    if page is not None and not any(key[0] == primary for key in results):
+        raise UsageError(f"no run on {primary} has ended, so there is nothing to write into {page}")
     costs, backbones = read_costs(folder), dict.fromkeys(key[0] for key in results)
     groupings = {backbone: read_groupings(study, folder, backbone) for backbone in backbones}
-    text = report(study, results, costs, groupings, made_by)
+    declared = declaration(folder, results)
+    text = report(study, results, costs, groupings, made_by, declared)
     replace_file(folder / REPORT, lambda file: file.write_text(text, encoding="utf-8"))
     print(text)
     if page is not None:
-        write_between(Path(page), _mark(study), summary(study, results, made_by))
+        write_between(Path(page), _mark(study), summary(study, results, made_by, declared))
     try:
         for backbone in backbones:
             draw(study, results, costs, backbone, folder / f"{backbone}.svg")

@@ -24,6 +24,7 @@ def report(
     costs: dict[str, Any],
     groupings: dict[str, Groupings],
     made_by: str,
+    declared: str,
 ) -> str:
     """Write the report.
 
@@ -33,10 +34,11 @@ def report(
         costs: What `costs.measure` has measured, if it has.
         groupings: For each backbone what `grouping.analyse` has found.
         made_by: The command, as it was typed.
+        declared: Says when the primary comparison was declared.
     """
     wanted = len(study.runs())
     parts = [f"# {study.name}", "", f"Made by `{made_by}`: {len(results)} of {wanted} runs."]
-    parts += ["", *_primary(study, results)]
+    parts += ["", *_primary(study, results, declared)]
     for backbone in study.backbones:
         if any(key[0] == backbone for key in results):
             parts += ["", f"## {backbone}"]
@@ -49,17 +51,16 @@ def report(
     return "\n".join(parts) + "\n"
 
 
-def summary(study: Study, results: Results, made_by: str) -> str:
+def summary(study: Study, results: Results, made_by: str, declared: str) -> str:
     """Write the primary comparison, and the table of the methods on its backbone.
 
     Args:
-        study, results, made_by: As for `report`.
+        study, results, made_by, declared: As for `report`.
     """
-    declared = study.primary
-    (_, _, *primary), origin = _primary(study, results), _facts(study, results)
+    (_, _, *primary), origin = _primary(study, results, declared), _facts(study, results)
     names = "processor time of all runs", "finished between", "devices", "commits", "seeds"
     parts = [f"Made by `{made_by}`: {len(results)} of {len(study.runs())} runs.", "", *primary, ""]
-    parts += [*_methods(study, results, declared.backbone, declared.metric), ""]
+    parts += [*_methods(study, results, study.primary.backbone, study.primary.metric), ""]
     parts += [f"- {name}: {origin[name]}" for name in names]
     return "\n".join(parts) + "\n"
 
@@ -104,7 +105,7 @@ def _of(metric: str) -> Callable[[dict[str, Any]], float]:
     return lambda content: content["test"][metric]
 
 
-def _primary(study: Study, results: Results) -> list[str]:
+def _primary(study: Study, results: Results, said: str) -> list[str]:
     declared = study.primary
     title, digits = UNITS[declared.metric]
     against = " and against ".join(declared.against)
@@ -117,11 +118,11 @@ def _primary(study: Study, results: Results) -> list[str]:
     lines = [
         "## Primary comparison",
         "",
-        f"Declared before the first run: {title} of {declared.method} against {against}, on "
-        f"{declared.backbone}, over {len(study.file.seeds)} seeds with the same initial weights of "
-        "the backbone and the same order of the data. The interval is Student's t over the "
-        f"differences of each seed, at 95 %{welch}; p is Holm's, over {len(declared.against)} "
-        f"comparison{'s' * (len(declared.against) > 1)}.",
+        f"{said}: {title} of {declared.method} against {against}, on "
+        f"{declared.backbone}, over {_count(len(study.file.seeds), 'seed')} with the same initial "
+        "weights of the backbone and the same order of the data. The interval is Student's t over "
+        f"the differences of each seed, at 95 %{welch}; p is Holm's, over "
+        f"{_count(len(declared.against), 'comparison')}.",
         "",
         *heading(["against", "seeds", "difference", "95 % interval", "p"]),
     ]
@@ -151,6 +152,10 @@ def _primary(study: Study, results: Results) -> list[str]:
     ):
         lines += ["", "**It is not complete: some of its runs have not been made yet.**"]
     return lines
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _corrected(found: dict[str, Difference | None]) -> dict[str, float]:
@@ -209,7 +214,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 def _signed(found: Difference | None, digits: int) -> str:
     if found is None:
         return ""
-    mean = f"{found.mean:+.{digits}f}"
+    mean = f"{round(found.mean, digits) + 0.0:+.{digits}f}"  # a zero has a plus
     return mean if found.half_width is None else f"{mean} ± {found.half_width:.{digits}f}"
 
 
@@ -221,10 +226,16 @@ def _p(value: float | None) -> str:
 
 def _slices(study: Study, results: Results, backbone: str) -> list[str]:
     """Compare the accuracy on each slice of the test set, such as a size of the object."""
-    present = _present(study, results, backbone)
-    slices = next(c["slices"] for key, c in results.items() if key[0] == backbone)
+    slices: dict[str, dict[str, Any]] = {}
+    with_slices = {}  # a method that is tested on other images has others, or none
+    for key, content in results.items():
+        if key[0] == backbone and content["slices"]:
+            slices = slices or content["slices"]
+            if content["slices"].keys() == slices.keys():
+                with_slices[key] = content
     if not slices:
         return []
+    results, present = with_slices, _present(study, with_slices, backbone)
     reference = next((name for name in study.file.references if name in present), None)
     names = [f"{name} ({content['images']})" for name, content in slices.items()]
     lines = ["", *heading(["top-1 (%) by slice (images)", *names])]
@@ -248,7 +259,7 @@ def _slices(study: Study, results: Results, backbone: str) -> list[str]:
 
 
 def _diverged(results: Results) -> list[str]:
-    """Name the runs that diverged; they count with the best weights that they had until then."""
+    """Name the runs that diverged; they count with the weights that they had."""
     lines = [
         f"- {'/'.join(key[:2])}, seed {key[2]}: {content['diverged']}"
         for key, content in results.items()
@@ -259,7 +270,8 @@ def _diverged(results: Results) -> list[str]:
     return [
         "## Runs that diverged",
         "",
-        "They are counted above, with the best weights that they had until then, and not repeated.",
+        "They are counted above, with the best weights of the epochs before or, in the first "
+        "epoch, with those that they had, and not repeated.",
         "",
         *lines,
         "",

@@ -5,12 +5,16 @@ runs, in BACKBONE/METHOD/seed-N, and what is made of their weights beside them.
 """
 
 import json
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from ..files import replace_file
+from ..training import checkpoint
 from ..training.config import UsageError
 from .cells import Run
+from .provenance import now
 from .run import JOB, RESULT
 from .study import Study
 
@@ -18,7 +22,10 @@ __all__ = [
     "GROUPING",
     "Results",
     "check_folder",
+    "declaration",
+    "declare",
     "merge",
+    "read_content",
     "read_json",
     "read_results",
     "write_json",
@@ -30,9 +37,24 @@ GROUPING = "grouping.json"  # beside the result of a run: how its EMAX layers ch
 # The content of a run's result.json, by backbone, method and seed.
 Results = dict[tuple[str, str, int], dict[str, Any]]
 
+NUMBER = (int, float)
+# What a report needs of a run's result.json.
+CONTENT: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("backend", "commit", "emax_timm", "torch", "timm"), str),
+    **dict.fromkeys(("device", "machine", "date"), str),
+    **dict.fromkeys(("parameters", "macs"), int),
+    **dict.fromkeys(("seconds", "inference_images_per_second"), NUMBER),
+    **dict.fromkeys(
+        ("training_images_per_second", "training_top1", "memory_bytes"), (*NUMBER, type(None))
+    ),
+    "diverged": (str, type(None)),
+    "test": dict,
+    "slices": dict,
+}
+
 
 def check_folder(study: Study, folder: Path) -> None:
-    """Check that a folder holds runs of this study alone; note the primary comparison in it.
+    """Check that a folder holds runs of this study alone.
 
     Raises:
         UsageError: If it holds runs that the study file does not ask for, runs with another
@@ -40,6 +62,9 @@ def check_folder(study: Study, folder: Path) -> None:
     """
     wanted = {study_run.folder: study_run for study_run in study.runs()}
     for path in [*sorted(folder.glob(f"*/*/*/{JOB}")), *sorted(folder.glob(f"*/*/*/{RESULT}"))]:
+        trained = (path.with_name(name) for name in (RESULT, checkpoint.CHECKPOINTS))
+        if not any(kept.exists() for kept in trained):
+            continue  # it failed before its first step was kept, and is made anew
         name = path.parent.relative_to(folder)
         if name not in wanted:
             raise UsageError(
@@ -47,27 +72,53 @@ def check_folder(study: Study, folder: Path) -> None:
                 "choose another --output"
             )
         _check_hash(path, wanted[name], study)
-    declared, path = study.declared(), folder / DECLARED
-    if path.exists():
-        before = read_json(path)
-        if before != declared:
-            key = next(key for key in declared if before.get(key) != declared[key])
+    path = folder / DECLARED
+    before = read_json(path) if path.exists() else {}
+    for key, value in study.declared().items() if before else ():
+        if before.get(key) != value:
             raise UsageError(
-                f"{folder} was started with {key} {before.get(key)}, not {declared[key]}; what was "
+                f"{folder} was started with {key} {before.get(key)}, not {value}; what was "
                 "declared before the first run stays: choose another name or --output"
             )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, declared)
+
+
+def declare(study: Study, folder: Path, date: str = "") -> None:
+    """Note the primary comparison and the seeds in the folder, before its first run is started.
+
+    Args:
+        study, folder: The study and its folder, which keeps what it has.
+        date: When they were declared (default: now).
+    """
+    if not (folder / DECLARED).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / DECLARED, {**study.declared(), "date": date or now()})
+
+
+def declaration(folder: Path, results: Results) -> str:
+    """Say when the primary comparison was declared, as the folder notes it."""
+    path = folder / DECLARED
+    date = read_json(path).get("date") if path.exists() else None
+    if date is None:
+        return "Declared in the study file"
+    declared, before = datetime.fromisoformat(date), 0
+    for content in results.values():
+        spent = timedelta(seconds=content["seconds"])
+        before += datetime.fromisoformat(content["date"]) - spent < declared
+    if not before:
+        return "Declared before the first run"
+    return f"Declared on {date[:10]}, when {before} of the runs had been made"
 
 
 def _check_hash(path: Path, run: Run, study: Study) -> None:
-    found = read_json(path).get("hash")
+    content = read_json(path)
+    found, seed = content.get("hash"), content.get("seed")
     if found != run.cell.hash:
         raise UsageError(
             f"{path.parent} was made with another configuration ({found}) than {study.path} asks "
             f"for ({run.cell.hash}); choose another --output"
         )
+    if seed != run.seed:
+        raise UsageError(f"{path} is of seed {seed}, and its folder is of seed {run.seed}")
 
 
 def write_json(path: Path, content: dict[str, Any], indent: int | None = 1) -> None:
@@ -91,18 +142,52 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_content(path: Path, needed: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """Read an object from a file, and check the types of what is needed of it.
+
+    Raises:
+        UsageError: If something is missing or has another type.
+    """
+    content = read_json(path)
+    for key, kind in needed.items():
+        if key not in content or not isinstance(content[key], kind):
+            found = repr(content[key]) if key in content else "nothing"
+            raise UsageError(f"{path} is damaged: {key} cannot be {found[:80]}")
+    return content
+
+
+def _read_result(path: Path, study: Study) -> dict[str, Any]:
+    content = read_content(path, CONTENT)
+    slices = content["slices"].values()
+    numbers = [
+        content["test"].get(metric) for metric in {*study.file.metrics, study.primary.metric}
+    ]
+    numbers += [
+        value.get(key) if isinstance(value, dict) else None
+        for value in slices
+        for key in ("images", "top1")
+    ]
+    if not all(isinstance(number, NUMBER) for number in numbers):
+        raise UsageError(f"{path} is damaged: test or slices lack a number")
+    try:
+        datetime.fromisoformat(content["date"]) - datetime.fromisoformat(now())
+    except (TypeError, ValueError):  # no date, or one without a time zone
+        raise UsageError(f"{path} is damaged: date cannot be {content['date']!r}") from None
+    return content
+
+
 def read_results(study: Study, folder: Path) -> Results:
     """Read the results of the runs that have ended, in the order of the study.
 
     Raises:
-        UsageError: If one was made with another configuration.
+        UsageError: If one was made with another configuration, or is damaged.
     """
     results: Results = {}
     for run in study.runs():
         path = folder / run.folder / RESULT
         if path.exists():
             _check_hash(path, run, study)
-            results[run.cell.backbone, run.cell.method, run.seed] = read_json(path)
+            results[run.cell.backbone, run.cell.method, run.seed] = _read_result(path, study)
     return results
 
 
@@ -126,13 +211,14 @@ def merge(study: Study, folder: Path, others: list[Path]) -> int:
             if (run := wanted.get((content.get("hash", ""), content.get("seed", -1)))) is None:
                 continue
             count += 1
-            target = folder / run.folder / RESULT
-            known = (target, read_json(target)) if target.exists() else found.get(target)
+            content, target = _read_result(path, study), folder / run.folder / RESULT
+            known = (target, _read_result(target, study)) if target.exists() else found.get(target)
             if known is not None and known[1]["test"] != content["test"]:
                 raise UsageError(f"{known[0]} and {path} are of the same run, and differ")
             found.setdefault(target, (path, content))
         if not count:
             raise UsageError(f"{other} holds no result of a run that {study.path} asks for")
+    declare(study, folder, min((_declared_in(other, study) for other in others), default=""))
     missing = sum(not target.exists() for target in found)
     for target, (path, _) in found.items():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,3 +228,11 @@ def merge(study: Study, folder: Path, others: list[Path]) -> int:
                 content = source.read_bytes()
                 replace_file(copy, lambda file, c=content: file.write_bytes(c))
     return missing
+
+
+def _declared_in(other: Path, study: Study) -> str:
+    """Return when a folder noted the same declaration as the study's; otherwise the time now."""
+    path = other / DECLARED
+    before = read_json(path) if path.exists() else {}
+    same = all(before.get(key) == value for key, value in study.declared().items())
+    return str(before.get("date") or now()) if same else now()

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from .command import job_of
 from .results import RESULT, read_json
 from .workers import Workers, has_result
 
-__all__ = ["Search", "candidates", "load_optuna"]
+__all__ = ["Search", "candidates", "listed", "load_optuna"]
 
 NEEDED = "emax tune needs the package optuna: pip install 'emax-timm[tune]'"
 
@@ -35,17 +36,19 @@ def candidates(values: Any, source: str) -> list[Any]:
     """Return the listed values of an option, or the two ends of its range.
 
     Raises:
-        UsageError: If it is neither a list nor a range.
+        UsageError: If it is neither a list of different values nor a range.
     """
     if isinstance(values, list) and values:
-        return values
-    if isinstance(values, dict) and {"low", "high"} <= values.keys() <= {"low", "high", "log"}:
-        low, high = values["low"], values["high"]
-        numbers = all(type(value) in (int, float) for value in (low, high))
-        if numbers and low < high and not (values.get("log") and low <= 0):
+        if len({_stored(value) for value in values}) == len(values):
+            return values
+    elif isinstance(values, dict) and {"low", "high"} <= values.keys() <= {"low", "high", "log"}:
+        low, high, log = values["low"], values["high"], values.get("log", False)
+        numbers = all(type(value) in (int, float) and math.isfinite(value) for value in (low, high))
+        if numbers and low < high and isinstance(log, bool) and not (log and low <= 0):
             return [low, high]
     raise UsageError(
-        f"{source} must be a list of values, or a range {{low: …, high: …, log: true or false}} "
+        f"{source} must be a list of different values, or a range "
+        "{low: …, high: …, log: true or false} "
         f"with low < high, not {values!r}"
     )
 
@@ -138,11 +141,16 @@ class Search:
     def _suggest(self, key: str, values: Any) -> Any:
         if isinstance(values, list):
             chosen = self.trial.suggest_categorical(key, [_stored(value) for value in values])
-            return next(value for value in values if _stored(value) == chosen)
+            return listed(values, chosen)
         log = bool(values.get("log"))
         if isinstance(values["low"], int) and isinstance(values["high"], int):
             return self.trial.suggest_int(key, values["low"], values["high"], log=log)
         return self.trial.suggest_float(key, values["low"], values["high"], log=log)
+
+    def best(self) -> Any:
+        """Return the best trial that was made to its end; None if there is none."""
+        finished = [trial for trial in self.study.get_trials() if trial.state.name == "COMPLETE"]
+        return self.study.best_trial if finished else None
 
     def watch(self, workers: Workers) -> None:
         """Report the epochs that the trial has finished, and stop it if the rule says so."""
@@ -174,17 +182,24 @@ class Search:
         assert self.folder is not None
         values = self._report()
         state = optuna.trial.TrialState
+        best, how = None, "diverged"
         if not has_result(self.folder):
+            how = "stopped early"
             self.study.tell(self.trial, state=state.PRUNED)
         elif not values or read_json(self.folder / RESULT)["diverged"]:
             self.study.tell(self.trial, state=state.FAIL)
         else:
             best = min(values) if self.options.metric == "loss" else max(values)
             self.study.tell(self.trial, best)
-        shown = f"{self.options.metric} {values[-1]:.4f}" if values else "diverged"
+        shown = f"{self.options.metric} {best:.4f}" if best is not None else how
         print(f"{self.folder.relative_to(self.root)}: {shown}", flush=True)
         self.folder = self.trial = None
         self._count()
+
+
+def listed(values: list[Any], chosen: Any) -> Any:
+    """Return which of the listed values Optuna has chosen, as it stores it."""
+    return next(value for value in values if _stored(value) == chosen)
 
 
 def _stored(value: Any) -> Any:

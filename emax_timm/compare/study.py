@@ -6,13 +6,14 @@ attention inserted into the backbone, the same initial weights of the backbone.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..training.config import UsageError, find_config, from_mapping, nearest, option, read_yaml
-from .cells import Backbone, Cell, Method, Run, make_cell, train_config
+from .cells import Backbone, Cell, Method, Run, make_cell, own_options, train_config
 
 __all__ = ["METRICS", "Primary", "Study", "StudyFile", "read_study"]
 
@@ -68,7 +69,7 @@ class Study:
         return next(found, None)
 
     def values(self, backbone: str, method: str) -> dict[str, Any]:
-        """Return the tuned values that a method uses: its own keys, or those of a variant, win."""
+        """Return the tuned values that a method uses, without those that it sets itself."""
         return _values(self.file, self.tuned, backbone, method)
 
     def untuned(self) -> list[str]:
@@ -110,18 +111,22 @@ def read_study(name: str) -> Study:
     """
     path = find_config(name)
     file = from_mapping(StudyFile, read_yaml(path), str(path))
-    if not file.name or Path(file.name).name != file.name or file.name == "..":
-        raise UsageError(f"{path}: name must be the name of one folder, not {file.name!r}")
-    for key in ("backbones", "methods", "seeds"):
+    for key in ("backbones", "methods", "seeds", "metrics"):
         if not getattr(file, key):
             raise UsageError(f"{path}: {key} must name at least one")
-    if len(set(file.seeds)) != len(file.seeds):
-        raise UsageError(f"{path}: a seed occurs twice")
+    for name in (file.name, *file.backbones, *file.methods):
+        _check_name(name, path)
+    for key in ("seeds", "references", "metrics"):
+        if len(set(values := getattr(file, key))) != len(values):
+            raise UsageError(f"{path}: {key} has a value twice: {', '.join(map(str, values))}")
     backbones = {
         key: from_mapping(Backbone, _mapping(value, f"{path}: backbones.{key}"), f"{path}: {key}")
         for key, value in file.backbones.items()
     }
-    methods = {key: _method(file.methods, str(key), path) for key in file.methods}
+    for key, backbone in backbones.items():
+        if not backbone.model:
+            raise UsageError(f"{path}: backbone {key} names no model")
+    methods = {key: _method(file.methods, key, path) for key in file.methods}
     for method in file.references:
         _known("reference", method, methods, path)
     primary = _primary(file, backbones, methods, path)
@@ -139,6 +144,15 @@ def read_study(name: str) -> Study:
     return Study(path, file, backbones, methods, primary, tuned, cells)
 
 
+def _check_name(name: Any, path: Path) -> None:
+    """Refuse a name that is no name of a folder, or would break a table."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+ -]{0,99}", name):
+        raise UsageError(
+            f"{path}: {name!r} is no name; a study, a backbone and a method have names of letters, "
+            "digits and _.+- (in quotes, if YAML reads them as something else, as it does no and 8)"
+        )
+
+
 def _mapping(value: Any, source: str) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise UsageError(f"{source} must hold key: value lines, not {value!r}")
@@ -146,7 +160,7 @@ def _mapping(value: Any, source: str) -> dict[str, Any]:
 
 
 def _known(what: str, name: Any, valid: Mapping[str, Any], path: Path) -> None:
-    if name not in valid:
+    if not isinstance(name, str) or name not in valid:
         raise UsageError(
             f"{path}: unknown {what} {name}; the nearest of {', '.join(valid)} "
             f"is {nearest(str(name), valid)}"
@@ -156,6 +170,10 @@ def _known(what: str, name: Any, valid: Mapping[str, Any], path: Path) -> None:
 def _method(methods: dict[str, Any], name: str, path: Path) -> Method:
     """Return a method with the keys of those that it is like."""
     settings, seen = dict(_mapping(methods[name], f"{path}: methods.{name}")), {name}
+    if settings.get("like") and "space" in settings:
+        raise UsageError(
+            f"{path}: method {name} has a space, but takes the values of {settings['like']}"
+        )
     while parent := settings.get("like"):
         _known("method", parent, methods, path)
         if parent in seen:
@@ -171,6 +189,14 @@ def _method(methods: dict[str, Any], name: str, path: Path) -> Method:
         raise UsageError(f"{path}: method {name} has an attention and a model of its own")
     if method.attention is None and (method.attn_kwargs or method.stages is not None):
         raise UsageError(f"{path}: method {name} has attn_kwargs or stages, but no attention")
+    if method.model_kwargs and not method.model:
+        raise UsageError(f"{path}: method {name} has model_kwargs, but no model of its own")
+    if method.stages is not None and (
+        not method.stages or len(set(method.stages)) != len(method.stages)
+    ):
+        raise UsageError(
+            f"{path}: method {name}: stages must be different ones, not {method.stages}"
+        )
     if method.experiment and method.attention != "emax":
         raise UsageError(f"{path}: the experiment of method {name} needs attention: emax")
     return method
@@ -186,16 +212,15 @@ def _root(file: StudyFile, name: str) -> str:
 def _values(
     file: StudyFile, tuned: Mapping[str, dict[str, Any]], backbone: str, method: str
 ) -> dict[str, Any]:
-    """Return the tuned values of a method, without those that it, as a variant, sets itself."""
-    root = _root(file, method)
-    values = dict(tuned.get(f"{backbone}/{root}", {}))
-    while method != root:
-        own = file.methods[method]
-        keys = {f"attn_kwargs.{key}" for key in own.get("attn_kwargs") or {}}
-        keys |= {str(key) for key in own.get("recipe") or {}} | ({"stages"} & own.keys())
-        keys = {key.replace("-", "_") for key in keys}
-        values = {key: value for key, value in values.items() if key.replace("-", "_") not in keys}
-        method = own["like"]
+    """Return the tuned values of a method, without those that it, or what it is like, sets."""
+    values = dict(tuned.get(f"{backbone}/{_root(file, method)}", {}))
+    name: str | None = method
+    while name:
+        own = file.methods[name] or {}
+        recipe, attn_kwargs = own.get("recipe") or {}, own.get("attn_kwargs") or {}
+        keys = own_options(recipe, attn_kwargs, "stages" in own)
+        values = {k: value for k, value in values.items() if k.replace("-", "_") not in keys}
+        name = own.get("like")
     return values
 
 
@@ -227,7 +252,10 @@ def _tuned(path: Path, name: str) -> dict[str, dict[str, Any]]:
     if not file.is_file():
         raise UsageError(f"{path}: there is no file {file}; emax tune {path} makes it")
     tuned = read_yaml(file)  # it may hold the values of other studies' methods too
-    return {key: _mapping(values, f"{file}: {key}") for key, values in tuned.items()}
+    return {
+        str(cell): {str(key): v for key, v in _mapping(values, f"{file}: {cell}").items()}
+        for cell, values in tuned.items()
+    }
 
 
 def _cell(

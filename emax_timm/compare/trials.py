@@ -10,7 +10,7 @@ from ..files import replace_file
 from ..tables import heading, row
 from .plot import NEEDED
 from .results import RESULT, read_json
-from .search import Search, candidates, load_optuna
+from .search import Search, candidates, listed, load_optuna
 from .study import Study
 
 __all__ = ["TUNED", "write_results"]
@@ -30,7 +30,7 @@ def write_results(study: Study, searches: Sequence[Search], folder: Path) -> str
     """
     tuned = dict(study.tuned)
     for search in searches:
-        if (best := _best(search)) is None:
+        if (best := search.best()) is None:
             continue
         values = _values(search, best.params)
         tuned[search.cell.as_posix()] = values
@@ -67,26 +67,17 @@ def _write(path: Path, text: str) -> None:
     replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def _best(search: Search) -> Any:
-    """Return the best trial that was made to its end; None if there is none."""
-    finished = [trial for trial in search.study.get_trials() if trial.state.name == "COMPLETE"]
-    return search.study.best_trial if finished else None
-
-
 def _values(search: Search, params: dict[str, Any]) -> dict[str, Any]:
     """Return a trial's values as the space lists them."""
-    values = {}
-    for key, chosen in params.items():
-        listed = search.space[key]
-        if isinstance(listed, list) and isinstance(chosen, str):
-            chosen = next((v for v in listed if v == chosen), None) or yaml.safe_load(chosen)
-        values[key] = chosen
-    return values
+    return {
+        key: listed(search.space[key], chosen) if isinstance(search.space[key], list) else chosen
+        for key, chosen in params.items()
+    }
 
 
 def _table(search: Search) -> str:
     """Return the trials of a search in Markdown."""
-    best, keys = _best(search), list(search.space)
+    best, keys = search.best(), list(search.space)
     lines = heading(["trial", *keys, f"validation {search.options.metric}", "state"])
     for trial in search.study.get_trials():
         found = list(trial.intermediate_values.values())
@@ -95,18 +86,18 @@ def _table(search: Search) -> str:
         shown = "" if value is None else f"{value:.6g}"
         lines.append(row([str(trial.number), *cells, shown, trial.state.name.lower()]))
     text = f"## {search.cell.as_posix()}\n\n" + "\n".join(lines) + "\n"
-    if best is not None:
-        text += f"\nBest: {_values(search, best.params)}.{_at_the_end(search, best.params)}\n"
-    return text
+    if best is None:
+        return text + "\nNo trial ended without diverging, so there is no best one.\n"
+    return text + f"\nBest: {_values(search, best.params)}.{_at_the_end(search, best.params)}\n"
 
 
 def _at_the_end(search: Search, params: dict[str, Any]) -> str:
     """Say which numbers are the greatest or least of the space: a better one may lie beyond."""
     ends = []
     for key, value in params.items():
-        listed = candidates(search.space[key], key)
-        numbers = all(type(v) in (int, float) for v in listed)
-        if numbers and len(listed) > 1 and value in (min(listed), max(listed)):
+        ends_of = candidates(search.space[key], key)
+        numbers = all(type(v) in (int, float) for v in ends_of)
+        if numbers and len(ends_of) > 1 and value in (min(ends_of), max(ends_of)):
             ends.append(key)
     return f" At the end of its range: {', '.join(ends)}." if ends else ""
 

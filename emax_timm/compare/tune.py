@@ -15,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from ..files import lock_folder, replace_file
-from ..runner import command
+from ..runner import FailedRunError, command
 from ..training.config import AT_LEAST_1, UsageError, from_mapping, option, parse_settings
 from ..training.distributed import find_device
 from ..training.signals import Stopped, catch_signals
-from .cells import Cell, make_cell, train_config
+from .cells import Cell, check_data, check_data_dir, make_cell, own_options, train_config
 from .search import Search, candidates, load_optuna
 from .study import METRICS, Study, read_study
 from .trials import write_results
-from .workers import StudyOptions, open_workers
+from .workers import StudyOptions, open_workers, slots
 
 __all__ = ["TuneConfig", "TuneOptions", "tune"]
+
+# Options that say what is learned, and are the same for all trials.
+DATA = {"data", "data_dir", "dataset", "train_split", "val_split", "test_split", "val_fraction"}
 
 
 @dataclass
@@ -73,6 +76,10 @@ def tune(argv: Sequence[str], prog: str) -> int:
     load_optuna()
     folder = Path(config.output) / study.name / "tune"
     searches = _searches(study, options, folder)
+    check_data_dir(study.cells, config.data_dir)
+    device = find_device(config.device).type
+    slots(config.jobs, device)
+    check_data([search.cell_with({}) for search in searches], config.data_dir)
     _declare(study, searches, options, folder)
     with lock_folder(folder) as held:
         if not held:
@@ -80,11 +87,13 @@ def tune(argv: Sequence[str], prog: str) -> int:
         for search in searches:
             search.open(f"sqlite:///{folder / 'trials.db'}", asdict(prune))
         try:
-            _make_trials(searches, config)
+            _make_trials(searches, config, device)
         except Stopped as stopped:
             print(f"{prog}: {stopped}; the same command continues", file=sys.stderr)
             return 128 + stopped.number
         print(write_results(study, searches, folder))
+    if without := [str(search.cell) for search in searches if search.best() is None]:
+        raise FailedRunError(f"all trials of {', '.join(without)} diverged, so nothing was chosen")
     return 0
 
 
@@ -114,8 +123,13 @@ def _searches(study: Study, options: TuneOptions, folder: Path) -> list[Search]:
             pair = ((of[0], study.backbones[of[0]]), (of[1], study.methods[of[1]]))
             return make_cell(study.file.recipe, study.file.seeds, *pair, values, last, study.path)
 
-        if both := sorted(space.keys() & method.recipe.keys()):
-            raise UsageError(f"{source}: the recipe of {name} sets {both[0]}, so it has no space")
+        asked = {str(key).replace("-", "_") for key in space}
+        own = own_options(method.recipe, method.attn_kwargs, method.stages is not None)
+        for setting, of in ((own, name), (own_options(options.recipe, {}, False), "tune.recipe")):
+            if both := sorted(asked & setting):
+                raise UsageError(f"{source}: {of} sets {both[0]}, so it has no space")
+        if both := sorted(asked & DATA):
+            raise UsageError(f"{source}.space: {both[0]} is no option of a method, but of the data")
         listed = {key: candidates(values, source) for key, values in space.items()}
         first = {key: values[0] for key, values in listed.items()}
         for changed in ({key: value} for key, values in listed.items() for value in values):
@@ -124,6 +138,12 @@ def _searches(study: Study, options: TuneOptions, folder: Path) -> list[Search]:
                 raise UsageError(
                     f"{source}: the trials have no validation split: "
                     "give val_split or val_fraction in tune.recipe"
+                )
+            tested = train_config(cell_with(changed, tuning=False)).test_split.split("+")
+            if seen := {*trial.val_split.split("+"), *trial.train_split.split("+")} & {*tested}:
+                raise UsageError(
+                    f"{source}: the trials read {seen.pop()}, which is the test split; choose "
+                    "another val_split, or val_fraction"
                 )
         if options.sampler == "grid":
             size = math.prod(map(len, listed.values()))
@@ -161,9 +181,8 @@ def _declare(study: Study, searches: list[Search], options: TuneOptions, folder:
     replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
-def _make_trials(searches: list[Search], config: TuneConfig) -> None:
+def _make_trials(searches: list[Search], config: TuneConfig, device: str) -> None:
     """Make all trials, of each method one after the other, and of the methods side by side."""
-    device = find_device(config.device).type
     with catch_signals() as stop, open_workers(config.jobs, device, stop) as workers:
         while any(search.left() for search in searches) or workers.running:
             for search in sorted(searches, key=lambda s: s.done):  # in turns

@@ -21,7 +21,7 @@ from ..training.config import UsageError, option
 from ..training.signals import Stop, Stopped
 from .run import JOB, RESULT
 
-__all__ = ["LOG", "StudyOptions", "Workers", "cores", "has_result", "open_workers"]
+__all__ = ["LOG", "StudyOptions", "Workers", "cores", "has_result", "open_workers", "slots"]
 
 LOG = "log.txt"  # what the process of a run prints
 POLL = 0.1  # seconds between looks at the processes
@@ -115,7 +115,11 @@ class Workers:
             asked = folder in self.asked and status in (128 + signal.SIGTERM, -signal.SIGTERM)
             if status and not asked:
                 names = [folder, *(f for f, other in self.running.items() if other == one)]
-                raise FailedRunError(f"{', '.join(map(str, names))} failed: {_last_line(one.log)}")
+                what = f"failed: {_last_line(one.log)}"
+                if status < 0:
+                    name = signal.Signals(-status).name
+                    what = f"was killed by {name}" + " (no memory left?)" * (name == "SIGKILL")
+                raise FailedRunError(f"{', '.join(map(str, names))} {what}")
             done.append(folder)
         return done
 
@@ -139,17 +143,25 @@ def open_workers(jobs: int, device: str, stop: Stop) -> Iterator[Workers]:
     Raises:
         UsageError: If there are fewer cores than jobs.
     """
-    slots: list[int | None] = [None] * (jobs or 1)
-    if device == "cpu":
-        here = cores()
-        if jobs > len(here):
-            raise UsageError(f"--jobs {jobs}: a run takes a core, and there are {len(here)}")
-        slots = list(here[: jobs or len(here)])
-    workers = Workers(slots, stop)
+    workers = Workers(slots(jobs, device), stop)
     try:
         yield workers
     finally:
         workers.end_all()
+
+
+def slots(jobs: int, device: str) -> list[int | None]:
+    """Return for each of the processes the core that it is pinned to, or None.
+
+    Raises:
+        UsageError: If there are fewer cores than jobs.
+    """
+    if device != "cpu":
+        return [None] * (jobs or 1)
+    here = cores()
+    if jobs > len(here):
+        raise UsageError(f"--jobs {jobs}: a run takes a core, and there are {len(here)}")
+    return list(here[: jobs or len(here)])
 
 
 def has_result(folder: Path) -> bool:

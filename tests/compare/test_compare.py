@@ -22,10 +22,12 @@ from training_testing import only_line
 from emax_timm.compare.command import compare
 from emax_timm.compare.costs import COSTS, cost_table
 from emax_timm.compare.results import RESULT
-from emax_timm.compare.run import PROCESSOR
+from emax_timm.compare.run import JOB, PROCESSOR
 from emax_timm.compare.statistics import unpaired
 from emax_timm.compare.study import read_study
-from emax_timm.compare.workers import cores
+from emax_timm.compare.workers import Process, Workers, cores
+from emax_timm.runner import FailedRunError
+from emax_timm.training.signals import Stop
 
 # Differences of emax to none: 1, 2, 3, 2; to se: 1, 1, 1, 2.
 TOP1 = {
@@ -204,6 +206,77 @@ def test_folder_with_other_runs_is_refused(
     assert message in refusal(other, tmp_path / "runs", capsys)
 
 
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "missing": (lambda r: r.pop("machine"), "machine cannot be nothing"),
+    "text": (lambda r: r.update(seconds="60"), "seconds cannot be '60'"),
+    "no test": (lambda r: r.update(test=None), "test cannot be None"),
+    "metric": (lambda r: r["test"].pop("top1"), "test or slices lack a number"),
+    "slice": (lambda r: r["slices"].update(small={}), "test or slices lack a number"),
+    "date": (lambda r: r.update(date="yesterday"), "date cannot be 'yesterday'"),
+    "seed": (lambda r: r.update(seed=3), "is of seed 3, and its folder is of seed 0"),
+}
+
+
+@pytest.mark.parametrize("case", mostly_slow(DAMAGE, 0, 6))
+def test_damaged_result_is_refused(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    write_results_of(path, tmp_path / "runs", TOP1)
+    result = tmp_path / "runs" / "small" / "tiny" / "emax" / "seed-0" / RESULT
+    content = json.loads(result.read_text())
+    DAMAGE[case][0](content)
+    result.write_text(json.dumps(content))
+    message = refusal(path, tmp_path / "runs", capsys, "--report")
+    assert str(result) in message
+    assert DAMAGE[case][1] in message
+
+
+def test_run_that_failed_before_it_trained_does_not_bind_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    write_results_of(path, tmp_path / "runs", {("none", 0): 50.0, ("se", 0): 51.0})
+    failed = tmp_path / "runs" / "small" / "tiny" / "emax" / "seed-0"
+    failed.mkdir(parents=True)
+    (failed / JOB).write_text(json.dumps({"hash": "of what was wrong", "seed": 0}))
+    assert "2 of 14 runs" in reported(path, tmp_path / "runs", capsys)
+    (failed / "checkpoints").mkdir()
+    assert "was made with another configuration" in refusal(path, tmp_path / "runs", capsys)
+
+
+@pytest.mark.parametrize(
+    ("date", "said"),
+    [
+        ("2025-12-31T00:00:00+00:00", "Declared before the first run"),
+        ("2026-01-02T12:00:00+00:00", "Declared on 2026-01-02, when 8 of the runs had been made"),
+        (None, "Declared in the study file"),
+    ],
+)
+def test_report_says_when_its_comparison_was_declared(
+    date: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    write_results_of(path, tmp_path / "runs", TOP1)  # two seeds of four methods by that day
+    declared = tmp_path / "runs" / "small" / "declared.json"
+    content = json.loads(declared.read_text())
+    declared.write_text(json.dumps({**content, "date": date}))
+    assert f"\n{said}: top-1 (%)" in reported(path, tmp_path / "runs", capsys)
+
+
+def test_slices_of_other_images_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    write_results_of(path, tmp_path / "runs", {("none", 0): 50.0})
+    other = {"huge": {"images": 3, "top1": 90.0}}
+    write_results_of(path, tmp_path / "runs", {("se", 0): 51.0}, slices=other)
+    text = reported(path, tmp_path / "runs", capsys)
+    (_, table) = text.split("top-1 (%) by slice", 1)
+    assert table.startswith(" (images) | small (10) | large (5) |")
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:4]] == ["| none", ""]
+
+
 @pytest.mark.slow
 def test_a_further_method_is_no_other_study(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -252,9 +325,36 @@ def test_command_line_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "give a study file" in only_line(capsys.readouterr().err)
     assert "there is no config file" in refusal(tmp_path / "x.yaml", tmp_path, capsys)
     assert "nothing to report" in refusal(path, tmp_path / "runs", capsys, "--report")
+    assert not list((tmp_path / "runs").rglob("*.json"))
+    for two in (["--merge", "x", "--measure"], ["--report", "--grouping", "emax"]):
+        assert "are two things" in refusal(path, tmp_path / "runs", capsys, *two)
     jobs = str(len(cores()) + 1)
     message = refusal(path, tmp_path / "runs", capsys, "--jobs", jobs, "--device", "cpu")
     assert f"there are {len(cores())}" in message
+    assert not list((tmp_path / "runs").rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"train_split": "nope"}, [], "tiny/emax: "),
+        ({}, ["--data-dir", "other"], "the data of the study file are in a folder images, and"),
+    ],
+)
+def test_data_are_opened_before_the_first_run(
+    change: dict[str, str],
+    options: list[str],
+    message: str,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_study(
+        tmp_path, lambda s: s["methods"]["emax"].update(recipe=change), data_dir=str(images)
+    )
+    message = message.replace("images", images.name)
+    assert message in refusal(path, tmp_path / "runs", capsys, *options)
+    assert not list((tmp_path / "runs").rglob("*.json"))
 
 
 def two_methods(study: dict[str, Any]) -> None:
@@ -323,6 +423,17 @@ def test_run_that_fails_is_named_with_its_last_words(tmp_path: Path, images: Pat
     )
     assert done.returncode == 1
     assert "emax/seed-0 failed: " in only_line(done.stderr)
+
+
+def test_run_that_is_killed_is_named_with_the_signal(tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    process.kill()
+    process.wait()
+    (tmp_path / "log.txt").write_text("epoch 1\n")
+    workers = Workers([None], Stop())
+    workers.running[tmp_path / "seed-0"] = Process(process, None, tmp_path / "log.txt")
+    with pytest.raises(FailedRunError, match=r"seed-0 was killed by SIGKILL \(no memory left\?\)"):
+        workers.ended()
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores are pinned on Linux alone")

@@ -11,7 +11,7 @@ import pytest
 import timm
 import yaml
 from interpreters import ROOT
-from study_testing import write_study
+from study_testing import cell_of, write_study
 from tiers import mostly_slow
 from training_testing import only_line
 
@@ -82,9 +82,37 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda s: s["methods"]["emax_finest"].update(experiment="wide_controller"),
         "no EMAX layer of the model chooses its group count",
     ),
-    "seeds": (lambda s: s.update(seeds=[1, 1]), "a seed occurs twice"),
+    "seeds": (lambda s: s.update(seeds=[1, 1]), "seeds has a value twice: 1, 1"),
+    "references twice": (lambda s: s.update(references=["se", "se"]), "has a value twice: se, se"),
+    "no metrics": (lambda s: s.update(metrics=[]), "metrics must name at least one"),
     "no seeds": (lambda s: s.update(seeds=[]), "seeds must name at least one"),
-    "name": (lambda s: s.update(name="../x"), "name must be the name of one folder"),
+    "name": (lambda s: s.update(name="../x"), "'../x' is no name; a study, a backbone and a"),
+    "method outside": (lambda s: s["methods"].update({"..": {}}), "'..' is no name"),
+    "method with a slash": (lambda s: s["methods"].update({"a/b": {}}), "'a/b' is no name"),
+    "method that breaks a table": (lambda s: s["methods"].update({"a|b": {}}), "'a|b' is no name"),
+    "method that YAML reads as false": (
+        lambda s: s["methods"].update({False: {}}),
+        "False is no name; a study, a backbone and a method have names of letters",
+    ),
+    "backbone that is a number": (lambda s: s["backbones"].update({18: {}}), "18 is no name"),
+    "backbone without a model": (
+        lambda s: s["backbones"].update(more={}),
+        "backbone more names no model",
+    ),
+    "like a list": (lambda s: s["methods"]["se"].update(like=["emax"]), "unknown method ['emax']"),
+    "space of a variant": (
+        lambda s: s["methods"]["emax_finest"].update(space={"lr": [1, 2]}),
+        "method emax_finest has a space, but takes the values of emax",
+    ),
+    "no stages": (lambda s: s["methods"]["se"].update(stages=[]), "stages must be different ones"),
+    "keyword arguments without a model": (
+        lambda s: s["methods"]["se"].update(model_kwargs={"a": 1}),
+        "method se has model_kwargs, but no model of its own",
+    ),
+    "constant": (
+        lambda s: s["methods"]["emax"].update(init={"conv3x3.bias": "zero"}),
+        "init: conv3x3.bias must be a number, not 'zero'",
+    ),
     "tuned": (lambda s: s.update(tuned="no.yaml"), "emax tune "),
     "kwargs without attention": (
         lambda s: s["methods"]["none"].update(stages=[1]),
@@ -102,6 +130,15 @@ def test_bad_study_is_one_line_before_anything_is_written(
     assert compare([str(path), "--output", str(tmp_path / "runs")]) == 2
     assert message in only_line(capsys.readouterr().err)
     assert not (tmp_path / "runs").exists()
+
+
+def test_key_that_occurs_twice_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    path.write_text(path.read_text() + "seeds: [5]\n")
+    assert compare([str(path), "--output", str(tmp_path / "runs")]) == 2
+    assert "is not valid YAML: the key seeds occurs twice" in only_line(capsys.readouterr().err)
 
 
 def test_primary_comparison_is_made_first_and_methods_take_turns(tmp_path: Path) -> None:
@@ -169,6 +206,20 @@ def hashes(folder: Path, change: Change | None = None, **recipe: Any) -> dict[st
     """The hash of each method's configuration in the small study with a change."""
     study = read_study(str(write_study(folder, change, **recipe)))
     return {cell.method: cell.hash for cell in study.cells}
+
+
+def test_keys_of_a_method_win_over_its_tuned_values(tmp_path: Path) -> None:
+    (tmp_path / "tuned.yaml").write_text("tiny/emax: {lr: 0.1, attn_kwargs.factor: 16, opt: sgd}\n")
+
+    def change(study: dict[str, Any]) -> None:
+        study["tuned"] = "tuned.yaml"
+        study["methods"]["emax"] |= {"recipe": {"lr": 0.001}, "attn_kwargs": {"factor": 8}}
+
+    study = read_study(str(write_study(tmp_path, change)))
+    cell = cell_of(study, "emax")
+    assert study.values("tiny", "emax") == {"opt": "sgd"}
+    assert (cell.settings["lr"], cell.settings["opt"]) == (0.001, "sgd")
+    assert cell.settings["model_kwargs"]["attn_kwargs"]["factor"] == 8
 
 
 def test_hash_is_of_what_is_computed_and_not_of_the_machine(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from interpreters import ENVIRONMENT
 from study_testing import write_study
 from training_testing import only_line
 
-from emax_timm.compare.search import load_optuna
+from emax_timm.compare.search import listed, load_optuna
 from emax_timm.compare.study import read_study
 from emax_timm.compare.tune import tune
 from emax_timm.training import TrainConfig
@@ -37,7 +37,7 @@ def tuned(study: dict[str, Any]) -> None:
         "trials": 5,
         "space": {"lr": {"low": 0.0005, "high": 0.01, "log": True}},
         "prune": {"rule": "median", "trials": 2, "epochs": 1},
-        "recipe": {"val_split": "validation", "epochs": 3},
+        "recipe": {"val_fraction": 0.25, "epochs": 3},
     }
 
 
@@ -49,7 +49,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "option": (lambda s: s["tune"]["space"].update(lrr=[1]), "unknown key lrr; the nearest"),
     "range": (
         lambda s: s["tune"]["space"].update(lr={"low": 1}),
-        "lr must be a list of values, or",
+        "lr must be a list of different values, or",
     ),
     "values": (lambda s: s["tune"]["space"].update(opt=["adam", "adim"]), "unknown optimizer adim"),
     "argument": (
@@ -62,14 +62,56 @@ BAD: dict[str, tuple[Change, str]] = {
     ),
     "set already": (
         lambda s: s["methods"]["none"].update(recipe={"lr": 0.1}),
-        "the recipe of none sets lr, so it has no space",
+        "none sets lr, so it has no space",
     ),
+    "set under another spelling": (
+        lambda s: (
+            s["methods"]["none"].update(recipe={"weight-decay": 0.1}),
+            s["tune"]["space"].update(weight_decay=[0.1, 0.2]),
+        ),
+        "none sets weight_decay, so it has no space",
+    ),
+    "argument that is set already": (
+        lambda s: s["methods"]["emax"].update(attn_kwargs={"factor": 8}),
+        "emax sets attn_kwargs.factor, so it has no space",
+    ),
+    "set for the trials": (
+        lambda s: s["tune"]["recipe"].update(lr=0.005),
+        "tune.recipe sets lr, so it has no space",
+    ),
+    "test split": (
+        lambda s: (
+            s["tune"]["recipe"].pop("val_fraction"),
+            s["tune"]["recipe"].update(val_split="validation"),
+        ),
+        "the trials read validation, which is the test split; choose another val_split",
+    ),
+    "data": (
+        lambda s: s["tune"]["space"].update(train_split=["train", "validation"]),
+        "train_split is no option of a method, but of the data",
+    ),
+    "value twice": (
+        lambda s: s["tune"]["space"].update(lr=[0.1, 0.1]),
+        "a list of different values",
+    ),
+    "infinite": (
+        lambda s: s["tune"]["space"].update(lr={"low": 0.1, "high": float("inf")}),
+        "lr must be a list of different values, or a range",
+    ),
+    "log": (
+        lambda s: s["tune"]["space"].update(lr={"low": 0.1, "high": 1.0, "log": "no"}),
+        "lr must be a list of different values, or a range",
+    ),
+    "number": (lambda s: s["tune"]["space"].update({1: [1, 2]}), "unknown key 1; the nearest"),
     "no attention": (
         lambda s: s["tune"]["space"].update({"attn_kwargs.factor": [8]}),
         "attn_kwargs need an attention",
     ),
     "grid": (lambda s: s["tune"].update(sampler="grid"), "the grid of none has 2 points"),
-    "no validation": (lambda s: s["tune"]["recipe"].pop("val_split"), "have no validation split"),
+    "no validation": (
+        lambda s: s["tune"]["recipe"].pop("val_fraction"),
+        "have no validation split",
+    ),
 }
 
 
@@ -86,6 +128,12 @@ def test_bad_search_is_one_line_before_anything_is_written(
     assert tune([str(path), "--output", str(tmp_path / "runs")]) == 2
     assert BAD[case][1] in only_line(capsys.readouterr().err)
     assert not (tmp_path / "runs").exists()
+
+
+def test_listed_values_are_found_again_as_optuna_stores_them() -> None:
+    values = ["", "none", None, 0.1, 8, [0], [1, 2]]
+    stored = ["", "none", None, 0.1, 8, "[0]", "[1, 2]"]
+    assert [listed(values, chosen) for chosen in stored] == values
 
 
 @pytest.mark.skipif(not MISSING, reason="optuna is installed")

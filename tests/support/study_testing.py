@@ -11,6 +11,7 @@ import yaml
 
 from emax_timm.compare.cells import Cell, Run, train_config
 from emax_timm.compare.command import job_of
+from emax_timm.compare.results import declare
 from emax_timm.compare.run import JOB, RESULT, make_runs
 from emax_timm.compare.run import trainer_of as trainer_of_run
 from emax_timm.compare.study import Study, read_study
@@ -89,7 +90,7 @@ def result_of(study: Study, method: str, seed: int, top1: float, **more: Any) ->
         **{"parameters": 1_234_567, "macs": 2_000_000, "seconds": 60.0, "memory_bytes": 10**9},
         **{"training_images_per_second": 100.0, "inference_images_per_second": 400.0},
         **{"commit": "abc", "emax_timm": "0", "torch": "2", "timm": "1", "device": "cpu"},
-        **{"machine": "m", "backend": "portable", "date": f"2026-01-0{seed + 1}"},
+        **{"machine": "m", "backend": "portable", "date": f"2026-01-0{seed + 1}T00:00:00+00:00"},
         **more,
     }
 
@@ -99,9 +100,10 @@ def write_results_of(
 ) -> Study:
     """Write results by method and seed as if the runs of the study file had been made.
 
-    They are all that is there: neither weights nor logs, nor what the processes were told.
+    There are neither weights nor logs, nor what the processes were told.
     """
     study = read_study(str(path))
+    declare(study, folder / study.name, "2025-12-31T00:00:00+00:00")
     for (method, seed), value in top1.items():
         content = json.dumps(result_of(study, method, seed, value, **more))
         run = folder / study.name / "tiny" / method / f"seed-{seed}"
