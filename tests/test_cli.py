@@ -24,6 +24,15 @@ def test_answers_that_need_no_model_load_neither_torch_nor_timm(word: str, tmp_p
     assert not {"emax_timm", "numpy", "timm", "torch"} & set(modules)
 
 
+def test_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    @runner.command("emax wait")
+    def wait(argv: Sequence[str], prog: str) -> int:
+        raise KeyboardInterrupt
+
+    assert wait([]) == 130
+    assert only_line(capsys.readouterr().err) == "emax wait: interrupted"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:

@@ -23,7 +23,7 @@ from ..training.progress import Progress
 from ..training.trainer import Trainer
 from .cells import Cell, machine_options, train_config
 from .provenance import environment
-from .results import Results, read_json, write_json
+from .results import Results, read_content, write_json
 from .run import trainer_of
 from .study import Study
 from .workers import cores
@@ -131,7 +131,8 @@ def read_costs(folder: Path) -> dict[str, Any]:
         UsageError: If the file is damaged.
     """
     path = folder / COSTS
-    return read_json(path) if path.exists() else {}
+    needed = {"cells": dict, "device": str, "machine": str, "date": str}
+    return read_content(path, {**needed, "load": (int, float, type(None))}) if path.exists() else {}
 
 
 def speeds(

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..tables import heading, row
 from .grouping import AS_TRAINED
-from .results import GROUPING, read_json
+from .results import GROUPING, read_content
 from .statistics import Difference, paired
 from .study import Study
 
@@ -34,7 +34,8 @@ def read_groupings(study: Study, folder: Path, backbone: str) -> Groupings:
     for run in study.runs():
         path = folder / run.folder / GROUPING
         if run.cell.backbone == backbone and path.exists():
-            found.setdefault(run.cell.method, {})[run.seed] = read_json(path)
+            kinds = {"weights": str, "top1": dict, "layers": dict, "gradients": dict}
+            found.setdefault(run.cell.method, {})[run.seed] = read_content(path, kinds)
     return found
 
 

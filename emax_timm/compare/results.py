@@ -100,10 +100,10 @@ def declaration(folder: Path, results: Results) -> str:
     date = read_json(path).get("date") if path.exists() else None
     if date is None:
         return "Declared in the study file"
-    declared, before = datetime.fromisoformat(date), 0
+    declared, before = _time(str(date), path), 0
     for content in results.values():
-        spent = timedelta(seconds=content["seconds"])
-        before += datetime.fromisoformat(content["date"]) - spent < declared
+        begun = _time(content["date"], path) - timedelta(seconds=content["seconds"])
+        before += begun < declared
     if not before:
         return "Declared before the first run"
     return f"Declared on {date[:10]}, when {before} of the runs had been made"
@@ -169,11 +169,18 @@ def _read_result(path: Path, study: Study) -> dict[str, Any]:
     ]
     if not all(isinstance(number, NUMBER) for number in numbers):
         raise UsageError(f"{path} is damaged: test or slices lack a number")
-    try:
-        datetime.fromisoformat(content["date"]) - datetime.fromisoformat(now())
-    except (TypeError, ValueError):  # no date, or one without a time zone
-        raise UsageError(f"{path} is damaged: date cannot be {content['date']!r}") from None
+    _time(content["date"], path)
     return content
+
+
+def _time(date: str, path: Path) -> datetime:
+    try:
+        time = datetime.fromisoformat(date)
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is None:
+        raise UsageError(f"{path} is damaged: date cannot be {date!r}")
+    return time
 
 
 def read_results(study: Study, folder: Path) -> Results:
