@@ -52,8 +52,10 @@ def parse_settings(kind: type, argv: Sequence[str] | None, prog: str) -> dict[st
     if unknown:
         # What is no flag is the value of an unknown one, or a second folder.
         names = [word.split("=")[0] for word in unknown if re.match("--?[A-Za-z]", word)]
+        if not names:
+            raise UsageError(f"one argument too many: {unknown[0]}; --help says what there can be")
         flags = [name for name in parser._option_string_actions if name.startswith("--")]
-        raise UsageError(unknown_options("flag", names or unknown[:1], flags, _is_timms(kind)))
+        raise UsageError(unknown_options("flag", names, flags, _is_timms(kind)))
     values = vars(given)
     if "config" not in values:
         return values

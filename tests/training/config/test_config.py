@@ -140,6 +140,11 @@ def test_config_refuses_a_malformed_flag(argv: list[str]) -> None:
         parse(*argv)
 
 
+def test_config_refuses_a_second_folder() -> None:
+    with pytest.raises(UsageError, match="one argument too many: more; --help says"):
+        parse("photos", "more")
+
+
 def test_config_refuses_abbreviated_flags() -> None:
     # An abbreviation would change its meaning when an option is added.
     with pytest.raises(UsageError, match="unknown flag --epoch; the nearest valid one is --epochs"):
