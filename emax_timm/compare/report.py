@@ -13,7 +13,7 @@ from .results import Results
 from .statistics import Difference, holm, paired, unpaired
 from .study import Study
 
-__all__ = ["difference", "report", "summary", "values_of"]
+__all__ = ["difference", "is_paired", "report", "summary", "values_of"]
 
 UNITS = {"top1": ("top-1 (%)", 2), "top5": ("top-5 (%)", 2), "loss": ("loss", 4)}
 
@@ -90,13 +90,14 @@ def difference(
     seeds = [seed for seed in study.file.seeds if seed in first and seed in second]
     if not seeds:
         return None
-    together = all(_is_paired(study, backbone, name) for name in (method, reference))
+    together = all(is_paired(study, backbone, name) for name in (method, reference))
     if not together:
         return unpaired(list(first.values()), list(second.values()))
     return paired([first[seed] for seed in seeds], [second[seed] for seed in seeds])
 
 
-def _is_paired(study: Study, backbone: str, method: str) -> bool:
+def is_paired(study: Study, backbone: str, method: str) -> bool:
+    """Tell whether the runs of a method start from the backbone's weights of their seed."""
     cell = study.cell(backbone, method)
     return cell is not None and cell.paired
 
@@ -112,7 +113,7 @@ def _primary(study: Study, results: Results, said: str) -> list[str]:
     apart = [
         other
         for other in declared.against
-        if not all(_is_paired(study, declared.backbone, name) for name in (declared.method, other))
+        if not all(is_paired(study, declared.backbone, name) for name in (declared.method, other))
     ]
     welch = f", but Welch's t against {', '.join(apart)}, which is not paired" if apart else ""
     lines = [
@@ -197,7 +198,7 @@ def _methods(study: Study, results: Results, backbone: str, metric: str) -> list
 
 
 def _name(study: Study, backbone: str, method: str) -> str:
-    return method if _is_paired(study, backbone, method) else f"{method} (not paired: Welch's t)"
+    return method if is_paired(study, backbone, method) else f"{method} (not paired: Welch's t)"
 
 
 def _present(study: Study, results: Results, backbone: str) -> list[str]:

@@ -295,8 +295,7 @@ def test_write_that_is_interrupted_leaves_the_file_and_nothing_else(
     path = tmp_path / "models.md"
     path.write_text(FILE)
     monkeypatch.setattr("os.replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        list_models(["resnet18_emax", "--write", str(path)])
+    assert list_models(["resnet18_emax", "--write", str(path)]) == 130
     assert path.read_text() == FILE
     assert os.listdir(tmp_path) == ["models.md"]
 

@@ -74,6 +74,24 @@ def test_report_has_the_declared_comparison_first(
     assert all(f">{method}</text>" in plot for method in ("none", "se", "emax", "emax_finest"))
 
 
+def test_plot_has_the_range_of_the_methods_that_are_paired(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def with_another(study: dict[str, Any]) -> None:
+        study["methods"]["other"] = {"model": "test_vit"}
+
+    path = write_study(tmp_path, with_another)
+    apart = {("other", 0): 10.0, ("other", 1): 12.0}
+    write_results_of(path, tmp_path / "runs", TOP1 | apart)
+    reported(path, tmp_path / "runs", capsys)
+    plot = (tmp_path / "runs" / "small" / "tiny.svg").read_text()
+    assert ">other: 11.00</text>" in plot
+    assert ">emax</text>" in plot
+    numbers = [float(value) for value in re.findall(r">([0-9.]+)</text>", plot)]
+    accuracies = [value for value in numbers if value > 5]  # 400 images/s are 2.5 ms
+    assert min(accuracies) > 45
+
+
 def test_summary_is_written_into_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, page = write_study(tmp_path), tmp_path / "results.md"
     write_results_of(path, tmp_path / "runs", TOP1)
