@@ -47,7 +47,8 @@ def draw(study: Study, results: Results, costs: dict[str, Any], backbone: str, p
     for method, mean in means.items():
         time = 1000 / speed[method].inference
         look: dict[str, Any] = {"marker": "o", "yerr": mean.half_width or 0}
-        name, height, place = method, mean.mean, {"xytext": (6, 4)}
+        place: dict[str, Any] = {"xytext": (6, 4)}
+        name, height = method, mean.mean
         if height < low or height > high:
             look = {"marker": "v" if height < low else "^", "clip_on": False}
             name, height = f"{method}: {height:.{digits}f}", min(max(height, low), high)

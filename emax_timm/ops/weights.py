@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["TENSORS", "EMAXConfig", "EMAXMaps", "EMAXWeights", "bias_of", "in_dtype", "present"]
+__all__ = [
+    "TENSORS",
+    "EMAXConfig",
+    "EMAXMaps",
+    "EMAXWeights",
+    "bias_of",
+    "detached",
+    "in_dtype",
+    "present",
+]
 
 
 class EMAXConfig(NamedTuple):
@@ -115,6 +124,17 @@ def bias_of(weight: Tensor, bias: Tensor | None) -> Tensor:
         nothing = weight.flatten(1)[:, :0]
         return F.linear(nothing[0], nothing, bias)
     return bias
+
+
+def detached(weights: EMAXWeights) -> EMAXWeights:
+    """Return the weights as tensors that require no gradient.
+
+    By whether an operand requires one, `torch.matmul` chooses its products even where no graph is
+    made, so that a frozen weight would change the last bits; the choice for one that requires one
+    costs a copy of the other operand.
+    """
+    config, *tensors = weights
+    return EMAXWeights(config, *[None if t is None else t.detach() for t in tensors])  # type: ignore[arg-type]
 
 
 def in_dtype(weights: EMAXWeights, dtype: torch.dtype) -> EMAXWeights:

@@ -11,10 +11,12 @@ import torch
 from emax_testing import VARIANTS, ReferenceEMA, ReferenceEMAX, make_ema, make_emax, randn
 from tiers import mostly_slow
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from emax_timm.attention import EMA, EMAX, set_grouping
 from emax_timm.benchmark.layers import saved_bytes
+from emax_timm.ops import use_backend
 from emax_timm.ops.dispatch import draw_noise
 from emax_timm.ops.portable.forward import emax_plain
 
@@ -240,6 +242,37 @@ def test_a_weight_that_was_changed_before_the_backward_pass_is_noticed() -> None
         module.conv3x3.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+class Operations(TorchDispatchMode):
+    """Records the operations that run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@KINDS
+def test_operations_are_the_same_whichever_weights_are_frozen(kind: type[nn.Module]) -> None:
+    """Equal bits would show nothing: only some machines have others for another product."""
+    seen = []
+    for frozen in ([], [0, 2], [1, 3], range(64)):
+        module, x = pair(kind)[0], randn(2, 8, 5, 4).requires_grad_()
+        for place, parameter in enumerate(module.parameters()):
+            parameter.requires_grad_(place not in frozen)
+        with Operations() as operations, use_backend("portable"):
+            torch.autograd.grad(module(x).sum(), x)
+            with torch.no_grad():
+                module(x)
+        seen.append([name for name in operations.names if "detach" not in name])
+    assert len(seen[0]) > 100
+    assert all(names == seen[0] for names in seen)
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:

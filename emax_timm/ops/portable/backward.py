@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..weights import TENSORS, EMAXWeights, present
+from ..weights import TENSORS, EMAXWeights, detached, present
 from .fine_maps import FineMaps, weigh_channels
 from .fine_maps_backward import FineGrads, fine_maps_backward
 from .forward import Attended, attend_again, emax_plain, prepare
@@ -32,7 +32,7 @@ def backward(
     """
     if x.ndim != 4:
         return plain_gradients(grad, x, weights, noise, mask)
-    grouped, weights = prepare(x, weights)
+    grouped, weights = prepare(x, detached(weights))
     grad = grad.to(grouped.dtype).unflatten(1, grouped.shape[1:3])
     fine = FineMaps(*saved[:6])
     pooled = saved[6] if len(saved) > 6 else fine.mean

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..weights import EMAXMaps, EMAXWeights, in_dtype
+from ..weights import EMAXMaps, EMAXWeights, detached, in_dtype
 from .fine_maps import FineMaps, fine_maps, ungroup
 from .fine_maps_nd import fine_maps_nd, mean_of_sum
 from .gates import Gates, mean_gates, output_factor
@@ -40,7 +40,7 @@ def forward(
     """
     if x.dim() != 4:
         return emax_plain(x, weights, noise, mask), []
-    grouped, cast = prepare(x, weights)
+    grouped, cast = prepare(x, detached(weights))
     attended = _attend(grouped, cast, noise, False, None)
     out = _apply_attention(grouped, attended).to(x.dtype)
     saved = []
