@@ -23,6 +23,7 @@ __all__ = [
     "replace_file",
     "sha256_of",
     "write_folder",
+    "write_text",
     "writing_to",
 ]
 
@@ -103,6 +104,16 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step by a text in UTF-8.
+
+    Raises:
+        WriteError: If it cannot be written.
+    """
+    with writing_to(path):
+        replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def write_folder(path: Path, files: dict[str, bytes]) -> None:

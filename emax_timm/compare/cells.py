@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.data.dataset_factory import _EVAL_SYNONYM, _TORCH_BASIC_DS, _TRAIN_SYNONYM
 
 from ..attention import ATTENTIONS
 from ..files import sha256_of
@@ -42,6 +43,7 @@ __all__ = [
     "machine_options",
     "make_cell",
     "own_options",
+    "split_of_test_images",
     "train_config",
 ]
 
@@ -264,6 +266,31 @@ def make_cell(
     digest = _hash(config, kind)
     more = (kind.init, kind.experiment, seeds, not kind.model, digest)
     return Cell(backbone[0], method[0], settings, *more)
+
+
+def split_of_test_images(config: TrainConfig, test_split: str) -> str:
+    """Return the split with the images of the test split that a run is trained or selected on.
+
+    Args:
+        config: What train.py would be told.
+        test_split: The test split, which may be another than that of `config`.
+
+    Returns:
+        Its name, or "" if there is none.
+    """
+    kind, _, name = config.dataset.lower().partition("/")
+    # Of these timm takes every split that is not of training for that of testing.
+    two_splits = kind == "torch" and name in (*_TORCH_BASIC_DS, "qmnist")
+
+    def images(split: str) -> str:
+        if split in _TRAIN_SYNONYM:
+            return "train"
+        return "validation" if two_splits or split in _EVAL_SYNONYM else split
+
+    tested = {images(split) for split in test_split.split("+")}
+    read = [config.train_split, "" if config.val_fraction else config.val_split]
+    parts = [part for split in read for part in split.split("+") if part]
+    return next((part for part in parts if images(part) in tested), "")
 
 
 def _check_changes(config: TrainConfig, method: Method, source: str) -> None:

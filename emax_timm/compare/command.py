@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import lock_folder, replace_file
+from ..files import lock_folder, write_text
 from ..runner import command
 from ..tables import text_around, write_between
 from ..training.config import UsageError, from_mapping, option, parse_settings
@@ -190,7 +190,7 @@ def _report(study: Study, folder: Path, made_by: str, page: str | None) -> int:
     groupings = {backbone: read_groupings(study, folder, backbone) for backbone in backbones}
     declared = declaration(folder, results)
     text = report(study, results, costs, groupings, made_by, declared)
-    replace_file(folder / REPORT, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(folder / REPORT, text)
     print(text)
     if page is not None:
         write_between(Path(page), _mark(study), summary(study, results, made_by, declared))

@@ -8,7 +8,6 @@ import contextlib
 import io
 import os
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from ..training.distributed import open_distributed_context
 from ..training.progress import Progress
 from ..training.trainer import Trainer
 from .cells import Cell, machine_options, train_config
+from .outcome import seconds_of, seconds_of_pass
 from .provenance import environment
 from .results import Results, read_content, write_json
 from .run import trainer_of
@@ -63,7 +63,7 @@ def measure(study: Study, folder: Path, device: str, data_dir: str | None) -> No
         with Progress("measuring", (1 + ROUNDS) * len(timed), 0, True) as progress:
             for number in range(1 + ROUNDS):
                 for cell, trainer, batch, images in timed:
-                    found = _step(trainer, batch), _pass(trainer, images)
+                    found = _step(trainer, batch), seconds_of_pass(trainer, images)
                     progress.step()
                     if number:
                         for key, value in zip(("training", "inference"), found, strict=True):
@@ -84,25 +84,7 @@ def _step(trainer: Trainer, batch: Any) -> float:
     for group in trainer.optimizer.param_groups:
         group["lr"] = 0.0
     trainer.network.train()
-    return _timed(trainer, lambda: trainer.train_step([batch]))
-
-
-def _pass(trainer: Trainer, images: Tensor) -> float:
-    images = images.to(trainer.context.device)
-    if trainer.config.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    trainer.model.eval()
-    with torch.inference_mode():
-        return _timed(trainer, lambda: trainer.model(images))
-
-
-def _timed(trainer: Trainer, function: Any) -> float:
-    device = trainer.context.device
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return seconds_of(lambda: trainer.train_step([batch]), trainer.context.device)
 
 
 @contextlib.contextmanager
@@ -173,18 +155,23 @@ def speeds(
 
 def cost_table(study: Study, results: Results, costs: dict[str, Any], backbone: str) -> list[str]:
     """Return the table of what each method costs, in Markdown."""
+    here = {key[1:]: content for key, content in results.items() if key[0] == backbone}
     names = ["parameters (M)", "MACs (M)", "images/s, training", "images/s, inference"]
-    lines = heading(["method", *names, "memory (MB)", "minutes a run", "training top-1 (%)"])
+    names += ["peak memory (MB)", "minutes a run", "training top-1 (%)"]
+    medians = {"memory_bytes": 1e6, "seconds": 60.0, "training_top1": 1.0}
+    notes = ["Memory: on a GPU what is allocated there, otherwise the process with torch and data."]
+    if len({(content["device"], content["machine"]) for content in here.values()}) > 1:
+        names.remove("minutes a run")
+        del medians["seconds"]
+        notes.append("The runs were made on several machines, so their times do not compare.")
+    lines = heading(["method", *names])
     found, source = speeds(study, results, costs, backbone)
     for method, speed in found.items():
-        runs = [content for key, content in results.items() if key[:2] == (backbone, method)]
-
-        def median(key: str, scale: float = 1.0, runs: Any = runs) -> str:
-            values = [content[key] / scale for content in runs if content[key] is not None]
-            return f"{statistics.median(values):.1f}" if values else ""
-
+        runs = [content for (name, _), content in here.items() if name == method]
         cells = [f"{runs[0]['parameters'] / 1e6:.3f}", f"{runs[0]['macs'] / 1e6:.1f}"]
         cells += ["" if value is None else f"{value:.1f}" for value in speed]
-        cells += [median("memory_bytes", 1e6), median("seconds", 60), median("training_top1")]
+        for key, scale in medians.items():
+            values = [content[key] / scale for content in runs if content[key] is not None]
+            cells.append(f"{statistics.median(values):.1f}" if values else "")
         lines.append(row([method, *cells]))
-    return [*lines, "", source]
+    return [*lines, "", " ".join([source, *notes])]

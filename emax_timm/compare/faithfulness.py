@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from ..files import replace_file
+from ..files import replace_file, write_text
 from ..models.capture import capture_attention, heatmap
 from ..models.gradcam import grad_cam
 from ..runner import command
@@ -274,8 +274,7 @@ def _results(config: FaithfulnessConfig, folder: Path) -> dict[tuple[str, int], 
             name = run_name(attention, seed, config.steps, config.train_scenes)
             path = folder / f"{name}-on-{config.test_scenes}-{config.curves}.json"
             if not path.exists():
-                text = json.dumps(rate(model, test, config.curves), indent=1)
-                replace_file(path, lambda file, text=text: file.write_text(text))
+                write_text(path, json.dumps(rate(model, test, config.curves), indent=1))
             results[attention, seed] = json.loads(path.read_text())
     return results
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import EMAX
-from ..files import replace_file
+from ..files import write_text
 from ..training.conditional import base_optimizer
 from ..training.journal import read_rows
 from ..training.trainer import Trainer
@@ -49,8 +49,7 @@ def record_gradients(trainer: Trainer, folder: Path) -> None:
         return
     path = folder / GRADIENTS
     rows = [row for row in read_rows(path) if row["step"] < trainer.step]
-    text = "".join(map(_line, rows))
-    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(path, "".join(map(_line, rows)))
     every = max(1, trainer.epochs * trainer.steps_per_epoch // ROWS)
 
     def before_step(*_: Any) -> None:

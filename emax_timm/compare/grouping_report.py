@@ -8,7 +8,7 @@ from typing import Any
 from ..tables import heading, row
 from .grouping import AS_TRAINED
 from .results import GROUPING, read_content
-from .statistics import Difference, paired
+from .statistics import Difference, paired, signed
 from .study import Study
 
 __all__ = [
@@ -57,7 +57,7 @@ def _accuracy(contents: list[dict[str, Any]]) -> list[str]:
         values = [content["top1"][name] for content in contents]
         mean = f"{statistics.mean(values):.2f}"
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        lines.append(row([name, mean + spread, _signed(change_by(contents, name))]))
+        lines.append(row([name, mean + spread, signed(change_by(contents, name), 2)]))
     return [
         *lines,
         "",
@@ -73,13 +73,6 @@ def change_by(contents: list[dict[str, Any]], name: str) -> Difference | None:
         return None
     first, second = ([content["top1"][key] for content in contents] for key in (name, AS_TRAINED))
     return paired(first, second)
-
-
-def _signed(found: Difference | None) -> str:
-    if found is None:
-        return ""
-    half = "" if found.half_width is None else f" ± {found.half_width:.2f}"
-    return f"{found.mean:+.2f}{half}"
 
 
 def _shares(contents: list[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,7 @@
 """What is measured of a run that has ended: accuracy on the test set, by slice, and speed."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,13 +10,13 @@ from torch.utils.data import IterableDataset
 
 from ..training import checkpoint
 from ..training.config import TrainConfig
-from ..training.data import evaluation_loader, image_mode, open_split
+from ..training.data import evaluation_loader, hold_out, image_mode, open_split
 from ..training.data.subset import Subset
 from ..training.distributed import DistributedContext
-from ..training.evaluate import evaluate
+from ..training.evaluate import autocast, evaluate
 from ..training.trainer import Trainer
 
-__all__ = ["outcomes", "results", "slices_of"]
+__all__ = ["outcomes", "results", "seconds_of", "seconds_of_pass", "slices_of"]
 
 TIMED = 10  # forward passes whose fastest gives the images per second of inference
 
@@ -43,8 +44,7 @@ def results(trainer: Trainer, loader: Any) -> dict[str, Any]:
     training = _unaugmented(config, trainer.data_config, len(right), trainer.context)
     if training is not None:
         found["training_top1"] = outcomes(trainer, training)[0]["top1"]
-    images = next(iter(loader))[0].to(trainer.context.device)
-    found["inference_images_per_second"] = round(speed(model, images), 1)
+    found["inference_images_per_second"] = round(speed(trainer, next(iter(loader))[0]), 1)
     return found
 
 
@@ -89,24 +89,40 @@ def _unaugmented(
         training=False,
         must_exist=True,
         batch_size=config.batch_size,
+        num_samples=config.train_num_samples,
+        seed=config.seed,
     )
     if isinstance(dataset, IterableDataset):
         return None
+    if config.val_fraction:
+        dataset, _ = hold_out(dataset, config.val_fraction)
     step = max(1, -(-len(dataset) // count))  # spread, for folders are sorted by class
     dataset = Subset(dataset, range(0, len(dataset), step))
     size = config.validation_batch_size or config.batch_size
     return evaluation_loader(config, dataset, data_config, size, context)
 
 
-@torch.inference_mode()
-def speed(model: nn.Module, images: Tensor) -> float:
+def speed(trainer: Trainer, images: Tensor) -> float:
     """Measure images per second of the fastest of some forward passes of images [b, c, h, w]."""
-    model.eval()
-    seconds = []
-    for _ in range(TIMED):
-        start = time.perf_counter()
-        model(images)
-        if images.device.type == "cuda":
-            torch.cuda.synchronize(images.device)
-        seconds.append(time.perf_counter() - start)
-    return len(images) / min(seconds)
+    return len(images) / min(seconds_of_pass(trainer, images) for _ in range(TIMED))
+
+
+@torch.inference_mode()
+def seconds_of_pass(trainer: Trainer, images: Tensor) -> float:
+    """Measure a forward pass of images [b, c, h, w], in the layout and the dtype of the tests."""
+    config, device = trainer.config, trainer.context.device
+    images = images.to(device)
+    if config.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    trainer.model.eval()
+    with autocast(trainer.context, bool(config.amp), config.amp_dtype):
+        return seconds_of(lambda: trainer.model(images), device)
+
+
+def seconds_of(function: Callable[[], object], device: torch.device) -> float:
+    """Measure a call, until its work on a GPU has ended."""
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
+from ..files import replace_file, writing_to
 from .costs import speeds
 from .report import UNITS, is_paired, values_of
 from .results import Results
@@ -82,7 +82,8 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a figure of matplotlib by the suffix of the path, the same for the same results."""
     import matplotlib
 
-    with matplotlib.rc_context({"svg.hashsalt": "emax_timm", "svg.fonttype": "none"}):
+    settings: Any = {"svg.hashsalt": "emax_timm", "svg.fonttype": "none"}
+    with matplotlib.rc_context(settings), writing_to(path):
         replace_file(
             path,
             lambda file: figure.savefig(file, format=path.suffix[1:], metadata={"Date": None}),

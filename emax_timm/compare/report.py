@@ -10,7 +10,7 @@ from ..training.config import to_yaml
 from .costs import cost_table
 from .grouping_report import Groupings, grouping_report
 from .results import Results
-from .statistics import Difference, holm, paired, unpaired
+from .statistics import Difference, holm, paired, signed, unpaired
 from .study import Study
 
 __all__ = ["difference", "is_paired", "report", "summary", "values_of"]
@@ -160,9 +160,9 @@ def _count(number: int, thing: str) -> str:
 
 
 def _corrected(found: dict[str, Difference | None]) -> dict[str, float]:
-    """Return Holm's p-values of the differences that have one."""
+    """Return Holm's p-values of the differences that have one, over all that there are."""
     p_values = {k: d.p_value for k, d in found.items() if d is not None and d.p_value is not None}
-    return dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    return dict(zip(p_values, holm(list(p_values.values()), len(found)), strict=True))
 
 
 def _methods(study: Study, results: Results, backbone: str, metric: str) -> list[str]:
@@ -178,21 +178,24 @@ def _methods(study: Study, results: Results, backbone: str, metric: str) -> list
         for reference in references
     }
     corrected = {reference: _corrected(found) for reference, found in columns.items()}
-    lines = heading(["method", "runs", title, *(f"- {name} (p)" for name in references)])
+    lines = heading(
+        ["method", "runs", title, *(f"difference to {name} (p)" for name in references)]
+    )
     for method in present:
         values = list(values_of(results, backbone, method, metric).values())
         cells = [_name(study, backbone, method), str(len(values)), _spread(values, digits)]
         for reference in references:
             found = columns[reference].get(method)
             p_value = _p(corrected[reference].get(method))
-            cells.append(_signed(found, digits) + (f" ({p_value})" if p_value else ""))
+            cells.append(signed(found, digits) + (f" ({p_value})" if p_value else ""))
         lines.append(row(cells))
     if references:
         lines += [
             "",
             f"Mean ± standard deviation of the runs; differences to {', '.join(references)} ± half "
             "the width of their 95 % interval, which is Student's t over the seeds that both have, "
-            "not corrected. p is Holm's over the methods of the column.",
+            "not corrected. p is Holm's over the methods of the column; in another column the same "
+            "comparison may have another.",
         ]
     return lines
 
@@ -210,13 +213,6 @@ def _spread(values: Sequence[float], digits: int) -> str:
     if len(values) == 1 or not math.isfinite(mean):
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
-def _signed(found: Difference | None, digits: int) -> str:
-    if found is None:
-        return ""
-    mean = f"{round(found.mean, digits) + 0.0:+.{digits}f}"  # a zero has a plus
-    return mean if found.half_width is None else f"{mean} ± {found.half_width:.{digits}f}"
 
 
 def _p(value: float | None) -> str:
@@ -251,7 +247,7 @@ def _slices(study: Study, results: Results, backbone: str) -> list[str]:
             cell = _spread([top1(content) for content in runs], 2)
             if reference is not None and method != reference:
                 found = difference(study, results, backbone, method, reference, top1)
-                cell += f" ({_signed(found, 2)})"
+                cell += f" ({signed(found, 2)})"
             cells.append(cell)
         lines.append(row([method, *cells]))
     if reference is not None:
@@ -283,7 +279,9 @@ def _facts(study: Study, results: Results) -> dict[str, str]:
     contents = list(results.values())
 
     def of(*keys: str) -> str:
-        return ", ".join(sorted({" ".join(str(c[key]) for key in keys) for c in contents}))
+        return ", ".join(
+            sorted({" ".join(str(c[key] or "unknown") for key in keys) for c in contents})
+        )
 
     hours = sum(content["seconds"] for content in contents) / 3600
     # Results of an earlier version do not have it.
@@ -303,8 +301,8 @@ def _facts(study: Study, results: Results) -> dict[str, str]:
 
 def _origin(study: Study, results: Results) -> list[str]:
     lines = [f"- {name}: {value}" for name, value in _facts(study, results).items()]
-    lines += ["", "The configuration of each cell has the hash that its runs carry:", ""]
-    lines += heading(["cell", "hash", "tuned values"])
+    lines += ["", "The hash of each configuration, which its runs carry:", ""]
+    lines += heading(["backbone/method", "hash", "tuned values"])
     for cell in study.cells:
         values = study.values(cell.backbone, cell.method)
         tuned = ", ".join(f"{key}: {value}" for key, value in values.items())

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
+from ..files import write_text, writing_to
 from ..training import checkpoint
 from ..training.config import UsageError
 from .cells import Run
@@ -40,7 +40,8 @@ Results = dict[tuple[str, str, int], dict[str, Any]]
 NUMBER = (int, float)
 # What a report needs of a run's result.json.
 CONTENT: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("backend", "commit", "emax_timm", "torch", "timm"), str),
+    **dict.fromkeys(("backend", "emax_timm", "torch", "timm"), str),
+    "commit": (str, type(None)),  # None outside a checkout
     **dict.fromkeys(("device", "machine", "date"), str),
     **dict.fromkeys(("parameters", "macs"), int),
     **dict.fromkeys(("seconds", "inference_images_per_second"), NUMBER),
@@ -90,7 +91,8 @@ def declare(study: Study, folder: Path, date: str = "") -> None:
         date: When they were declared (default: now).
     """
     if not (folder / DECLARED).exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / DECLARED, {**study.declared(), "date": date or now()})
 
 
@@ -123,8 +125,7 @@ def _check_hash(path: Path, run: Run, study: Study) -> None:
 
 def write_json(path: Path, content: dict[str, Any], indent: int | None = 1) -> None:
     """Write a file as a whole; without an indent it is a single line."""
-    text = json.dumps(content, indent=indent) + "\n"
-    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -209,31 +210,34 @@ def merge(study: Study, folder: Path, others: list[Path]) -> int:
     Raises:
         UsageError: If a folder has none, or two folders have different results for a run.
     """
-    wanted = {(run.cell.hash, run.seed): run for run in study.runs()}
+    wanted: dict[tuple[str, int], list[Run]] = {}  # cells of two backbones may be the same
+    for run in study.runs():
+        wanted.setdefault((run.cell.hash, run.seed), []).append(run)
     found: dict[Path, tuple[Path, dict[str, Any]]] = {}
     for other in others:
         count = 0
         for path in sorted(other.glob(f"*/*/*/{RESULT}")):
             content = read_json(path)
-            if (run := wanted.get((content.get("hash", ""), content.get("seed", -1)))) is None:
-                continue
-            count += 1
-            content, target = _read_result(path, study), folder / run.folder / RESULT
-            known = (target, _read_result(target, study)) if target.exists() else found.get(target)
-            if known is not None and known[1]["test"] != content["test"]:
-                raise UsageError(f"{known[0]} and {path} are of the same run, and differ")
-            found.setdefault(target, (path, content))
+            for run in wanted.get((content.get("hash", ""), content.get("seed", -1)), ()):
+                count += 1
+                content, target = _read_result(path, study), folder / run.folder / RESULT
+                known = found.get(target)
+                if target.exists():
+                    known = target, _read_result(target, study)
+                if known is not None and known[1]["test"] != content["test"]:
+                    raise UsageError(f"{known[0]} and {path} are of the same run, and differ")
+                found.setdefault(target, (path, content))
         if not count:
             raise UsageError(f"{other} holds no result of a run that {study.path} asks for")
     declare(study, folder, min((_declared_in(other, study) for other in others), default=""))
     missing = sum(not target.exists() for target in found)
     for target, (path, _) in found.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
+        with writing_to(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
         for name in (GROUPING, RESULT):  # the result last: without it the run has not ended
             source, copy = path.with_name(name), target.with_name(name)
             if source.exists() and not copy.exists():
-                content = source.read_bytes()
-                replace_file(copy, lambda file, c=content: file.write_bytes(c))
+                write_text(copy, source.read_text(encoding="utf-8"))
     return missing
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import timm
 import torch
 
-from ..files import remove, replace_file
+from ..files import remove, write_text
 from ..models.cost import count_macs
 from ..runner import FailedRunError, command
 from ..training import checkpoint
@@ -39,9 +39,10 @@ from .outcome import results
 from .provenance import environment, now
 from .turns import in_turns
 
-__all__ = ["JOB", "PROCESSOR", "RESULT", "make_runs", "run", "trainer_of"]
+__all__ = ["JOB", "PARENT", "PROCESSOR", "RESULT", "make_runs", "run", "trainer_of"]
 
 JOB, RESULT = "job.json", "result.json"
+PARENT = "EMAX_STARTED_BY"  # the variable with the number of the process that has started this one
 PROCESSOR = "processor_seconds.txt"  # of the processes of a run that were stopped
 
 
@@ -65,6 +66,8 @@ def _settle_on(core: int | None) -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG of linux/prctl.h
+        if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+            raise FailedRunError("the process that has started this one has ended")
         if core is not None:
             os.sched_setaffinity(0, {core})
     if core is not None:
@@ -159,8 +162,7 @@ def make_run(
         content["processor_seconds"] = spent.seconds()
         if content["together"] > 1:
             content["memory_bytes"] = None  # what has been measured is that of all of them
-    text = json.dumps(content, indent=1) + "\n"
-    replace_file(folder / RESULT, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(folder / RESULT, json.dumps(content, indent=1) + "\n")
     if (folder / checkpoint.CHECKPOINTS).exists():
         remove(folder / checkpoint.CHECKPOINTS)
         (folder / checkpoint.LAST).unlink(missing_ok=True)
@@ -192,8 +194,7 @@ class _Spent:
 
     def note(self) -> None:
         """Write the time so far into the folder, for the process that goes on."""
-        seconds = str(self.seconds())
-        replace_file(self.path, lambda file: file.write_text(seconds))
+        write_text(self.path, str(self.seconds()))
 
 
 def trainer_of(config: TrainConfig, experiment: str | None, context: DistributedContext) -> Trainer:

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Difference", "holm", "paired", "t_p_value", "t_quantile", "unpaired"]
+__all__ = ["Difference", "holm", "paired", "signed", "t_p_value", "t_quantile", "unpaired"]
 
 
 class Difference(NamedTuple):
@@ -54,6 +54,14 @@ def _difference(mean: float, error: float, freedom: int, count: int) -> Differen
     return Difference(mean, t_quantile(freedom) * error, p_value, count)
 
 
+def signed(found: Difference | None, digits: int) -> str:
+    """Return a difference with its sign, ± half the width of its interval; "" for none."""
+    if found is None:
+        return ""
+    mean = f"{round(found.mean, digits) + 0.0:+.{digits}f}"  # a zero has a plus
+    return mean if found.half_width is None else f"{mean} ± {found.half_width:.{digits}f}"
+
+
 def t_p_value(t: float, freedom: int) -> float:
     """Return the two-sided p-value of t with an integer number of degrees of freedom.
 
@@ -79,11 +87,17 @@ def t_quantile(freedom: int, level: float = 0.95) -> float:
     return high
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values for their number by Holm's step-down procedure."""
+def holm(p_values: Sequence[float], size: int | None = None) -> list[float]:
+    """Correct p-values for the number of comparisons by Holm's step-down procedure.
+
+    Args:
+        p_values: The p-values.
+        size: The number of comparisons, if some of them have no p-value yet.
+    """
+    size = len(p_values) if size is None else size
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     corrected, greatest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
-        greatest = max(greatest, min(1.0, (len(order) - rank) * p_values[index]))
+        greatest = max(greatest, min(1.0, (size - rank) * p_values[index]))
         corrected[index] = greatest
     return corrected

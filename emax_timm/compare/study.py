@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ..training.config import UsageError, find_config, from_mapping, nearest, option, read_yaml
-from .cells import Backbone, Cell, Method, Run, make_cell, own_options, train_config
+from .cells import (
+    Backbone,
+    Cell,
+    Method,
+    Run,
+    make_cell,
+    own_options,
+    split_of_test_images,
+    train_config,
+)
 
 __all__ = ["METRICS", "Primary", "Study", "StudyFile", "read_study"]
 
@@ -267,6 +276,12 @@ def _cell(
 ) -> Cell:
     values = _values(file, tuned, backbone[0], method[0])
     cell = make_cell(file.recipe, file.seeds, backbone, method, values, {}, path)
-    if not train_config(cell).test_split:
+    config = train_config(cell)
+    if not config.test_split:
         raise UsageError(f"{path}: {cell.folder} has no test_split, so nothing can be compared")
+    if split := split_of_test_images(config, config.test_split):
+        raise UsageError(
+            f"{path}: {cell.folder} is trained or selected on {split}, which has the images of the "
+            f"test split {config.test_split}; choose another, val_split: '' or val_fraction"
+        )
     return cell

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ..files import replace_file
+from ..files import replace_file, write_text, writing_to
 from ..tables import heading, row
 from .plot import NEEDED
 from .results import RESULT, read_json
@@ -44,10 +44,10 @@ def write_results(study: Study, searches: Sequence[Search], folder: Path) -> str
         )
         if cell.init or cell.experiment:
             head += "# Its init or experiment is no option of train.py, and so not here.\n"
-        _write(folder / f"{name}.yaml", head + yaml.safe_dump(recipe, sort_keys=False))
-    _write(folder / TUNED, yaml.safe_dump(tuned, sort_keys=False))
+        write_text(folder / f"{name}.yaml", head + yaml.safe_dump(recipe, sort_keys=False))
+    write_text(folder / TUNED, yaml.safe_dump(tuned, sort_keys=False))
     text = "\n".join(_table(search) for search in searches) + _cost(searches, folder)
-    _write(folder / "trials.md", f"# {study.name}: trials\n\n{text}")
+    write_text(folder / "trials.md", f"# {study.name}: trials\n\n{text}")
     try:
         _draw(searches, folder / "importance.png")
     except ImportError:
@@ -61,10 +61,6 @@ def _cost(searches: Sequence[Search], folder: Path) -> str:
     seconds = [read_json(path).get("processor_seconds") for path in paths]
     noted = [value for value in seconds if value is not None]
     return f"\nProcessor time of {len(noted)} trials: {sum(noted) / 3600:.2f} core-hours.\n"
-
-
-def _write(path: Path, text: str) -> None:
-    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def _values(search: Search, params: dict[str, Any]) -> dict[str, Any]:
@@ -120,4 +116,5 @@ def _draw(searches: Sequence[Search], path: Path) -> None:
             found = {}
         axis.barh(list(found), list(found.values()))
     axes[-1].set_xlabel("importance for the validation metric")
-    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    with writing_to(path):
+        replace_file(path, lambda file: figure.savefig(file, format="png", dpi=100))

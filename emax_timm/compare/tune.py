@@ -14,12 +14,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import lock_folder, replace_file
+from ..files import lock_folder, write_text, writing_to
 from ..runner import FailedRunError, command
 from ..training.config import AT_LEAST_1, UsageError, from_mapping, option, parse_settings
 from ..training.distributed import find_device
 from ..training.signals import Stopped, catch_signals
-from .cells import Cell, check_data, check_data_dir, make_cell, own_options, train_config
+from .cells import (
+    Cell,
+    check_data,
+    check_data_dir,
+    make_cell,
+    own_options,
+    split_of_test_images,
+    train_config,
+)
 from .search import Search, candidates, load_optuna
 from .study import METRICS, Study, read_study
 from .trials import write_results
@@ -75,6 +83,8 @@ def tune(argv: Sequence[str], prog: str) -> int:
     prune = from_mapping(Prune, options.prune, f"{study.path}: tune.prune")
     load_optuna()
     folder = Path(config.output) / study.name / "tune"
+    if odd := set("?{}") & set(str(folder)):  # SQLAlchemy and Optuna give them a meaning in URLs
+        raise UsageError(f"{folder} has a {odd.pop()}, and Optuna could not open it as a database")
     searches = _searches(study, options, folder)
     check_data_dir(study.cells, config.data_dir)
     device = find_device(config.device).type
@@ -139,11 +149,11 @@ def _searches(study: Study, options: TuneOptions, folder: Path) -> list[Search]:
                     f"{source}: the trials have no validation split: "
                     "give val_split or val_fraction in tune.recipe"
                 )
-            tested = train_config(cell_with(changed, tuning=False)).test_split.split("+")
-            if seen := {*trial.val_split.split("+"), *trial.train_split.split("+")} & {*tested}:
+            tested = train_config(cell_with(changed, tuning=False)).test_split
+            if split := split_of_test_images(trial, tested):
                 raise UsageError(
-                    f"{source}: the trials read {seen.pop()}, which is the test split; choose "
-                    "another val_split, or val_fraction"
+                    f"{source}: the trials read {split}, which has the images of the test split "
+                    f"{tested}; choose another val_split, or val_fraction"
                 )
         if options.sampler == "grid":
             size = math.prod(map(len, listed.values()))
@@ -177,8 +187,9 @@ def _declare(study: Study, searches: list[Search], options: TuneOptions, folder:
             f"{folder} holds trials of another search than that of {study.path}; "
             "choose another name or --output"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
 
 
 def _make_trials(searches: list[Search], config: TuneConfig, device: str) -> None:

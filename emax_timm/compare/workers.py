@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import replace_file
+from ..files import write_text, writing_to
 from ..runner import FailedRunError
 from ..training.config import UsageError, option
 from ..training.signals import Stop, Stopped
-from .run import JOB, RESULT
+from .run import JOB, PARENT, RESULT
 
 __all__ = ["LOG", "StudyOptions", "Workers", "cores", "has_result", "open_workers", "slots"]
 
@@ -78,10 +78,11 @@ class Workers:
         """Start a process that makes the run of each folder; there must be a free slot."""
         core = self.free.pop(0)
         for folder, job in jobs.items():
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({**job, "core": core}, indent=1)
-            replace_file(folder / JOB, lambda file, t=text: file.write_text(t, encoding="utf-8"))
-        environment = os.environ | (ONE_THREAD if core is not None else {})
+            with writing_to(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / JOB, json.dumps({**job, "core": core}, indent=1))
+        environment = os.environ | {PARENT: str(os.getpid())}
+        environment |= ONE_THREAD if core is not None else {}
         path = next(iter(jobs)) / LOG
         with path.open("ab") as log:
             process = subprocess.Popen(

@@ -1,5 +1,6 @@
 """`emax compare`: the report on hand-made results, merging, refusals, and all of it at once."""
 
+import errno
 import json
 import math
 import os
@@ -123,11 +124,17 @@ def test_measured_speeds_replace_those_of_the_runs_once_all_methods_have_them(
     facts = {"device": "cpu", "machine": "m", "load": 0.1, "date": "2026-02-03T04:05:06"}
     *lines, source = cost_table(study, results, {**facts, "cells": cells}, "tiny")
     assert "| emax | 1.235 | 2.0 | 20.0 | 50.0 | 1000.0 | 1.0 | 55.0 |" in lines
-    assert source.endswith("without loading data, on cpu (m, load 0.1 beforehand) on 2026-02-03.")
+    assert "without loading data, on cpu (m, load 0.1 beforehand) on 2026-02-03." in source
     cells.pop(study.cells[0].hash)
     *lines, source = cost_table(study, results, {**facts, "cells": cells}, "tiny")
     assert "| emax | 1.235 | 2.0 | 100.0 | 400.0 | 1000.0 | 1.0 | 55.0 |" in lines
-    assert source.endswith("`emax compare --measure` measures all methods in turns.")
+    assert "`emax compare --measure` measures all methods in turns." in source
+    assert "several machines" not in source
+    results["tiny", "emax", 0]["machine"] = "another"
+    first, _, *lines, source = cost_table(study, results, {}, "tiny")
+    assert "minutes a run" not in first
+    assert "| emax | 1.235 | 2.0 | 100.0 | 400.0 | 1000.0 | 55.0 |" in lines
+    assert "on several machines, so their times do not compare" in source
 
 
 @pytest.mark.slow
@@ -168,6 +175,26 @@ def test_report_says_what_is_missing_and_names_what_diverged(
     assert "**It is not complete" in text
     assert "6 of 14 runs" in text
     assert "- tiny/emax, seed 1: the loss is not finite" in text
+
+
+def test_p_values_are_corrected_for_the_comparisons_that_lack_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    results, part = [], {key: value for key, value in TOP1.items() if key[0] != "se"}
+    for name, values in (("whole", TOP1), ("part", part)):
+        write_results_of(path, tmp_path / name, values)
+        lines = reported(path, tmp_path / name, capsys).splitlines()
+        results.append([line.split(" | ")[-1] for line in lines if line.startswith("| none | 4 |")])
+    # With three degrees of freedom the p-value is 0.0163 for none and 0.0154 for SE.
+    assert [found[0] for found in results] == ["0.031 |", "0.033 |"]
+
+
+def test_report_does_without_a_commit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As outside a checkout, where the package was installed."""
+    path = write_study(tmp_path)
+    write_results_of(path, tmp_path / "runs", TOP1, commit=None)
+    assert "- commits: unknown" in reported(path, tmp_path / "runs", capsys).splitlines()
 
 
 def test_loss_that_is_not_finite_has_no_interval(
@@ -335,6 +362,38 @@ def test_results_of_several_machines_are_merged_by_hash(
     message = refusal(path, tmp_path / "new", capsys, "--merge", folders[0], again)
     assert "are of the same run, and differ" in message
     assert not list((tmp_path / "new").rglob(RESULT))
+
+
+def test_one_configuration_of_two_backbones_is_merged_into_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    write_results_of(path, tmp_path / "one", TOP1)
+
+    def twice(study: dict[str, Any]) -> None:
+        study["name"] = "two"
+        study["backbones"]["same"] = study["backbones"]["tiny"]
+
+    two = write_study(tmp_path, twice, "two.yaml")
+    options = ["--output", str(tmp_path / "runs"), "--merge", str(tmp_path / "one" / "small")]
+    assert compare([str(two), *options]) == 0
+    assert "28 results copied" in capsys.readouterr().out
+    for backbone in ("tiny", "same"):
+        assert len(list((tmp_path / "runs" / "two" / backbone).rglob(RESULT))) == 14
+
+
+def test_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path)
+    write_results_of(path, tmp_path / "runs", TOP1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert compare([str(path), "--output", str(tmp_path / "runs"), "--report"]) == 1
+    assert only_line(capsys.readouterr().err).endswith("report.md: the disk is full")
 
 
 def test_command_line_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

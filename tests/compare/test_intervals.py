@@ -47,4 +47,5 @@ def test_holm() -> None:
     # 0.01 x 4, 0.02 x 3, then the greatest so far, at most 1.
     assert holm([0.03, 0.01, 0.9, 0.02]) == pytest.approx([0.06, 0.04, 0.9, 0.06])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([0.03, 0.01], 4) == pytest.approx([0.09, 0.04])
     assert holm([]) == []

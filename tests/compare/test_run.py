@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from study_testing import made, study_on, trainer_of, write_study
+from interpreters import ENVIRONMENT
+from study_testing import made, study_on, trainer_of, write_jobs, write_study
 from tiers import mostly_slow
-from training_testing import SMALL_MODEL, rows_without_seconds
+from training_testing import SMALL_MODEL, only_line, rows_without_seconds
 
-from emax_timm.compare.outcome import outcomes, slices_of
-from emax_timm.compare.run import start_from
+from emax_timm.compare.outcome import _unaugmented, outcomes, slices_of
+from emax_timm.compare.run import PARENT, RESULT, start_from
 from emax_timm.compare.study import read_study
 from emax_timm.training import train
 
@@ -70,6 +74,29 @@ def test_run_is_bitwise_that_of_train_py(images: Path, tmp_path: Path) -> None:
     logs = [rows_without_seconds(tmp_path / name / "log.jsonl") for name in ("alone", "seed-3")]
     assert logs[0] == logs[1]
     assert not (tmp_path / "seed-3" / "checkpoints").exists()
+
+
+def test_run_ends_with_the_process_that_has_started_it(images: Path, tmp_path: Path) -> None:
+    """Also if that one was killed while this one was still importing torch."""
+    jobs = write_jobs(study_on(images, tmp_path), [("none", 0)], tmp_path, ["run"])
+    command = [sys.executable, "-m", "emax_timm.compare.run", *map(str, jobs)]
+    environment = {**ENVIRONMENT, PARENT: str(os.getpid() + 1)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "the process that has started this one has ended" in only_line(done.stderr)
+    assert not list(tmp_path.rglob(RESULT))
+
+
+@pytest.mark.parametrize(("option", "count"), [("val_fraction", 24), ("train_num_samples", 16)])
+def test_training_accuracy_is_of_the_images_trained_on(
+    option: str, count: int, images: Path, tmp_path: Path
+) -> None:
+    value = {"val_fraction": 0.25, "train_num_samples": 16}[option]
+    trainer = trainer_of(study_on(images, tmp_path, **{option: value}), "none", 0, tmp_path)
+    loader = _unaugmented(trainer.config, trainer.data_config, 1000, trainer.context)
+    trained: Any = trainer.train_loader.dataset.dataset
+    assert sorted(loader.dataset.dataset.indices) == sorted(trained.indices)
+    assert len(loader.dataset) == count
 
 
 def test_run_that_diverges_is_a_result_with_its_name(images: Path, tmp_path: Path) -> None:

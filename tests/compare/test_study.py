@@ -118,6 +118,20 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda s: s["methods"]["none"].update(stages=[1]),
         "has attn_kwargs or stages, but no attention",
     ),
+    "test images choose the epoch": (
+        lambda s: s["recipe"].pop("val_split"),
+        "selected on validation, which has the images of the test split validation; choose",
+    ),
+    "test images under another name": (
+        lambda s: s["recipe"].update(val_split="eval"),
+        "selected on eval, which has the images of the test split validation; choose",
+    ),
+    "test images of torchvision": (
+        lambda s: s["recipe"].update(
+            dataset="torch/cifar10", data_dir="x", val_split="val", test_split="test"
+        ),
+        "selected on val, which has the images of the test split test; choose",
+    ),
 }
 
 

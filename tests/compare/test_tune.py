@@ -1,6 +1,7 @@
 """`emax tune`: trials that are equal in number, resumable, and end in a recipe for train.py."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +14,13 @@ from interpreters import ENVIRONMENT
 from study_testing import write_study
 from training_testing import only_line
 
-from emax_timm.compare.search import listed, load_optuna
+from emax_timm.compare.run import RESULT
+from emax_timm.compare.search import Search, listed, load_optuna
 from emax_timm.compare.study import read_study
-from emax_timm.compare.tune import tune
+from emax_timm.compare.tune import TuneOptions, _searches, tune
 from emax_timm.training import TrainConfig
-from emax_timm.training.config import parse_settings
+from emax_timm.training.config import from_mapping, parse_settings
+from emax_timm.training.journal import LOG
 
 MISSING = importlib.util.find_spec("optuna") is None
 needs_optuna = pytest.mark.skipif(MISSING, reason="needs emax-timm[tune]")
@@ -84,7 +87,7 @@ BAD: dict[str, tuple[Change, str]] = {
             s["tune"]["recipe"].pop("val_fraction"),
             s["tune"]["recipe"].update(val_split="validation"),
         ),
-        "the trials read validation, which is the test split; choose another val_split",
+        "the trials read validation, which has the images of the test split validation;",
     ),
     "data": (
         lambda s: s["tune"]["space"].update(train_split=["train", "validation"]),
@@ -217,6 +220,73 @@ def test_search_continues_and_its_winner_is_a_recipe(images: Path, tmp_path: Pat
         tmp_path, lambda s: (tuned(s), s["tune"].update(trials=9)), data_dir=str(images)
     )
     assert tune([str(other), "--output", str(tmp_path / "runs")]) == 2
+
+
+class Trials:
+    """Trials that log what they are told to, in place of processes."""
+
+    def __init__(self) -> None:
+        self.running: dict[Path, dict[str, Any]] = {}
+        self.asked: set[Path] = set()
+
+    def start(self, jobs: dict[Path, dict[str, Any]]) -> None:
+        self.running = jobs
+
+    def end(self, folder: Path) -> None:
+        self.asked.add(folder)
+
+    def make(self, search: Search, *metrics: float, diverged: str | None = None) -> str:
+        """Make a trial with these metrics of its epochs; returns its rate, and how it ended."""
+        search.start(self, "cpu", None)  # type: ignore[arg-type]
+        ((folder, job),) = self.running.items()
+        folder.mkdir(parents=True)
+        for metric in metrics:
+            with (folder / LOG).open("a") as log:
+                log.write(json.dumps({"val_top1": metric}) + "\n")
+            search.watch(self)  # type: ignore[arg-type]
+        if folder not in self.asked:
+            (folder / RESULT).write_text(json.dumps({"diverged": diverged}))
+        number = search.trial.number
+        search.finish()
+        return f"{job['config']['lr']} {search.study.trials[number].state.name}"
+
+
+@needs_optuna
+def test_trials_are_the_grid_and_bad_ones_are_stopped_by_the_rule(tmp_path: Path) -> None:
+    rates = [0.001, 0.002, 0.004, 0.008, 0.016]
+
+    def grid(study: dict[str, Any]) -> None:
+        tuned(study)
+        study["tune"].update(sampler="grid", space={"lr": rates})
+        del study["methods"]["emax"]["space"]
+
+    study = read_study(str(write_study(tmp_path, grid)))
+    options = from_mapping(TuneOptions, study.file.tune, "tune")
+    search = _searches(study, options, tmp_path / "tune")[0]
+    storage, trials = f"sqlite:///{tmp_path / 'trials.db'}", Trials()
+    search.open(storage, {"rule": "median", "trials": 2, "epochs": 1})
+    ended = [
+        trials.make(search, 40.0, 50.0),
+        trials.make(search, 42.0, 60.0),
+        trials.make(search, 10.0, 10.0),  # below the median 41 of the two before
+        trials.make(search, 50.0, diverged="the loss is not finite"),
+    ]
+    search.open(storage, {"rule": "median", "trials": 2, "epochs": 1})  # it is continued
+    ended.append(trials.make(search, 41.5, 55.0))
+    states = ["COMPLETE", "COMPLETE", "PRUNED", "FAIL", "COMPLETE"]
+    assert ended == [f"{rate} {state}" for rate, state in zip(rates, states, strict=True)]
+    assert not search.left()
+    assert search.best().params == {"lr": 0.002}
+
+
+@needs_optuna
+def test_folder_that_is_no_url_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path, tuned)
+    assert tune([str(path), "--output", str(tmp_path / "what?")]) == 2
+    assert "has a ?, and Optuna could not open it" in only_line(capsys.readouterr().err)
+    assert not (tmp_path / "what?").exists()
 
 
 @needs_optuna
