@@ -7,13 +7,15 @@ computes the rest again. A gradient that is to be differentiated again comes fro
 operations.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 
-from .backend import Backend
+from .backend import Backend, requested, wanted_backend
 from .portable.backward import plain_gradients
 from .weights import TENSORS, EMAXWeights
 
@@ -46,7 +48,7 @@ class _EMAX(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         out, saved = backend.forward(x, EMAXWeights(config, *tensors), noise, True, mask)  # type: ignore[arg-type]
-        ctx.backend, ctx.config = backend, config
+        ctx.backend, ctx.config, ctx.requested = backend, config, requested()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, noise, mask, *tensors, *saved)
         return out
@@ -59,10 +61,13 @@ class _EMAX(torch.autograd.Function):
         x, noise, mask, *kept = ctx.saved_tensors
         tensors, saved = kept[: len(TENSORS)], kept[len(TENSORS) :]
         weights = EMAXWeights(ctx.config, *tensors)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            grads = _gradients(ctx.backend, grad, x, weights, noise, saved, mask)
+        elif torch.is_grad_enabled():
             grads = plain_gradients(grad, x, weights, noise, mask, create_graph=True)
         else:
-            grads = _gradients(ctx.backend, grad, x, weights, noise, saved, mask)
+            with _asking_for(ctx.requested):
+                grads = _gradients(ctx.backend, grad, x, weights, noise, saved, mask)
         # In the order of the arguments of `forward`; between x and the tensors none has a gradient.
         return grads.get("x"), None, None, None, None, *[grads.get(name) for name in TENSORS]
 
@@ -87,10 +92,21 @@ class _TransformedEMAX(_EMAX):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, noise, mask, ctx.backend, ctx.config, *tensors = inputs
+        ctx.requested = requested()
         _, *saved = output
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, noise, mask, *tensors, *saved)
+
+
+@contextlib.contextmanager
+def _asking_for(name: str | None) -> Iterator[None]:
+    """Ask for the backend of the forward pass: on GPUs a backward pass has a thread of its own."""
+    token = wanted_backend.set(name)
+    try:
+        yield
+    finally:
+        wanted_backend.reset(token)
 
 
 def _gradients(

@@ -1,13 +1,19 @@
-"""The interface of a backend; `dispatch.BACKENDS` lists the backends in order of preference."""
+"""The interface of a backend, and which one was requested; `dispatch.BACKENDS` lists them."""
 
+import os
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .weights import EMAXWeights
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "requested", "wanted_backend"]
+
+wanted_backend: ContextVar[str | None] = ContextVar("emax_backend", default=None)
+"""What `use_backend` asks for; None leaves it to the environment."""
 
 
 class Backend(NamedTuple):
@@ -33,3 +39,11 @@ class Backend(NamedTuple):
     "conv1x1_weight", ...): those of x and of every tensor in the weights except the warm-up and
     the temperature; it may leave out what requires no gradient. They may have any float dtype, and
     any shape with the elements in order."""
+
+
+# torch.compile calls this while it traces, instead of tracing the look at the environment.
+@torch.compiler.assume_constant_result
+def requested() -> str | None:
+    """Return the name of the backend that was requested, or None."""
+    name = wanted_backend.get() or os.environ.get("EMAX_BACKEND") or "auto"
+    return None if name == "auto" else name

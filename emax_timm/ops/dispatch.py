@@ -6,9 +6,7 @@ see those of the portable backend.
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from functools import wraps
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .autograd import differentiable
-from .backend import Backend
+from .backend import Backend, requested, wanted_backend
 from .cpp import CPP
 from .portable import PORTABLE
 from .portable.forward import emax_plain, maps_plain
@@ -44,8 +42,6 @@ _logger = logging.getLogger(__name__)
 
 BACKENDS: tuple[Backend, ...] = (TRITON, CPP, PORTABLE)
 """The backends in order of preference; the last one serves every input."""
-
-_wanted: ContextVar[str | None] = ContextVar("emax_backend", default=None)
 
 
 class BackendError(RuntimeError):
@@ -236,11 +232,11 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name != "auto" and name not in [backend.name for backend in BACKENDS]:
         raise BackendError(_unknown(name))
-    token = _wanted.set(name)
+    token = wanted_backend.set(name)
     try:
         yield
     finally:
-        _wanted.reset(token)
+        wanted_backend.reset(token)
 
 
 def report_fallback(reason: str) -> None:
@@ -258,14 +254,6 @@ def report_fallback(reason: str) -> None:
 
 
 _reported: set[str] = set()
-
-
-# torch.compile calls this while it traces, instead of tracing the look at the environment.
-@torch.compiler.assume_constant_result
-def requested() -> str | None:
-    """Return the name of the backend that was requested, or None."""
-    name = _wanted.get() or os.environ.get("EMAX_BACKEND") or "auto"
-    return None if name == "auto" else name
 
 
 def _unknown(name: str | None) -> str:

@@ -208,9 +208,12 @@ class BackendTester(BackendHarness):
         results = self.check(module, self.features(2, 24, 5, 4))
         assert results["grad global_attn.1.weight"].abs().max() == 0
 
-    def test_half_precision_parameters(self, dtype: Any) -> None:
+    @pytest.mark.parametrize("schedule", ["kept", "converted"])
+    def test_half_precision_parameters(self, schedule: str, dtype: Any) -> None:
+        """As of `model.half()`, which converts the schedule of the grouping as well."""
         module = self.layer(EMAX, 24).to(dtype)
-        module.warmup, module.temperature = module.warmup.float(), module.temperature.float()
+        if schedule == "kept":
+            module.warmup, module.temperature = module.warmup.float(), module.temperature.float()
         force(module, 4)
         x = self.features(2, 24, 5, 4, dtype=dtype)
         actual, exact = self.compute(module, x), exact_results(module, x)

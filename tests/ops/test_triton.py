@@ -3,6 +3,7 @@
 Triton interprets kernels if TRITON_INTERPRET is 1 when it is imported.
 """
 
+import importlib
 import logging
 import os
 import subprocess
@@ -111,14 +112,22 @@ class TestTriton(BackendTester):
         module = self.layer(EMAX, 64, factor=8).train()
         force(module, 4, margin=20.0)
         x = self.features(4, 64, 9, 7, dtype=torch.bfloat16)
-        expected = out = self.compute(module, x)["out"]
         compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
-        with use_backend("triton"):
-            for _ in range(4):
-                torch.manual_seed(0)
-                out = compiled(x.clone().requires_grad_())
+
+        def results(function: Any) -> list[torch.Tensor]:
+            torch.manual_seed(0)
+            module.zero_grad()
+            leaf = x.clone().requires_grad_()
+            with use_backend("triton"):
+                out = function(leaf)
                 out.backward(torch.ones_like(out))
-        torch.testing.assert_close(out, expected)
+            tensors = [out, leaf.grad, *[parameter.grad for parameter in module.parameters()]]
+            return [tensor.detach().clone() for tensor in tensors if tensor is not None]
+
+        # Compiled first: what is kept between calls must not be memory of the graphs.
+        *_, actual = [results(compiled) for _ in range(4)]
+        for one, other in zip(actual, results(module), strict=True):
+            torch.testing.assert_close(one, other)
         torch.compiler.reset()
 
 
@@ -153,12 +162,11 @@ def test_launches() -> None:
     from emax_timm.ops.dispatch import draw_noise
     from emax_timm.ops.triton.backward import backward
     from emax_timm.ops.triton.forward import forward
-    from emax_timm.ops.triton.plan import counts_of, recorded_launches
+    from emax_timm.ops.triton.plan import recorded_launches
 
     module = EMAX(64, device="meta")
     x = torch.empty(4, 64, 8, 8, device="meta").to(memory_format=torch.channels_last)
     weights = module.weights()
-    counts_of(weights, x.device)  # once for all layers
     with torch.no_grad(), recorded_launches() as launches, _Kernels() as others:
         noise = draw_noise(x, module.candidates, True)
         _, saved = forward(x, weights, noise, True)
@@ -169,17 +177,37 @@ def test_launches() -> None:
     assert len(launches) >= 15, "the kernels are counted"
 
 
+def test_kernels_get_the_weights_of_every_model_in_float32() -> None:
+    """What they are compiled for is kept by sizes and by the dtype of x alone."""
+    from emax_timm.ops.triton.plan import plan_for
+
+    x = torch.zeros(1, 64, 2, 2, device=DEVICE, dtype=torch.float16)
+    for module in (EMAX(64), EMAX(64).half(), EMAX(64).bfloat16()):
+        weights, _ = plan_for(x, module.to(DEVICE).weights())
+        dtypes = {tensor.dtype for tensor in weights[1:] if tensor is not None}
+        assert dtypes == {torch.float32}
+    assert weights.warmup is not None
+
+
 def test_what_does_not_serve_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(x: torch.Tensor, factor: int = 32) -> str:
         return explain(x, EMAX(x.shape[1], factor).weights())["triton"] or ""
 
     here = torch.ones(1, 4, 2, 2, device=DEVICE)
     assert "float32, bfloat16 and float16, not float64" in reason(here.double())
-    assert "256 channels, not 1 of 300" in reason(here.repeat(1, 75, 1, 1), factor=1)
+    assert "64 channels, not 1 of 300" in reason(here.repeat(1, 75, 1, 1), factor=1)
+    assert "in 32 bits, which are too few" in reason(here[..., :1, :1].expand(1, 4, 30_000, 30_000))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert reason(torch.ones(1, 4, 2, 2)) == "it serves tensors on GPUs, not on the CPU"
     assert "not on meta" in reason(torch.ones(1, 4, 2, 2, device="meta"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr("triton.__version__", "3.2.0")
+        triton._triton_problem.cache_clear()
+        assert reason(here) == "it needs Triton 3.3 or newer, not 3.2.0"
+        patch.setattr("triton.__version__", "3.10.0")
+        triton._triton_problem.cache_clear()
+        assert reason(here) == ""
     monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
     triton._triton_problem.cache_clear()
     assert reason(here) == "Triton is not installed"
@@ -206,22 +234,39 @@ def test_a_gpu_without_it_is_told_why_once(
     ]
 
 
-@pytest.mark.parametrize("failing", ["forward", "backward"])
+class Broken:
+    """A kernel that cannot be compiled, as Triton or the machine says so."""
+
+    arg_names = ()
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getitem__(self, grid: object) -> Any:
+        def launch(*arguments: object, **constants: object) -> None:
+            raise self.error
+
+        return launch
+
+
+# What a machine without a compiler raises is no class of Triton's.
+BROKEN = [
+    ("maps.fine_maps", RuntimeError("Failed to find C compiler.\nno such instruction")),
+    ("map_gradients.map_gradient", subprocess.CalledProcessError(1, "no such instruction")),
+]
+
+
+@pytest.mark.parametrize(("kernel", "error"), BROKEN, ids=["forward", "backward"])
 def test_a_kernel_that_fails_gives_way(
-    failing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kernel: str,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One log line, right values, and another backend from then on; asked for, an error."""
-    from emax_timm.ops.triton import backward, forward
-
-    class CompilationError(Exception):
-        pass
-
-    CompilationError.__module__ = "triton.compiler.errors"
-
-    def fail(*arguments: object) -> None:
-        raise CompilationError("at 1:2:\nno such instruction")
-
-    monkeypatch.setattr({"forward": forward, "backward": backward}[failing], failing, fail)
+    importlib.import_module("emax_timm.ops.triton.backward")
+    monkeypatch.setattr(f"emax_timm.ops.triton.kernels.{kernel}", Broken(error))
+    monkeypatch.setattr("emax_timm.ops.triton.plan._plans", {})
     monkeypatch.setattr(triton, "_failure", None)
     triton._report.cache_clear()
     module = EMAX(8, factor=2).to(DEVICE)

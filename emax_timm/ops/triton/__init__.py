@@ -6,7 +6,6 @@ Nothing here needs Triton to be imported: the kernels are imported when they are
 import importlib.util
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -14,9 +13,10 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..backend import Backend
+from ..backend import Backend, requested
 from ..portable import PORTABLE
 from ..weights import EMAXWeights
+from .plan import KernelError, on_device_of, size_problem
 
 __all__ = ["DTYPES", "TRITON"]
 
@@ -24,8 +24,9 @@ _logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_GROUPS = 64
-MAX_GROUP_CHANNELS = 256
+MAX_GROUP_CHANNELS = 64  # with more, the products of a group spill registers
 MIN_CAPABILITY = (8, 0)
+MIN_TRITON = (3, 3)  # older launchers take other arguments
 
 
 def _unsupported(x: Tensor, weights: EMAXWeights) -> str | None:
@@ -55,6 +56,9 @@ def _reason(x: Tensor, weights: EMAXWeights) -> str | None:
             f"it serves up to {MAX_GROUPS} groups of up to {MAX_GROUP_CHANNELS} channels, "
             f"not {groups} of {x.shape[1] // groups}"
         )
+    # Sizes that vary in a compiled graph are checked when it runs: here they would be guarded.
+    if not torch.compiler.is_compiling() and (problem := size_problem(x.shape)):
+        return problem
     if isinstance(x, FakeTensor):
         return "fake tensors have no data"
     # torch.compile traces with an interpreter stack of its own, and sees the operators.
@@ -78,8 +82,14 @@ def _device_problem(device: torch.device) -> str | None:
 def _triton_problem() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    from . import operators  # noqa: F401  torch.compile needs them registered
+    try:
+        import triton
 
+        if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
+            return f"it needs Triton 3.3 or newer, not {triton.__version__}"
+        from . import operators  # noqa: F401  torch.compile needs them registered
+    except Exception as error:
+        return f"Triton cannot be imported ({_last_line(error)})"
     return None
 
 
@@ -109,9 +119,9 @@ def _forward(
         from .forward import forward
 
         try:
-            with _on_device_of(x):
+            with on_device_of(x):
                 return forward(x, weights, noise, keep)
-        except Exception as error:
+        except KernelError as error:
             _give_way(error)
     return PORTABLE.forward(x, weights, noise, keep, mask)
 
@@ -135,40 +145,34 @@ def _backward(
         return {"x": grad_x, **named_gradients(gradients, x, weights)}
     if len(saved) == 1:
         try:
-            with _on_device_of(x):
+            with on_device_of(x):
                 grad_x, gradients = backward(grad, x, weights, noise, saved[0])
             return {"x": grad_x, **named_gradients(gradients, x, weights)}
-        except Exception as error:
+        except KernelError as error:
             _give_way(error)
             _, saved = PORTABLE.forward(x, weights, noise, True, mask)
     return PORTABLE.backward(grad, x, weights, noise, saved, mask)
 
 
-def _on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Make the GPU of x the current one, to which Triton launches."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return nullcontext()
-
-
-def _give_way(error: Exception) -> None:
-    """Let another backend serve from now on, and say so once, if a kernel cannot be compiled.
+def _give_way(error: KernelError) -> None:
+    """Let another backend serve from now on, and say so once.
 
     Raises:
         BackendError: If this backend was requested.
-        Exception: The error itself, if it is not of Triton's compiler.
     """
     global _failure
-    if not type(error).__module__.startswith("triton"):
-        raise error
-    from ..dispatch import BackendError, requested
+    from ..dispatch import BackendError
 
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = f"a kernel cannot be compiled here ({type(error).__name__}: {' '.join(lines[-1:])})"
+    reason = f"a kernel cannot be compiled here ({_last_line(error.args[0])})"
     if requested() == TRITON.name:
         raise BackendError(f"the backend {TRITON.name} was asked for, but {reason}") from error
     _report(reason)
     _failure = reason
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[-1:])}"
 
 
 TRITON = Backend("triton", _unsupported, _forward, _backward)

@@ -24,7 +24,6 @@ from .plan import (
     Launch,
     Plan,
     conv3x3_strides,
-    counts_of,
     new_buffer,
     pieces,
     plan_for,
@@ -149,28 +148,27 @@ def _gate_backward(step: _Pass, name: str, means: Tensor, hidden: Tensor, of_mea
 def _mixing_backward(step: _Pass) -> None:
     """Go back through the mixture over group counts."""
     _, _, weights, plan, saved, scratch, _, _ = step
-    b, c, F, K = plan.b, plan.c, plan.groups, plan.candidates
+    b, c, F = plan.b, plan.c, plan.groups
     padded = max(16, power_of_two(F))
     tile, parts = mixing_parts(plan)
-    counts = counts_of(weights, scratch.of_map.device)
     plan.launch(
         "unmix",
-        (scratch.of_map, saved.maps, saved.score, saved.choice, counts, weights.warmup,
+        (scratch.of_map, saved.maps, saved.score, saved.choice, weights.warmup,
          scratch.of_maps, scratch.of_mixing, b, plan.pixels),
         lambda: Launch(
             map_gradients.unmix_groups, (b, parts),
-            {"F": F, "K": K, "FP": padded, "P": tile, "PRECISION": config.PRECISION},
+            {"F": F, **plan.counts, "FP": padded, "P": tile, "PRECISION": config.PRECISION},
             config.UNMIX[1],
         ),
     )  # fmt: skip
     plan.launch(
         "choice",
         (scratch.of_mixing, saved.score, saved.choice, weights.warmup, weights.temperature,
-         saved.softmax if plan.controlled else None, counts, weights.controller_weight,
+         saved.softmax if plan.controlled else None, weights.controller_weight,
          scratch.of_score, scratch.of_mean, scratch.terms, b, parts, plan.terms),
         lambda: Launch(
             map_gradients.choice_gradient, (b,),
-            {"C": c, "F": F, "K": K, "KP": power_of_two(K), "FP": padded,
+            {"C": c, "F": F, **plan.counts, "FP": padded,
              "ADD": weights.gamma is not None}, 4,
         ),
     )  # fmt: skip

@@ -109,14 +109,17 @@ def compile_kernel(launch: Launch, target: GPUTarget) -> CompiledKernel:
     kernel = launch.kernel
     values: dict[str, Any] = dict(zip(kernel.arg_names, launch.arguments, strict=False))
     values |= launch.constants
+    fixed = {parameter.name: parameter.do_not_specialize for parameter in kernel.params}
     constants = {
-        name: value for name, value in values.items() if value is None or name in launch.constants
+        name: value
+        for name, value in values.items()
+        # Triton takes a number that is 1, such as a stride, for a constant.
+        if value is None or name in launch.constants or (_is_one(value) and not fixed[name])
     }
     signature = {
         name: "constexpr" if name in constants else _type_of(values[name])
         for name in kernel.arg_names
     }
-    fixed = {parameter.name: parameter.do_not_specialize for parameter in kernel.params}
     aligned = [
         name
         for name in kernel.arg_names
@@ -133,6 +136,10 @@ def _type_of(value: Any) -> str:
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, int) and value == 1
 
 
 def _is_aligned(value: Any) -> bool:

@@ -9,7 +9,7 @@ from ..weights import EMAXWeights, present
 from . import config
 from .config import power_of_two, share_out
 from .kernels import maps, output, pooling, products
-from .plan import Launch, Plan, counts_of, new_buffer, pieces, plan_for, split
+from .plan import Launch, Plan, new_buffer, pieces, plan_for, split
 
 __all__ = [
     "Pooled",
@@ -217,24 +217,20 @@ def mix(
 
     With `choose` each sample chooses its group count; else it is as it was saved.
     """
-    b, c, K = plan.b, plan.c, plan.candidates
-    warmup = counts = softmax = None
+    b, c = plan.b, plan.c
+    warmup = softmax = None
     controller = (None, None)
     chooses = choose and plan.controlled
     if plan.mixes:
         warmup = weights.warmup
-        counts = counts_of(weights, spatial.device)
     if chooses:
         controller = (weights.controller_weight, weights.controller_bias)
         softmax = kept.softmax
         if weights.config.batch_vote:
             plan.launch(
                 "vote",
-                (kept.vectors, *controller, noise, weights.temperature, counts, kept.choice,
-                 softmax, b),
-                lambda: Launch(
-                    maps.vote, (1,), {"C": c, "K": K, "KP": power_of_two(K)}, 4
-                ),
+                (kept.vectors, *controller, noise, weights.temperature, kept.choice, softmax, b),
+                lambda: Launch(maps.vote, (1,), {"C": c, **plan.counts}, 4),
             )  # fmt: skip
             chooses = False
 
@@ -242,7 +238,7 @@ def mix(
         pixels, warps = config.MIX[plan.large]
         tile = min(max(16, power_of_two(plan.pixels)), pixels)
         constants = {
-            "C": c, "F": plan.groups, "K": K, "KP": power_of_two(K),
+            "C": c, "F": plan.groups, **plan.counts,
             "FP": max(16, power_of_two(plan.groups)), "P": tile, "CHOOSE": chooses,
             "PRECISION": config.PRECISION,
         }  # fmt: skip
@@ -252,7 +248,7 @@ def mix(
     plan.launch(
         "mix" if choose else "mix again",
         (kept.maps, kept.score, kept.vectors, *controller, noise if chooses else None,
-         weights.temperature if chooses else None, warmup, counts, kept.choice, softmax, spatial,
+         weights.temperature if chooses else None, warmup, kept.choice, softmax, spatial,
          b, plan.pixels),
         mix_groups,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from ..weights import EMAXConfig, EMAXWeights
 from . import backward as backward_pass
 from . import forward as forward_pass
 from .forward import output_like
-from .plan import Sizes, new_buffer
+from .plan import Sizes, new_buffer, on_device_of, size_problem
 
 __all__ = ["backward", "forward"]
 
@@ -36,7 +36,10 @@ def forward(
 ) -> list[Tensor]:
     """Run the forward pass: the output and, with `keep`, what is saved."""
     weights = _weights(tensors, groups, candidates, batch_vote, eps)
-    out, saved = forward_pass.forward(x, weights, noise, keep)
+    if problem := size_problem(x.shape):
+        raise ValueError(f"EMAX's compiled Triton backend does not serve: {problem}")
+    with on_device_of(x):
+        out, saved = forward_pass.forward(x, weights, noise, keep)
     return [out, *saved]
 
 
@@ -65,7 +68,8 @@ def backward(
 ) -> list[Tensor]:
     """Run the backward pass: the gradient of x, and those of the parameters in one tensor."""
     weights = _weights(tensors, groups, candidates, batch_vote, eps)
-    return [*backward_pass.backward(grad, x, weights, noise, saved)]
+    with on_device_of(x):
+        return [*backward_pass.backward(grad, x, weights, noise, saved)]
 
 
 @backward.register_fake

@@ -3,34 +3,39 @@
 A launch through Triton's own entry looks at every argument again, and most of these kernels run
 for a shorter time than that takes. A plan does so the first time alone. That is safe because all
 that a kernel is compiled for follows from the plan's key: the sizes, the dtype, the device, which
-parts the layer has, and that every tensor is aligned to 16 bytes.
+parts the layer has, and that every tensor of it is in float32 and aligned to 16 bytes.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..weights import EMAXWeights, in_dtype
+from ..weights import EMAXWeights
 from . import config
-from .config import share_out, tiles_for
+from .config import power_of_two, share_out, tiles_for
 
 __all__ = [
+    "KernelError",
     "Launch",
     "Plan",
     "Sizes",
     "conv3x3_strides",
-    "counts_of",
     "new_buffer",
+    "on_device_of",
     "padded",
     "pieces",
     "plan_for",
     "recorded_launches",
+    "size_problem",
     "split",
 ]
+
+
+class KernelError(Exception):
+    """A kernel could not be compiled; its argument is the compiler's error, or the machine's."""
 
 
 class Launch(NamedTuple):
@@ -103,6 +108,11 @@ class Plan(Sizes):
     def __init__(self, shape: Sequence[int], weights: EMAXWeights, keep: bool) -> None:
         super().__init__(shape, weights)
         self.tiles = tiles = tiles_for(self.c, self.groups, self.h, self.w)
+        K, digits = self.candidates, enumerate(weights.config.candidates)
+        # The candidate group counts as kernels are compiled for them; see `candidate_counts`.
+        self.counts = {
+            "COUNTS": sum(count << 7 * k for k, count in digits), "K": K, "KP": power_of_two(K)
+        }  # fmt: skip
         # What kernels that work on tiles of x are compiled for.
         self.constants = {
             "C": self.c, "F": self.groups, "d": self.d, "D": tiles.D, "G": tiles.G
@@ -143,15 +153,36 @@ class Plan(Sizes):
         if _recorded is not None:
             _recorded.append(launch._replace(arguments=arguments))
             return
-        compiled = kernel[grid](*arguments, **constants, num_warps=warps)
+        try:
+            compiled = kernel[grid](*arguments, **constants, num_warps=warps)
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) or "Triton Error [" in str(error):
+                raise  # it was compiled, and the GPU failed
+            raise KernelError(error) from error
         if self._keep and compiled is not None:
             rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
             before = (*grid, *(1,) * (3 - len(grid)), compiled.function, compiled.packed_metadata)
             self._compiled[site] = compiled.run, before, rest
 
 
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Make the GPU of x the current one, to which Triton launches."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
 def _stream() -> int:
     return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
+
+
+def size_problem(shape: Sequence[int]) -> str | None:
+    """Say why kernels cannot count the elements of x [b, c, h, w], which they do in 32 bits."""
+    b, c, h, w = shape
+    # Of a sample, of pooled rows and columns, and of the terms, whose columns are fewer than 23 c.
+    if c * h * w >= 2**31 or b * c * max(23, h + w) >= 2**31:
+        return f"it counts elements in 32 bits, which are too few for {list(shape)}"
+    return None
 
 
 def plan_for(x: Tensor, weights: EMAXWeights, *others: Tensor | None) -> tuple[EMAXWeights, Plan]:
@@ -207,15 +238,16 @@ def _float_and_contiguous(weights: EMAXWeights) -> EMAXWeights:
             break
     if fits and conv3x3.dtype == torch.float32:
         return weights
-    config, *tensors = in_dtype(weights, torch.float32)
-    return EMAXWeights(config, *[None if t is None else _contiguous(t) for t in tensors])  # type: ignore[arg-type]
+    config, *tensors = weights
+    return EMAXWeights(config, *[None if t is None else _converted(t) for t in tensors])  # type: ignore[arg-type]
 
 
-def _contiguous(tensor: Tensor) -> Tensor:
-    # With kernels of 1 x 1 both layouts have the same order in memory.
+def _converted(tensor: Tensor) -> Tensor:
+    # With kernels of 1 x 1 both layouts have the same order in memory. The layout is that of the
+    # tensor itself, by which its gradient is read: a conversion may give it another.
     if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor
-    return tensor.contiguous()
+        return tensor.float()
+    return tensor.float().contiguous()
 
 
 @contextlib.contextmanager
@@ -238,18 +270,6 @@ def conv3x3_strides(weights: EMAXWeights) -> dict[str, int]:
     if weight.is_contiguous():
         return {"INPUT": 9, "TAP": 1}
     return {"INPUT": 1, "TAP": weight.shape[1]}
-
-
-def counts_of(weights: EMAXWeights, device: torch.device) -> Tensor:
-    """Return the candidate group counts as a tensor, [K], int32."""
-    return _counts(tuple(weights.config.candidates), device)
-
-
-@lru_cache(maxsize=256)
-def _counts(candidates: tuple[int, ...], device: torch.device) -> Tensor:
-    # Filled on the device: a copy from the host could not be recorded in a CUDA graph.
-    new = [torch.full([1], count, dtype=torch.int32, device=device) for count in candidates]
-    return torch.cat(new)
 
 
 def pieces(like: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .maps import group_count, group_matrices
+from .maps import candidate_counts, group_count, group_matrices
 from .tiles import channels_of_program, load_pixels
 
 __all__ = ["choice_gradient", "map_gradient", "unmix_groups"]
@@ -37,8 +37,9 @@ def map_gradient(
 
 @triton.jit(do_not_specialize=["samples", "pixels"])
 def unmix_groups(
-    grad_map, maps, score, choice, counts, warmup, grad_maps, products, samples, pixels,
-    F: tl.constexpr, K: tl.constexpr, FP: tl.constexpr, P: tl.constexpr, PRECISION: tl.constexpr,
+    grad_map, maps, score, choice, warmup, grad_maps, products, samples, pixels,
+    F: tl.constexpr, COUNTS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, FP: tl.constexpr,
+    P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of the two fine maps, and of the two matrices that mix them.
 
@@ -52,7 +53,7 @@ def unmix_groups(
     base = sample.to(tl.int64) * pixels * F
     other = samples.to(tl.int64) * pixels * F
     s = tl.load(warmup)
-    count = group_count(choice, counts, sample, K)
+    count = group_count(choice, sample, COUNTS, K)
     identity, equal, weighted = group_matrices(score, sample, count, F, FP)
     on_first = tl.trans((1 - s) * identity + s * equal)
     on_second = tl.trans((1 - s) * identity + s * weighted)
@@ -79,10 +80,10 @@ def unmix_groups(
 
 @triton.jit(do_not_specialize=["samples", "parts"])
 def choice_gradient(
-    products, score, choice, warmup, temperature, softmax, counts, controller_weight, grad_score,
+    products, score, choice, warmup, temperature, softmax, controller_weight, grad_score,
     grad_mean, terms, samples, parts, T,
-    C: tl.constexpr, F: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, FP: tl.constexpr,
-    ADD: tl.constexpr,
+    C: tl.constexpr, F: tl.constexpr, COUNTS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    FP: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of the scores and of the logits of the group controller.
 
@@ -94,17 +95,18 @@ def choice_gradient(
     candidate = tl.arange(0, KP)
     both = exists[:, None] & exists[None, :]
     s = tl.load(warmup)
-    chosen = group_count(choice, counts, sample, K)
+    chosen = group_count(choice, sample, COUNTS, K)
     to_first = tl.zeros([FP, FP], tl.float32)
     to_second = tl.zeros([FP, FP], tl.float32)
     for part in range(parts):
         at = products + (sample * parts + part) * F * F + group[:, None] * F + group[None, :]
         to_first += tl.load(at, mask=both, other=0.0)
         to_second += tl.load(at + samples * parts * F * F, mask=both, other=0.0)
+    known = candidate_counts(COUNTS, K, KP)
     of_choice = tl.zeros([KP], tl.float32)
     of_score = tl.zeros([FP], tl.float32)
     for k in range(K):
-        count = tl.load(counts + k)
+        count = tl.sum(tl.where(candidate == k, known, 0), 0)
         _, equal, weighted = group_matrices(score, sample, count, F, FP)
         inner = weighted * to_second
         value = tl.sum(tl.sum(to_first * equal + inner, 1), 0)

@@ -16,7 +16,7 @@ from .tiles import (
     softmax_of_means,
 )
 
-__all__ = ["fine_maps", "group_count", "group_matrices", "mix_groups", "vote"]
+__all__ = ["candidate_counts", "fine_maps", "group_count", "group_matrices", "mix_groups", "vote"]
 
 
 @triton.jit
@@ -107,9 +107,22 @@ def _choose(
 
 
 @triton.jit
+def candidate_counts(COUNTS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+    """Return the K candidate group counts, [KP]: the digits of COUNTS in base 128, lowest first.
+
+    They are compiled in, so that no tensor of them has to be kept for all layers and streams.
+    """
+    candidate = tl.arange(0, KP)
+    counts = tl.zeros([KP], tl.int32)
+    for k in tl.static_range(K):
+        counts = tl.where(candidate == k, (COUNTS >> (7 * k)) & 127, counts)
+    return counts
+
+
+@triton.jit
 def vote(
-    vectors, controller_weight, controller_bias, noise, temperature, counts, choice, softmax,
-    samples, C: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    vectors, controller_weight, controller_bias, noise, temperature, choice, softmax, samples,
+    C: tl.constexpr, COUNTS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """Give every sample of the batch the most frequent choice, of equals the smallest count."""
     candidate = tl.arange(0, KP)
@@ -120,18 +133,19 @@ def vote(
         )
         tl.store(softmax + sample * K + candidate, soft, mask=candidate < K)
         votes += (candidate == best).to(tl.int32)
-    count = tl.load(counts + tl.argmax(votes, 0))
+    known = candidate_counts(COUNTS, K, KP)
+    count = tl.sum(tl.where(candidate == tl.argmax(votes, 0), known, 0), 0)
     for sample in range(samples):
         tl.store(choice + sample, count.to(tl.float32))
 
 
 @triton.jit
-def group_count(choice, counts, sample, K: tl.constexpr):
+def group_count(choice, sample, COUNTS: tl.constexpr, K: tl.constexpr):
     """Return the group count that a sample chose; a single candidate is not written down."""
     if K > 1:
         count = tl.load(choice + sample).to(tl.int32)
     else:
-        count = tl.load(counts)
+        count = tl.full([], COUNTS, tl.int32)
     return count
 
 
@@ -158,10 +172,10 @@ def group_matrices(score, sample, count, F: tl.constexpr, FP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["samples", "pixels"])
 def mix_groups(
-    maps, score, vectors, controller_weight, controller_bias, noise, temperature, warmup, counts,
-    choice, softmax, spatial, samples, pixels,
-    C: tl.constexpr, F: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, FP: tl.constexpr,
-    P: tl.constexpr, CHOOSE: tl.constexpr, PRECISION: tl.constexpr,
+    maps, score, vectors, controller_weight, controller_bias, noise, temperature, warmup, choice,
+    softmax, spatial, samples, pixels,
+    C: tl.constexpr, F: tl.constexpr, COUNTS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    FP: tl.constexpr, P: tl.constexpr, CHOOSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the spatial attention S: the sigmoid of the mixed maps.
 
@@ -179,13 +193,13 @@ def mix_groups(
                 vectors, controller_weight, controller_bias, noise, temperature, sample, C, K, KP
             )
             candidate = tl.arange(0, KP)
-            known = tl.load(counts + candidate, mask=candidate < K, other=0)
+            known = candidate_counts(COUNTS, K, KP)
             count = tl.sum(tl.where(candidate == best, known, 0), 0)
             if tl.program_id(1) == 0:
                 tl.store(softmax + sample * K + candidate, soft, mask=candidate < K)
                 tl.store(choice + sample, count.to(tl.float32))
         else:
-            count = group_count(choice, counts, sample, K)
+            count = group_count(choice, sample, COUNTS, K)
         s = tl.load(warmup)
         identity, equal, weighted = group_matrices(score, sample, count, F, FP)
         on_first = (1 - s) * identity + s * equal
