@@ -25,7 +25,13 @@ from .averaging import WeightAverage
 from .config import TrainConfig, UsageError, learning_rate, mixup_options, model_arguments
 from .config.checks import check_config
 from .config.trial import create_optimizer, create_scheduler, try_training
-from .data import class_names, data_config_of, evaluation_loader, training_loader
+from .data import (
+    class_names,
+    data_config_of,
+    evaluation_loader,
+    ignoring_signals,
+    training_loader,
+)
 from .distributed import DistributedContext
 from .evaluate import half_precision
 from .loading import create_model
@@ -100,9 +106,26 @@ def build_trainer(
     )
     if saved is not None:
         restore(trainer, saved)
+    _check_place(trainer, context)
     if context.is_primary:
         print_splits(splits)
     return trainer
+
+
+def _check_place(trainer: Trainer, context: DistributedContext) -> None:
+    """Refuse ranks that would not begin at the same step, whose gradients do not belong together.
+
+    A rank may not have seen the newest checkpoint, or not have been able to read it.
+    """
+    place = [trainer.epoch, trainer.step, trainer.steps_per_epoch]
+    last = context.max(torch.tensor(place, device=context.device)).tolist()
+    first = context.max(-torch.tensor(place, device=context.device)).neg().tolist()
+    if first != last:
+        raise UsageError(
+            f"the ranks would begin at different places: step {first[1]} of epoch {first[0]} and "
+            f"step {last[1]} of epoch {last[0]}, with {first[2]} and {last[2]} steps an epoch; "
+            "give all of them the same data and the same --output"
+        )
 
 
 def _check(config: TrainConfig, context: DistributedContext) -> None:
@@ -177,7 +200,7 @@ def _open_loaders(
     """Create a loader for each split."""
     batch_size = config.validation_batch_size or config.batch_size
     loaders = {
-        name: evaluation_loader(config, dataset, data_config, batch_size, context)
+        name: ignoring_signals(evaluation_loader(config, dataset, data_config, batch_size, context))
         for name, dataset in splits.items()
         if name != "train"
     }

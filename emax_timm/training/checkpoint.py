@@ -22,6 +22,7 @@ under a temporary name, synced to the disk and renamed when complete.
 
 import io
 import pickle
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -57,6 +58,9 @@ CONFIG, MODEL_CONFIG = "config.yaml", "config.json"
 BEST, LAST = "model.safetensors", "last.safetensors"
 CHECKPOINTS = "checkpoints"
 WEIGHTS, AVERAGED, STATE = "model.safetensors", "averaged.safetensors", "state.pt"
+
+
+_NAME = re.compile(r"epoch-(\d+)-step-(\d+)")
 
 
 class Checkpoint(NamedTuple):
@@ -102,7 +106,10 @@ def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> None:
     if not path.exists():  # one of the same step has the same content
         write_folder(path, {**files, SUMS: sums.encode()})
     _link_last(folder, path / WEIGHTS)
-    for old in checkpoints(folder)[keep:]:
+    # What sorts above is damaged, or of an epoch that had more steps when it was written.
+    present = checkpoints(folder)
+    place = present.index(path)
+    for old in [*present[:place], *present[place + keep :]]:
         remove(old)
 
 
@@ -121,7 +128,9 @@ def _link_last(folder: Path, weights: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the folders of a run's checkpoints, the newest first."""
-    return sorted((folder / CHECKPOINTS).glob("epoch-*"), reverse=True)
+    found = {path: _NAME.fullmatch(path.name) for path in (folder / CHECKPOINTS).glob("epoch-*")}
+    places = {path: (int(name[1]), int(name[2])) for path, name in found.items() if name}
+    return sorted(places, key=places.__getitem__, reverse=True)
 
 
 def load_checkpoint(folder: Path, context: DistributedContext) -> Checkpoint:
@@ -129,7 +138,7 @@ def load_checkpoint(folder: Path, context: DistributedContext) -> Checkpoint:
 
     Args:
         folder: The run directory.
-        context: The distributed context, on whose device the tensors of the state are loaded.
+        context: The distributed context.
 
     Raises:
         UsageError: If there is none.
@@ -137,7 +146,7 @@ def load_checkpoint(folder: Path, context: DistributedContext) -> Checkpoint:
     damaged: list[str] = []
     for path in checkpoints(folder):
         try:
-            found = _read_checkpoint(path, context.device)
+            found = _read_checkpoint(path)
         except UsageError as error:
             damaged.append(str(error))
             continue
@@ -151,27 +160,31 @@ def load_checkpoint(folder: Path, context: DistributedContext) -> Checkpoint:
 
 def _is_intact(path: Path) -> bool:
     try:
-        _read_checkpoint(path, torch.device("cpu"))
+        _read_checkpoint(path)
     except UsageError:
         return False
     return True
 
 
-def _read_checkpoint(path: Path, device: torch.device) -> Checkpoint:
+def _read_checkpoint(path: Path) -> Checkpoint:
     sums = _sums(path)
     if not {WEIGHTS, STATE} <= sums.keys():
         raise UsageError(f"{path / SUMS} lacks {WEIGHTS} or {STATE}")
     averaged = read_weights(path / AVERAGED) if AVERAGED in sums else None
-    return Checkpoint(read_weights(path / WEIGHTS), averaged, _read_state(path / STATE, device))
+    return Checkpoint(read_weights(path / WEIGHTS), averaged, _read_state(path / STATE))
 
 
-def _read_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read a `state.pt` file, which can yield plain data only."""
+def _read_state(path: Path) -> dict[str, Any]:
+    """Read a `state.pt` file, which can yield plain data only, into the host's memory.
+
+    An optimizer moves what belongs on the device; the steps that it counts on the host would make
+    it wait for the device.
+    """
     content = read_checked(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about other pickles, which are refused
-            state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise TypeError(f"it holds {type(state).__name__}")
         return state

@@ -194,7 +194,15 @@ def _resumed(settings: dict[str, Any]) -> dict[str, Any]:
             f"a run continues from its newest checkpoint: give --resume {folder}; "
             f"a new run starts from the weights of {path} with --initial-checkpoint"
         )
-    return layered(_run_settings(folder), {**settings, "resume": str(folder)})
+    before = _run_settings(folder)
+    if (opt := settings.get("opt")) not in (None, before.get("opt", TrainConfig.opt)):
+        raise UsageError(
+            f"{folder} was trained with --opt {before.get('opt', TrainConfig.opt)}, whose state "
+            f"{opt} cannot take over; a new run starts from its weights with --initial-checkpoint"
+        )
+    if any(name.startswith("lr_base") for name in settings):
+        before.pop("lr", None)  # it followed from them
+    return layered(before, {**settings, "resume": str(folder)})
 
 
 def _architecture(name: str) -> str:

@@ -184,7 +184,8 @@ class OptimizerStep:
 
     def _step_unless(self, refused: Refusal) -> None:
         optimizer: Any = self.optimizer
-        if type(optimizer) in FUSED and all(g.get("fused") for g in optimizer.param_groups):
+        fused = type(optimizer) in FUSED and all(g.get("fused") for g in optimizer.param_groups)
+        if fused and not _lacks_momentum(optimizer):
             self._before = None  # these count on the device
             optimizer.grad_scale, optimizer.found_inf = None, refused.flag.float()
             try:
@@ -278,6 +279,21 @@ class _HostState:
         vars(self.optimizer).update(self.numbers)
         for generator, before in self.generators:
             generator.setstate(before)
+
+
+def _lacks_momentum(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether SGD has no momentum yet of a parameter that has a gradient.
+
+    Its fused kernel would be left out on memory that nothing has been written to, and which it
+    keeps as the momentum.
+    """
+    return isinstance(optimizer, torch.optim.SGD) and any(
+        parameter.grad is not None
+        and optimizer.state.get(parameter, {}).get("momentum_buffer") is None
+        for group in optimizer.param_groups
+        if group["momentum"]
+        for parameter in group["params"]
+    )
 
 
 def _same(first: list[Any], second: list[Any]) -> bool:

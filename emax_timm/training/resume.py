@@ -95,7 +95,7 @@ def rewind(run: Run, step: int) -> None:
 def _load(run: Run, saved: Checkpoint) -> None:
     state = saved.state
     run.model.load_state_dict(saved.model)
-    run.optimizer.load_state_dict(state["optimizer"])
+    run.optimizer.load_state_dict(_with_own_options(run, state["optimizer"]))
     run.scaler.load_state_dict(state["scaler"])
     if run.averaged is not None:
         if saved.averaged is None:
@@ -111,6 +111,18 @@ def _load(run: Run, saved: Checkpoint) -> None:
     run.timing = Timing(**state["timing"])
     run.guard.corrupt = state["broken"]
     run.guard.recent.extend(state["recent"])
+
+
+def _with_own_options(run: Run, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of an optimizer with the options of this one, which may have changed."""
+    names = {"weight_decay", "momentum", "eps", "betas", "fused", "foreach", *run.config.opt_kwargs}
+    if run.scheduler is None:
+        names.add("lr")
+    groups = [
+        {**saved, **{name: own[name] for name in names & own.keys()}}
+        for saved, own in zip(state["param_groups"], run.optimizer.param_groups, strict=True)
+    ]
+    return {**state, "param_groups": groups}
 
 
 def _warn_within_epoch(run: Run) -> None:

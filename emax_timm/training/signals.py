@@ -96,7 +96,10 @@ def until_signal(loader: Any, context: DistributedContext, stop: Stop) -> Iterat
     rounds = int(context.max(torch.tensor(len(loader), device=context.device)))
     batches = iter(loader)
     for _ in range(rounds):
-        if number := int(context.max(torch.tensor(stop.number, device=context.device))):
+        number = stop.number
+        if context.size > 1:  # one process alone would wait for its GPU here
+            number = int(context.max(torch.tensor(number, device=context.device)))
+        if number:
             raise Stopped(number)
         if (batch := next(batches, None)) is not None:
             yield batch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import IterableDataset
 
-from ..files import writing_to
+from ..files import WriteError, writing_to
 from . import checkpoint, resume
 from .conditional import Refusal
 from .curves import draw_at_end
@@ -54,8 +54,12 @@ class Trainer(Run):
                 while self.epoch < self.epochs:
                     self._run_epoch(log)
                 self.finish()
-            except (BadStepError, CorruptImageError):
-                self._save_checkpoint()
+            except (BadStepError, CorruptImageError) as error:
+                try:
+                    self._save_checkpoint()
+                except WriteError:  # which must not hide the reason
+                    self.context.warn(str(error))
+                    raise
                 raise
 
     def _run_epoch(self, log: RunLog | None) -> None:

@@ -12,7 +12,14 @@ import pytest
 from faults_testing import NAN_AT, RUN, assert_same_run, keep_only, with_fault
 from interpreters import ENVIRONMENT, ROOT, Interpreter, Result
 from tiers import mostly_slow
-from training_testing import TRAIN, VALIDATE, rows_without_seconds, run_on_two_ranks, state_of
+from training_testing import (
+    TRAIN,
+    VALIDATE,
+    newest_checkpoint,
+    rows_without_seconds,
+    run_on_two_ranks,
+    state_of,
+)
 
 SLOW = pytest.mark.slow
 pytestmark = pytest.mark.timeout(400)
@@ -81,6 +88,27 @@ def wait_for(path: Path, seconds: float) -> str:
         assert time.monotonic() < end, f"no {path} in {seconds} s"
         time.sleep(0.02)
     return path.read_text()
+
+
+# As where a file system shows the newest checkpoint to one host later than to the other.
+HIDES = """
+import emax_timm.training.checkpoint as checkpoint
+found = checkpoint.checkpoints
+checkpoint.checkpoints = lambda folder: found(folder)[rank:]
+"""
+
+
+@SLOW
+def test_ranks_that_would_begin_at_different_steps_are_refused(
+    images: Path, whole_on_two_ranks: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(whole_on_two_ranks, tmp_path / "run", symlinks=True))
+    before = newest_checkpoint(run)
+    script = with_fault(tmp_path, HIDES)
+    result = run_on_two_ranks(script, "--resume", run, "--epochs", "9", cwd=tmp_path)
+    assert result.status != 0
+    assert "error: the ranks would begin at different places: step " in result.stderr
+    assert newest_checkpoint(run) == before
 
 
 @pytest.mark.parametrize(

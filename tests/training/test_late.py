@@ -110,12 +110,27 @@ def test_generators_of_an_optimizer_are_brought_back(
 ) -> None:
     # Kron draws random numbers on the host; it is too slow for the trainer's model.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    bad = (4, 9, 10, 20)
+    _compare_small((4, 9, 10, 20), opt=opt, lr=1e-3)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_momentum_does_not_begin_with_a_step_that_is_left_out(momentum: float) -> None:
+    """The fused kernel is left out, too, on the memory for it, to which nothing was written."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills memory with NaN before it is written to
+    try:
+        _compare_small((0, 1, 5), opt="momentum", lr=1e-2, momentum=momentum, fused=True)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def _compare_small(bad: tuple[int, ...], **options: Any) -> None:
+    """Compare steps that the device leaves out with those that the host does, in a small model."""
 
     def train(device_decides: bool) -> dict[str, Any]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
-        optimizer = create_optimizer_v2(model, opt=opt, lr=1e-3)
+        optimizer = create_optimizer_v2(model, **options)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         update = OptimizerStep(TrainConfig(), model, optimizer, scaler)
         for step in range(25):

@@ -1,7 +1,10 @@
 """Runs are reproducible, and a run that stopped continues as if it had not."""
 
 import json
+import multiprocessing
+import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -182,6 +185,38 @@ def test_resume_with_more_epochs_follows_their_schedule(trainer_for: MakeTrainer
     assert train(["--resume", str(trainer.folder), "--epochs", "2"]) == 0
     rows = rows_without_seconds(trainer.folder / "log.jsonl")
     assert [row["lr"] for row in rows] == pytest.approx([0.05, 0.025])
+
+
+def test_options_of_the_optimizer_may_change_and_the_optimizer_may_not(
+    trainer_for: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = trainer_for(epochs=1, sched="none", warmup_epochs=0)
+    trainer.run()
+    resume = ["--resume", str(trainer.folder), "--epochs", "2"]
+    changed = ["--weight-decay", "0.25", "--momentum", "0.5", "--lr", "0.125"]
+    assert train([*resume, *changed]) == 0
+    groups = state_of(trainer.folder)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.25}
+    assert {(group["momentum"], group["lr"]) for group in groups} == {(0.5, 0.125)}
+    before = left_by(trainer.folder)
+    capsys.readouterr()
+    assert train([*resume, "--epochs", "3", "--opt", "lamb"]) == 2
+    assert "was trained with --opt sgd, whose state lamb cannot take" in capsys.readouterr().err
+    assert train([*resume, "--epochs", "3", "--lr-base", "0.5", "--lr-base-size", "8"]) == 0
+    assert state_of(trainer.folder)["optimizer"]["param_groups"][0]["lr"] == 0.5
+    assert left_by(trainer.folder) != before
+
+
+def test_workers_of_validation_ignore_signals(trainer_for: MakeTrainer) -> None:
+    """Slurm signals them too, and torch would end the run when they die."""
+    trainer = trainer_for(workers=1, validation_batch_size=1)
+    batches = iter(trainer.val_loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    time.sleep(0.5)
+    assert len(list(batches)) == 9
 
 
 def test_resume_takes_the_folder_of_data_that_it_is_given(

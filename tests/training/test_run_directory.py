@@ -435,6 +435,23 @@ def test_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
+def test_newest_checkpoint_is_that_of_the_last_place_or_the_last_written(tmp_path: Path) -> None:
+    # The fourth epoch continues on twice the ranks, with half the steps.
+    for epoch, step in ((3, 300), (3, 170), (9_999, 500), (10_000, 500)):
+        save_checkpoint(tmp_path, checkpoint_at(step, epoch), keep=1)
+        (path,) = checkpoints(tmp_path)
+        assert path.name == f"epoch-{epoch:04}-step-{step:08}"
+        assert load_checkpoint(tmp_path, CPU).state["step"] == step
+
+
+def test_damaged_checkpoint_does_not_crowd_out_a_new_one(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, checkpoint_at(1), keep=2)
+    save_checkpoint(tmp_path, checkpoint_at(3), keep=2)
+    (checkpoints(tmp_path)[0] / "state.pt").write_bytes(b"")
+    save_checkpoint(tmp_path, checkpoint_at(2), keep=2)  # it went on from step 1
+    assert [int(path.name[-8:]) for path in checkpoints(tmp_path)] == [2, 1]
+
+
 def test_checkpoint_of_the_same_step_is_written_if_the_one_there_is_damaged(tmp_path: Path) -> None:
     for spoil in (lambda path: None, lambda path: path.write_bytes(b"")):
         save_checkpoint(tmp_path, checkpoint_at(1), keep=1)
@@ -443,8 +460,8 @@ def test_checkpoint_of_the_same_step_is_written_if_the_one_there_is_damaged(tmp_
         assert load_checkpoint(tmp_path, CPU).state["step"] == 1
 
 
-def checkpoint_at(step: int) -> Checkpoint:
-    state = {"epoch": 0, "step": step, "best": (1.0, 2.0, 3.0), "none": None}
+def checkpoint_at(step: int, epoch: int = 0) -> Checkpoint:
+    state = {"epoch": epoch, "step": step, "best": (1.0, 2.0, 3.0), "none": None}
     return Checkpoint({"w": torch.full((2,), float(step))}, None, state)
 
 

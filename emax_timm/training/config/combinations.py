@@ -84,6 +84,8 @@ def _check_loss(config: TrainConfig) -> None:
         raise UsageError("--jsd-loss needs --aug-splits of at least 2")
     if config.jsd_loss and config.bce_loss:
         raise UsageError("--jsd-loss and --bce-loss exclude each other; leave out one of them")
+    if config.on_spike != TrainConfig.on_spike and not config.loss_spike:
+        raise UsageError(f"--on-spike {config.on_spike} needs --loss-spike, its limit")
     if config.clip_mode != "norm" and config.clip_grad is None:
         raise UsageError(f"--clip-mode {config.clip_mode} needs --clip-grad, its limit")
 

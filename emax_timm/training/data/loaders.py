@@ -1,6 +1,7 @@
 """timm's loaders for training and evaluation, and what is known of the batches they have loaded."""
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "corrupt_images",
     "evaluation_loader",
     "grouped",
+    "ignoring_signals",
     "sample_names",
     "start_epoch",
     "training_loader",
@@ -70,7 +72,7 @@ def training_loader(
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())
         raise UsageError(f"cannot augment as asked (--aa {config.aa}): {text}") from None
-    return loader if stream else _keyed(loader, config, context)
+    return ignoring_signals(loader) if stream else _keyed(loader, config, context)
 
 
 def _augmentation(config: TrainConfig) -> dict[str, Any]:
@@ -115,6 +117,19 @@ def _keyed(loader: Any, config: TrainConfig, context: DistributedContext) -> Any
     if loader.random_erasing is not None:
         loader.random_erasing = KeyedErasing(loader.random_erasing, config.seed, context.rank)
     return loader
+
+
+def ignoring_signals(loader: Any) -> Any:
+    """Let the run alone handle signals, not the workers of its timm loader; returns that."""
+    inner = getattr(loader, "loader", loader)  # the prefetcher wraps torch's
+    inner.worker_init_fn = functools.partial(_start_worker, inner.worker_init_fn)
+    return loader
+
+
+def _start_worker(start: Callable[[int], object] | None, worker: int) -> None:
+    ignore_signals(worker)
+    if start is not None:
+        start(worker)
 
 
 def start_epoch(loader: Any, epoch: int, batch: int = 0) -> None:

@@ -30,6 +30,7 @@ REFUSED = [
     ("--jsd-loss", "needs --aug-splits"),
     ("--jsd-loss --aug-splits 2 --bce-loss", "exclude each other"),
     ("--clip-mode agc", "needs --clip-grad"),
+    ("--on-spike stop", "needs --loss-spike"),
     ("--scale 1 0.1", "scale must ascend"),
     ("--scale -1 1", "scale must be above 0"),
     ("--cutmix-minmax 0.8 0.2", "cutmix_minmax must ascend"),
