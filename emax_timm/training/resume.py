@@ -115,12 +115,15 @@ def _load(run: Run, saved: Checkpoint) -> None:
 
 def _with_own_options(run: Run, state: dict[str, Any]) -> dict[str, Any]:
     """Return the state of an optimizer with the options of this one, which may have changed."""
+    before, now = state["param_groups"], run.optimizer.param_groups
+    if len(before) != len(now):
+        return state  # which torch refuses
     names = {"weight_decay", "momentum", "eps", "betas", "fused", "foreach", *run.config.opt_kwargs}
     if run.scheduler is None:
         names.add("lr")
     groups = [
         {**saved, **{name: own[name] for name in names & own.keys()}}
-        for saved, own in zip(state["param_groups"], run.optimizer.param_groups, strict=True)
+        for saved, own in zip(before, now, strict=True)
     ]
     return {**state, "param_groups": groups}
 
