@@ -3,6 +3,7 @@
 Triton interprets kernels if TRITON_INTERPRET is 1 when it is imported.
 """
 
+import ctypes
 import importlib
 import logging
 import os
@@ -172,9 +173,81 @@ def test_launches() -> None:
         _, saved = forward(x, weights, noise, True)
     assert len(launches) + len(others.names) <= 14, others.names
     with torch.no_grad(), recorded_launches() as launches, _Kernels() as others:
-        backward(x, x, weights, noise, saved[0])
+        backward(x, x, weights, saved[0])
     assert len(launches) + len(others.names) <= 30, others.names
     assert len(launches) >= 15, "the kernels are counted"
+
+
+def interpreted(launch: Any) -> SimpleNamespace:
+    """Run a kernel, and return what Triton returns of a compiled one, which takes pointers."""
+    kernel, arguments, grid, constants, _ = launch
+    kernel[grid](*arguments, **constants)
+    names = kernel.arg_names[len(arguments) :]
+
+    def run(x: int, y: int, z: int, stream: int, *given: Any) -> None:
+        values, rest = given[5 : 5 + len(arguments)], given[5 + len(arguments) :]
+        assert (stream, *given[:5]) == (7, "function", "metadata", None, None, None)
+        assert rest == tuple(constants[name] for name in names)
+        tensors = [
+            memory_at(value, argument) if isinstance(argument, torch.Tensor) else value
+            for value, argument in zip(values, arguments, strict=True)
+        ]
+        kernel[(x, y, z)](*tensors, **constants)
+
+    return SimpleNamespace(run=run, function="function", packed_metadata="metadata")
+
+
+def memory_at(pointer: int, like: torch.Tensor) -> torch.Tensor:
+    if like.numel() == 0:
+        return like
+    memory = (ctypes.c_char * like.nbytes).from_address(pointer)
+    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel())
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="runs interpreted kernels at addresses")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"batch_vote": True}, marks=pytest.mark.slow),
+        pytest.param({"channel_gate": False, "global_gate": False}, marks=pytest.mark.slow),
+        pytest.param({"group_counts": "finest"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_pass_is_launched_again(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With pointers to what it is given then: the bits are those of a first pass."""
+    from emax_timm.ops.triton import plan
+
+    monkeypatch.setattr(plan, "_compile_and_launch", interpreted)
+    monkeypatch.setattr(plan, "_stream", lambda: 7)
+    module = EMAX(8, factor=4, **options).train()
+    generator = torch.Generator().manual_seed(0)
+
+    def results(plans: dict[Any, Any], x: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+        monkeypatch.setattr(plan, "_plans", plans)
+        torch.manual_seed(0)
+        module.zero_grad()
+        x.requires_grad_()
+        with use_backend("triton"):
+            out = module(x)
+            out.backward(grad)
+        tensors = [out, x.grad, *[parameter.grad for parameter in module.parameters()]]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def kept() -> list[bool]:
+        return [known._program is not None for known in plans.values()]
+
+    images = torch.randn(4, 2, 8, 2, 3, generator=generator)
+    x, other, *last = [image.to(memory_format=torch.channels_last) for image in images]
+    plans: dict[Any, plan.Plan] = {}
+    results(plans, x, x.detach())  # x is its own gradient, and will not be the next time
+    assert kept() == [True, False]
+    results(plans, other, x.detach())
+    assert kept() == [True, True]
+    again = results(plans, *[tensor.clone() for tensor in last])
+    for one, same in zip(results({}, *last), again, strict=True):
+        assert torch.equal(one, same)
 
 
 def test_kernels_get_the_weights_of_every_model_in_float32() -> None:
@@ -183,7 +256,7 @@ def test_kernels_get_the_weights_of_every_model_in_float32() -> None:
 
     x = torch.zeros(1, 64, 2, 2, device=DEVICE, dtype=torch.float16)
     for module in (EMAX(64), EMAX(64).half(), EMAX(64).bfloat16()):
-        weights, _ = plan_for(x, module.to(DEVICE).weights())
+        weights, _ = plan_for("forward", x, module.to(DEVICE).weights())
         dtypes = {tensor.dtype for tensor in weights[1:] if tensor is not None}
         assert dtypes == {torch.float32}
     assert weights.warmup is not None

@@ -139,14 +139,12 @@ def _backward(
 
     if torch.compiler.is_compiling():
         config, *tensors = weights
-        grad_x, gradients = torch.ops.emax_triton.backward(
-            grad, x, tensors, noise, saved[0], *config
-        )
+        grad_x, gradients = torch.ops.emax_triton.backward(grad, x, tensors, saved[0], *config)
         return {"x": grad_x, **named_gradients(gradients, x, weights)}
     if len(saved) == 1:
         try:
             with on_device_of(x):
-                grad_x, gradients = backward(grad, x, weights, noise, saved[0])
+                grad_x, gradients = backward(grad, x, weights, saved[0])
             return {"x": grad_x, **named_gradients(gradients, x, weights)}
         except KernelError as error:
             _give_way(error)

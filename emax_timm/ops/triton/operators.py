@@ -52,14 +52,12 @@ def _(x, tensors, noise, groups, candidates, batch_vote, eps, keep):
 @torch.library.custom_op(
     "emax_triton::backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor x, Tensor?[] tensors, Tensor? noise, Tensor saved, {_CONFIG}) "
-    "-> Tensor[]",
+    schema=f"(Tensor grad, Tensor x, Tensor?[] tensors, Tensor saved, {_CONFIG}) -> Tensor[]",
 )
 def backward(
     grad: Tensor,
     x: Tensor,
     tensors: list[Tensor | None],
-    noise: Tensor | None,
     saved: Tensor,
     groups: int,
     candidates: list[int],
@@ -69,13 +67,13 @@ def backward(
     """Run the backward pass: the gradient of x, and those of the parameters in one tensor."""
     weights = _weights(tensors, groups, candidates, batch_vote, eps)
     with on_device_of(x):
-        return [*backward_pass.backward(grad, x, weights, noise, saved)]
+        return [*backward_pass.backward(grad, x, weights, saved)]
 
 
 @backward.register_fake
-def _(grad, x, tensors, noise, saved, groups, candidates, batch_vote, eps):
+def _(grad, x, tensors, saved, groups, candidates, batch_vote, eps):
     sizes = Sizes(x.shape, _weights(tensors, groups, candidates, batch_vote, eps)).gradients()
-    return [output_like(x)[0], new_buffer(x, [*sizes.values()])]
+    return [output_like(x)[0], new_buffer(x, sizes)]
 
 
 def _weights(

@@ -1,13 +1,17 @@
-"""A plan: the sizes of a layer and its input, how memory is laid out, and compiled kernels.
+"""A plan: the sizes of a layer and its input, how memory is laid out, and the launches of a pass.
 
-A launch through Triton's own entry looks at every argument again, and most of these kernels run
-for a shorter time than that takes. A plan does so the first time alone. That is safe because all
-that a kernel is compiled for follows from the plan's key: the sizes, the dtype, the device, which
-parts the layer has, and that every tensor of it is in float32 and aligned to 16 bytes.
+A pass launches the same kernels each time, and describing these launches takes longer than most of
+the kernels run. So a plan keeps what was launched the first time, with the place of each argument
+in the tensors of the pass, and launches it again with pointers alone. That is safe because all that
+a kernel is compiled for follows from the plan's key: the sizes, the dtype, the device, which parts
+the layer has, and that every tensor of it is in float32 and aligned to 16 bytes.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +30,6 @@ __all__ = [
     "new_buffer",
     "on_device_of",
     "padded",
-    "pieces",
     "plan_for",
     "recorded_launches",
     "size_problem",
@@ -43,14 +46,14 @@ class Launch(NamedTuple):
 
     kernel: Any
     """The kernel."""
+    arguments: tuple[Any, ...]
+    """The tensors and numbers that it takes, in order."""
     grid: tuple[int, ...]
     """The numbers of programs."""
     constants: dict[str, Any]
     """The values that it is compiled for, in order; they follow the arguments."""
     warps: int
     """The warps of a program."""
-    arguments: tuple[Any, ...] = ()
-    """The tensors and numbers that it takes, in order."""
 
 
 _recorded: list[Launch] | None = None
@@ -93,13 +96,13 @@ class Sizes:
             vector * (global_ > 0),
         ]
 
-    def gradients(self) -> dict[str, int]:
-        """Return the sizes of what the backward pass writes of the gradients of the parameters."""
+    def gradients(self) -> list[int]:
+        """Return the sizes of the tensors of `gradients.Gradients`."""
         c, d = self.d * self.groups, self.d
-        sizes = {"totals": self.terms, "shared": (10 * d + 4) * d + 1}
-        for name, r in self.hidden.items():
-            sizes |= {f"{name}_reduce_weight": r * c, f"{name}_expand_weight": c * r}
-        return {**sizes, "controller_weight": self.candidates * c * self.controlled}
+        channel, global_ = self.hidden["channel"] * c, self.hidden["global"] * c
+        shared = (10 * d + 4) * d + 1
+        controller = self.candidates * c * self.controlled
+        return [self.terms, shared, channel, channel, global_, global_, controller]
 
 
 class Plan(Sizes):
@@ -120,7 +123,8 @@ class Plan(Sizes):
         self.large = self.pixels >= config.LARGE
         self.grid = (self.b * tiles.blocks,)
         self._keep = keep
-        self._compiled: dict[str, tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = {}
+        self._program: _Program | None = None
+        self._totals: dict[Any, int] = {}
 
     def share_out(self, size: tuple[int, int, int]) -> tuple[tuple[int, int], dict[str, int]]:
         """Return the grid of a kernel that shares out the pixels of a sample, and its tiles."""
@@ -129,40 +133,120 @@ class Plan(Sizes):
         grid = (programs, share_out(self.pixels, tile, programs))
         return grid, {**self.constants, "P": tile, "STAGES": size[2]}
 
+    def shared_out(
+        self, kernel: Any, arguments: tuple[Any, ...], size: tuple[int, int, int], **constants: bool
+    ) -> Launch:
+        """Return the launch of a kernel that shares out the pixels of a sample."""
+        grid, tiles = self.share_out(size)
+        return Launch(kernel, arguments, grid, {**tiles, **constants}, size[1])
+
     def walk(self, size: tuple[int, int, int], weights: EMAXWeights) -> dict[str, int]:
         """Return what a kernel that walks along rows is compiled for."""
         rows = self.tiles.rows(size, self.h, self.w)
         return {**self.constants, **rows, **conv3x3_strides(weights)}
 
-    def launch(self, site: str, arguments: tuple[Any, ...], how: Callable[[], Launch]) -> None:
-        """Launch a kernel.
+    def new_buffer(self, like: Tensor, sizes: Callable[["Plan"], list[int]]) -> Tensor:
+        """Return memory for tensors of the sizes that `sizes` gives for this plan."""
+        total = self._totals.get(sizes)
+        if total is None:
+            total = self._totals[sizes] = _total(sizes(self))
+        return like.new_empty(total, dtype=torch.float32)
+
+    def run(
+        self, tensors: Sequence[Tensor | None], launches: Callable[[], Iterable[Launch]]
+    ) -> None:
+        """Launch the kernels of a pass.
 
         Args:
-            site: A name for this launch.
-            arguments: The tensors and numbers that the kernel takes, in order.
-            how: Returns the launch but for the arguments; the plan determines it.
+            tensors: All that kernels read or write. Their arguments are these tensors and pieces
+                of them, and numbers and None, which are the same for each pass of this plan.
+            launches: Returns the launches. It is called the first time alone.
+
+        Raises:
+            KernelError: If a kernel cannot be compiled.
         """
-        known = self._compiled.get(site)
-        if known is not None:
-            run, before, constants = known
-            # No hooks: this is `compiled[grid](...)` without the look at the stream's metadata.
-            run(*before[:3], _stream(), *before[3:], None, None, None, *arguments, *constants)
-            return
-        launch = how()
-        kernel, grid, constants, warps, _ = launch
         if _recorded is not None:
-            _recorded.append(launch._replace(arguments=arguments))
-            return
-        try:
-            compiled = kernel[grid](*arguments, **constants, num_warps=warps)
-        except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) or "Triton Error [" in str(error):
-                raise  # it was compiled, and the GPU failed
-            raise KernelError(error) from error
-        if self._keep and compiled is not None:
-            rest = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-            before = (*grid, *(1,) * (3 - len(grid)), compiled.function, compiled.packed_metadata)
-            self._compiled[site] = compiled.run, before, rest
+            _recorded.extend(launches())
+        elif self._program is not None:
+            self._program.run(tensors)
+        else:
+            launched = [(launch, _compile_and_launch(launch)) for launch in launches()]
+            if self._keep:
+                self._program = _program_of(tensors, launched)
+
+
+class _Program(NamedTuple):
+    """The launches of a pass, ready to be launched again with other tensors."""
+
+    places: list[tuple[int, int]]
+    """Where arguments are: in which tensor of the pass, and after how many bytes."""
+    fixed: list[Any]
+    """The arguments and constants that are no tensors."""
+    launches: list[tuple[Any, tuple[Any, ...], tuple[Any, ...], Any]]
+    """The function that launches a kernel, what it takes before the stream and after it, and what
+    picks the arguments and constants from the pointers to the places and the fixed ones."""
+
+    def run(self, tensors: Sequence[Tensor | None]) -> None:
+        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        values = [pointers[which] + offset for which, offset in self.places]
+        values += self.fixed
+        stream = _stream()
+        for run, before, after, pick in self.launches:
+            run(*before, stream, *after, *pick(values))
+
+
+def _program_of(
+    tensors: Sequence[Tensor | None], launched: list[tuple[Launch, Any]]
+) -> _Program | None:
+    """Return the program of what was launched, or None where it cannot be told.
+
+    That is so under Triton's interpreter, and where two tensors of the pass share memory (as when
+    x is its own gradient): the next time they may not.
+    """
+    spans = sorted(
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, which)
+        for which, tensor in enumerate(tensors)
+        if tensor is not None and tensor.numel()
+    )
+    shared = any(before[1] > after[0] for before, after in pairwise(spans))
+    if shared or any(compiled is None for _, compiled in launched):
+        return None
+    starts = [start for start, _, _ in spans]
+    places: dict[tuple[int, int], int] = {}
+    fixed: list[Any] = []
+    program = []
+    for launch, compiled in launched:
+        names = launch.kernel.arg_names[len(launch.arguments) :]
+        picked = []
+        for argument in (*launch.arguments, *[launch.constants[name] for name in names]):
+            if isinstance(argument, Tensor) and argument.numel():
+                pointer = argument.data_ptr()
+                start, end, which = spans[bisect_right(starts, pointer) - 1]
+                assert start <= pointer < end, "a kernel gets what is not in the pass's tensors"
+                picked.append(places.setdefault((which, pointer - start), len(places)))
+            else:
+                fixed.insert(0, 0 if isinstance(argument, Tensor) else argument)
+                picked.append(-len(fixed))
+        grid = (*launch.grid, *(1,) * (3 - len(launch.grid)))
+        # Without hooks: they are for profilers of Triton alone.
+        after = (compiled.function, compiled.packed_metadata, None, None, None)
+        program.append((compiled.run, grid, after, itemgetter(*picked)))
+    return _Program(list(places), fixed, program)
+
+
+def _compile_and_launch(launch: Launch) -> Any:
+    """Launch a kernel through Triton's own entry, and return what it compiled.
+
+    Raises:
+        KernelError: If it cannot be compiled.
+    """
+    kernel, arguments, grid, constants, warps = launch
+    try:
+        return kernel[grid](*arguments, **constants, num_warps=warps)
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or "Triton Error [" in str(error):
+            raise  # it was compiled, and the GPU failed
+        raise KernelError(error) from error
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -185,28 +269,29 @@ def size_problem(shape: Sequence[int]) -> str | None:
     return None
 
 
-def plan_for(x: Tensor, weights: EMAXWeights, *others: Tensor | None) -> tuple[EMAXWeights, Plan]:
-    """Return the weights in float32, and the plan for x [b, c, h, w].
+def plan_for(
+    name: str, x: Tensor, weights: EMAXWeights, *others: Tensor | None
+) -> tuple[EMAXWeights, Plan]:
+    """Return the weights in float32, and the plan of a pass over x [b, c, h, w].
 
-    `others` are the tensors, besides x and the weights, that kernels are given.
+    `others` are the tensors, besides x and the weights, that the pass is given.
     """
     weights = _float_and_contiguous(weights)
-    if not x.is_cuda:
-        return weights, Plan(x.shape, weights, False)
-    tensors = (x, *weights[1:], *others)
-    there = []
-    for tensor in tensors:
+    there, pointers = [], 0
+    for tensor in (x, *weights[1:], *others):
         there.append(tensor is not None)
-        if tensor is not None and tensor.data_ptr() % 16:
-            return weights, Plan(x.shape, weights, False)
+        if tensor is not None:
+            pointers |= tensor.data_ptr()
+    if pointers % 16 or _recorded is not None:
+        return weights, Plan(x.shape, weights, False)
     layout = (
         x.is_contiguous(memory_format=torch.channels_last),
         weights.conv3x3_weight.is_contiguous(),
     )
-    groups, candidates, vote, _ = weights.config
+    groups, candidates, vote, eps = weights.config
     key = (
-        x.shape, x.dtype, x.get_device(), layout, groups, tuple(candidates), vote, tuple(there),
-        _hidden(weights),
+        name, x.shape, x.dtype, x.get_device(), layout, groups, tuple(candidates), vote, eps,
+        tuple(there), _hidden(weights),
     )  # fmt: skip
     plan = _plans.get(key)
     if plan is None:
@@ -272,19 +357,18 @@ def conv3x3_strides(weights: EMAXWeights) -> dict[str, int]:
     return {"INPUT": 1, "TAP": weight.shape[1]}
 
 
-def pieces(like: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Return flat float32 tensors of these sizes, aligned, in one piece of memory."""
-    return split(new_buffer(like, sizes), sizes)
-
-
 def new_buffer(like: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return memory for flat float32 tensors of these sizes, on the device of `like`."""
-    return like.new_empty(sum(padded(size) for size in sizes), dtype=torch.float32)
+    return like.new_empty(_total(sizes), dtype=torch.float32)
 
 
 def split(buffer: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """Take a buffer apart into flat tensors, each with its padding."""
     return list(buffer.split([padded(size) for size in sizes]))
+
+
+def _total(sizes: Sequence[int]) -> int:
+    return sum(padded(size) for size in sizes)
 
 
 def padded(size: int) -> int:
