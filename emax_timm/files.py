@@ -107,12 +107,13 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step by a text in UTF-8.
+    """Replace a file in one step by a text in UTF-8, and make its folder if there is none.
 
     Raises:
         WriteError: If it cannot be written.
     """
     with writing_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 

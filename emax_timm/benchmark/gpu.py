@@ -6,6 +6,7 @@ host to launch kernels. The time of the kernels alone is here, from torch's prof
 call finds nothing in the cache of what the call before has left there.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple, TypeVar
@@ -29,11 +30,14 @@ class Kernels(NamedTuple):
             sees no kernels it is the time between two events around the call, which includes gaps.
         launches: Number of kernels; None where the profiler sees none.
         copies: Number of copies and fills by the driver, which are no kernels.
+        each: The median duration of each kernel, copy and fill in seconds, in their order; the
+            second of a name has a 2 behind it, and so on.
     """
 
     seconds: Measured
     launches: int | None
     copies: int | None
+    each: dict[str, float]
 
 
 class Event(NamedTuple):
@@ -52,6 +56,8 @@ class Span(NamedTuple):
     seconds: float
     launches: int
     copies: int
+    each: dict[str, float]
+    """The seconds of each event by its name, as in `Kernels`."""
 
 
 def flushing(device: torch.device) -> Callable[[], object]:
@@ -87,6 +93,10 @@ def kernels(
             measured([span.seconds for span in own]),
             round(median(span.launches for span in own)),
             round(median(span.copies for span in own)),
+            {
+                event: median(span.each[event] for span in own if event in span.each)
+                for event in own[0].each
+            },
         )
         for name, own in by_name.items()
     }
@@ -100,11 +110,18 @@ def spans(events: Iterable[Event], mark: str) -> list[Span]:
             found.append([])
         elif found:
             found[-1].append(event)
-    return [
-        Span(sum(event.duration for event in own) / 1e6, len(own) - copies, copies)
-        for own in found
-        for copies in [sum(event.name.startswith(("Memcpy", "Memset")) for event in own)]
-    ]
+    return [_span(own) for own in found]
+
+
+def _span(events: Sequence[Event]) -> Span:
+    copies = sum(event.name.startswith(("Memcpy", "Memset")) for event in events)
+    each: dict[str, float] = {}
+    seen: Counter[str] = Counter()
+    for event in events:
+        seen[event.name] += 1
+        number = f" {seen[event.name]}" if seen[event.name] > 1 else ""
+        each[event.name + number] = event.duration / 1e6
+    return Span(sum(each.values()), len(events) - copies, copies, each)
 
 
 def _profiled(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[Event]:
@@ -142,7 +159,7 @@ def _by_events(
             end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end) / 1000)
-    return {name: Kernels(measured(seconds), None, None) for name, seconds in times.items()}
+    return {name: Kernels(measured(seconds), None, None, {}) for name, seconds in times.items()}
 
 
 def _rotated(names: list[Name], number: int) -> list[Name]:

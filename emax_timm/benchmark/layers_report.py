@@ -89,7 +89,23 @@ def _on_gpu(found: dict[str, Any]) -> list[str]:
             cells += [_most([one.launches for one in costs]), _most([one.copies for one in costs])]
         cells += [digits(peak / 2**20) for peak in peaks]
         lines.append(row([*cells, _saved(found, name)]))
-    return [*lines, ""]
+    return [*lines, "", *_each_kernel(found)]
+
+
+def _each_kernel(found: dict[str, Any]) -> list[str]:
+    """Format a table of the kernels of this package: the time of each, by its name."""
+    lines: list[str] = []
+    for name, costs in found["gpu"][PASSES[1]].items():
+        each = [Kernels(*one).each for one in costs]
+        if not name.endswith("Triton") or not any(each):
+            continue
+        lines += heading([f"{name}: kernels of {PASSES[1]}, us", *_shapes(found)])
+        kernels = dict.fromkeys(kernel for one in each for kernel in one)
+        for kernel in kernels:
+            times = [f"{1e6 * one[kernel]:.1f}" if kernel in one else "-" for one in each]
+            lines.append(row([kernel, *times]))
+        lines.append("")
+    return lines
 
 
 def _times(

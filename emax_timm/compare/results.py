@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text, writing_to
+from ..files import write_text
 from ..training import checkpoint
 from ..training.config import UsageError
 from .cells import Run
@@ -91,8 +91,6 @@ def declare(study: Study, folder: Path, date: str = "") -> None:
         date: When they were declared (default: now).
     """
     if not (folder / DECLARED).exists():
-        with writing_to(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / DECLARED, {**study.declared(), "date": date or now()})
 
 
@@ -232,8 +230,6 @@ def merge(study: Study, folder: Path, others: list[Path]) -> int:
     declare(study, folder, min((_declared_in(other, study) for other in others), default=""))
     missing = sum(not target.exists() for target in found)
     for target, (path, _) in found.items():
-        with writing_to(target.parent):
-            target.parent.mkdir(parents=True, exist_ok=True)
         for name in (GROUPING, RESULT):  # the result last: without it the run has not ended
             source, copy = path.with_name(name), target.with_name(name)
             if source.exists() and not copy.exists():

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import lock_folder, write_text, writing_to
+from ..files import lock_folder, write_text
 from ..runner import FailedRunError, command
 from ..training.config import AT_LEAST_1, UsageError, from_mapping, option, parse_settings
 from ..training.distributed import find_device
@@ -187,8 +187,6 @@ def _declare(study: Study, searches: list[Search], options: TuneOptions, folder:
             f"{folder} holds trials of another search than that of {study.path}; "
             "choose another name or --output"
         )
-    with writing_to(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 
 

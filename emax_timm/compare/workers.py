@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import write_text, writing_to
+from ..files import write_text
 from ..runner import FailedRunError
 from ..training.config import UsageError, option
 from ..training.signals import Stop, Stopped
@@ -78,8 +78,6 @@ class Workers:
         """Start a process that makes the run of each folder; there must be a free slot."""
         core = self.free.pop(0)
         for folder, job in jobs.items():
-            with writing_to(folder):
-                folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / JOB, json.dumps({**job, "core": core}, indent=1))
         environment = os.environ | {PARENT: str(os.getpid())}
         environment |= ONE_THREAD if core is not None else {}

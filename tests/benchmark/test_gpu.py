@@ -9,13 +9,14 @@ import torch
 from emax_timm.benchmark import layers, networks
 from emax_timm.benchmark.command import benchmark
 from emax_timm.benchmark.gpu import Event, Kernels, Span, kernels, peak_bytes, spans
+from emax_timm.benchmark.layers import PASSES
 from emax_timm.benchmark.layers_report import report_modules
 from emax_timm.benchmark.methods import Tensors
 from emax_timm.benchmark.networks_report import report_models
 from emax_timm.benchmark.timing import Measured
 
 FLUSH = "void at::native::vectorized_elementwise_kernel<4, bitwise_not_kernel_cuda>"
-COST = Kernels(Measured(0.002, 0.001, 0.003), 30, 1)
+COST = Kernels(Measured(0.002, 0.001, 0.003), 30, 1, {"pool": 0.0015, "pool 2": 0.0005})
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
 
@@ -29,10 +30,13 @@ def test_events_belong_to_the_call_after_the_flush() -> None:
         Event(FLUSH, 200.0, 50.0),
         Event(FLUSH, 300.0, 50.0),
         Event("scale", 360.0, 7.0),
+        Event("scale", 370.0, 4.0),
     ]
     first, second, third = spans(reversed(events), FLUSH)
-    assert (first[1:], second, third[1:]) == ((1, 2), Span(0, 0, 0), (1, 0))
-    assert (first.seconds, third.seconds) == pytest.approx((8e-6, 7e-6))
+    assert (first[1:3], second, third[1:3]) == ((1, 2), Span(0, 0, 0, {}), (2, 0))
+    assert (first.seconds, third.seconds) == pytest.approx((8e-6, 11e-6))
+    assert next(iter(first.each)) == "pool"
+    assert third.each == pytest.approx({"scale": 7e-6, "scale 2": 4e-6})
 
 
 @needs_gpu
@@ -78,6 +82,12 @@ def test_report_on_layers(amp: torch.dtype | None) -> None:
         assert f"| {title} | 1x16x4x4 | / SE |" in report
     assert "| SE | 2 (1-3) | 1.00 (worst 1.00) |" in report
     assert "| EMAX | 30 | 1 | 30 | 1 | 1 |" in report
+    assert "kernels of" not in report  # of other libraries; ours have names that say something
+    found["gpu"][PASSES[1]]["EMAX, Triton"] = [COST]
+    assert "| EMAX, Triton: kernels of forward + backward, us | 1x16x4x4 |" in (
+        report := report_modules(found)
+    )
+    assert "| pool | 1500.0 |\n| pool 2 | 500.0 |" in report
     assert ("autocast to bfloat16" in report) == (amp is not None)
 
 
