@@ -10,24 +10,12 @@ from torch import Tensor, nn
 
 from emax_timm.attention import ATTENTIONS
 from emax_timm.compare import lite0
-from emax_timm.runner import FailedRunError
 from emax_timm.samples.scenes import load_sample
 from emax_timm.training import TrainConfig
 from emax_timm.training.build import build_trainer
 from emax_timm.training.distributed import DistributedContext
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("lite0") / "lite0.safetensors"
-    try:
-        lite0.fetch()
-    except FailedRunError as error:
-        pytest.skip(str(error))
-    assert lite0.lite0([str(path)]) == 0
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +30,17 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def plain(weights: Path, images: Tensor) -> Tensor:
-    overlay = {"file": str(weights)}
+def plain(lite0_weights: Path, images: Tensor) -> Tensor:
+    overlay = {"file": str(lite0_weights)}
     model = timm.create_model(lite0.MODEL, pretrained=True, pretrained_cfg_overlay=overlay)
     return logits(model, images)
 
 
-def test_weights_are_those_of_a_trained_network(weights: Path) -> None:
+def test_weights_are_those_of_a_trained_network(lite0_weights: Path) -> None:
     """It finds ImageNet's words for a pullover, a coat and an ankle boot of Fashion-MNIST."""
     items = torch.from_numpy(load_sample("test")[0][[200, 400, 900]]).float().unsqueeze(1)
     large = nn.functional.interpolate(items / 127.5 - 1, size=160, mode="bilinear")
-    overlay = {"file": str(weights)}
+    overlay = {"file": str(lite0_weights)}
     model = timm.create_model(lite0.MODEL, pretrained=True, pretrained_cfg_overlay=overlay)
     best = logits(model, large.expand(-1, 3, -1, -1)).topk(5).indices.tolist()
     sweatshirt, trench_coat, cowboy_boot = 841, 869, 514
@@ -63,12 +51,12 @@ def test_weights_are_those_of_a_trained_network(weights: Path) -> None:
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_closed_attention_leaves_the_logits_to_the_bit(
-    attention: str, weights: Path, images: Tensor, plain: Tensor
+    attention: str, lite0_weights: Path, images: Tensor, plain: Tensor
 ) -> None:
     model = timm.create_model(
         "with_attention",
         pretrained=True,
-        pretrained_cfg_overlay={"state_dict": safetensors.torch.load_file(weights)},
+        pretrained_cfg_overlay={"state_dict": safetensors.torch.load_file(lite0_weights)},
         base_model=lite0.MODEL,
         attention=attention,
         where="block",
@@ -84,7 +72,7 @@ def test_closed_attention_leaves_the_logits_to_the_bit(
 
 @pytest.mark.parametrize("attention", ["emax", "se"])
 def test_fine_tuning_starts_where_the_plain_network_starts(
-    attention: str, weights: Path, images: Tensor, tmp_path: Path
+    attention: str, lite0_weights: Path, images: Tensor, tmp_path: Path
 ) -> None:
     inserted = {"base_model": lite0.MODEL, "attention": attention, "where": "block"}
     models = []
@@ -94,7 +82,7 @@ def test_fine_tuning_starts_where_the_plain_network_starts(
             val_split="validation",
             model=name,
             model_kwargs=arguments,
-            pretrained_path=str(weights),
+            pretrained_path=str(lite0_weights),
             img_size=96,
             output=str(tmp_path),
             experiment=name,
@@ -104,6 +92,6 @@ def test_fine_tuning_starts_where_the_plain_network_starts(
         trainer = build_trainer(config, DistributedContext(torch.device("cpu")))
         assert trainer.model.num_classes == 10
         models.append(trainer.model)
-    stored = safetensors.torch.load_file(weights)
+    stored = safetensors.torch.load_file(lite0_weights)
     assert torch.equal(models[1].state_dict()["conv_stem.weight"], stored["conv_stem.weight"])
     assert torch.equal(*(logits(model, images) for model in models))

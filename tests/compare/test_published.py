@@ -27,7 +27,16 @@ def block(page: Path, study: str) -> str | None:
     return text.partition(begin)[2].partition(end)[0] if begin in text else None
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study's folder; the current directory is one where what its runs start from can be read."""
+    study = ROOT / "configs" / "studies" / f"{request.param.name}.yaml"
+    if "pretrained_path:" in study.read_text(encoding="utf-8"):
+        monkeypatch.chdir(request.getfixturevalue("lite0_weights").parents[1])
+    return request.param
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=NAMES, indirect=True)
 def test_tables_are_those_of_the_results(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -45,7 +54,7 @@ def test_tables_are_those_of_the_results(
         assert without_command(found) == without_command(block(page, name) or "")
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=NAMES)
+@pytest.mark.parametrize("folder", FOLDERS, ids=NAMES, indirect=True)
 def test_results_were_made_by_code_that_was_committed(folder: Path) -> None:
     study = read_study(f"studies/{folder.name}")
     results = read_results(study, folder)
