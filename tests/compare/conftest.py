@@ -1,4 +1,4 @@
-"""What several tests of studies share."""
+"""Several tests of studies share these fixtures."""
 
 from pathlib import Path
 

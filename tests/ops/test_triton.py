@@ -68,7 +68,7 @@ class TestTritonInShort(BackendHarness):
         self.check(module, self.features(2, 12, 3, 3))
 
     def test_channels_last_parameters(self) -> None:
-        """As in a model that was converted to channels_last."""
+        """A model that was converted to channels_last has them."""
         module = self.layer(EMAX, 24, factor=4).to(memory_format=torch.channels_last)
         assert not module.conv3x3.weight.is_contiguous()
         force(module, 2)
@@ -163,7 +163,7 @@ def test_launches() -> None:
     from emax_timm.ops.dispatch import draw_noise
     from emax_timm.ops.triton.backward import backward
     from emax_timm.ops.triton.forward import forward
-    from emax_timm.ops.triton.plan import recorded_launches
+    from emax_timm.ops.triton.program import recorded_launches
 
     module = EMAX(64, device="meta")
     x = torch.empty(4, 64, 8, 8, device="meta").to(memory_format=torch.channels_last)
@@ -217,10 +217,10 @@ def memory_at(pointer: int, like: torch.Tensor) -> torch.Tensor:
 )
 def test_a_pass_is_launched_again(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """With pointers to what it is given then: the bits are those of a first pass."""
-    from emax_timm.ops.triton import plan
+    from emax_timm.ops.triton import plan, program
 
-    monkeypatch.setattr(plan, "_compile_and_launch", interpreted)
-    monkeypatch.setattr(plan, "_stream", lambda: 7)
+    monkeypatch.setattr(program, "_compile_and_launch", interpreted)
+    monkeypatch.setattr(program, "_stream", lambda: 7)
     module = EMAX(8, factor=4, **options).train()
     generator = torch.Generator().manual_seed(0)
 

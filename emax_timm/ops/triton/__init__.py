@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..backend import Backend, requested
 from ..portable import PORTABLE
 from ..weights import EMAXWeights
-from .plan import KernelError, on_device_of, size_problem
+from .plan import size_problem
+from .program import KernelError, on_device_of
 
 __all__ = ["DTYPES", "TRITON"]
 

@@ -21,7 +21,8 @@ from .forward import (
 )
 from .gradients import Gradients, hidden_columns
 from .kernels import input_gradients, map_gradients, parameter_gradients, products, term_gradients
-from .plan import Launch, Plan, Sizes, conv3x3_strides, plan_for, split
+from .plan import Plan, Sizes, conv3x3_strides, plan_for, split
+from .program import Launch
 from .scratch import Scratch, conv1x1_parts, mixing_parts, scratch_sizes
 
 __all__ = ["backward"]

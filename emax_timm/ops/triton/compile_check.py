@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from ..weights import EMAXWeights
 from .backward import backward
 from .forward import forward
-from .plan import Launch, recorded_launches
+from .program import Launch, recorded_launches
 
 __all__ = ["TARGETS", "CompiledKernel", "check", "compile_kernel", "launches_of"]
 

@@ -10,7 +10,8 @@ from ..weights import EMAXWeights, present
 from . import config
 from .config import power_of_two, share_out
 from .kernels import maps, output, pooling, products
-from .plan import Launch, Plan, Sizes, plan_for, split
+from .plan import Plan, Sizes, plan_for, split
+from .program import Launch
 
 __all__ = [
     "Pooled",

@@ -12,7 +12,8 @@ from ..weights import EMAXConfig, EMAXWeights
 from . import backward as backward_pass
 from . import forward as forward_pass
 from .forward import output_like
-from .plan import Sizes, new_buffer, on_device_of, size_problem
+from .plan import Sizes, new_buffer, size_problem
+from .program import on_device_of
 
 __all__ = ["backward", "forward"]
 
